@@ -1,0 +1,277 @@
+"""The configuration of a run: every key, its default and its meaning, and how config files and the command line set it.
+
+Keys carry nanoGPT's names and meanings. A config file is a file of plain assignments that is read, not executed:
+only literals, arithmetic, earlier names and a handful of harmless calls are understood. The command line overrides a
+file, a file overrides the default. All problems are collected and told at once (`Refused`).
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from training.errors import Refused
+from training.values import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    nearest,
+    problems_of,
+    shown,
+)
+
+
+def _key(default: Any, meaning: str) -> Any:
+    return Field(default=default, description=meaning)
+
+
+class TrainConfig(BaseModel):
+    """One value for every key. Frozen; `schedule` may later change most of what it starts with."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
+
+    # where things go, and how often
+    out_dir: str = _key("out", "the run folder")
+    eval_interval: PositiveInt = _key(2000, "iterations between evaluations")
+    eval_iters: PositiveInt = _key(200, "batches of one evaluation, the same fixed windows each time")
+    eval_batch_size: NonNegativeInt = _key(0, "sequences in a batch of an evaluation; 0: batch_size at the start")
+    eval_only: bool = _key(False, "evaluate once, write nothing, exit")
+    log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
+    always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
+    keep_last: PositiveInt = _key(2, "how many of the latest checkpoints are kept")
+    keep_best: NonNegativeInt = _key(1, "how many of the best checkpoints are kept")
+    init_from: str = _key(
+        "scratch", "scratch | resume | gpt2[-medium|-large|-xl] | a Hugging Face folder | a nanoGPT ckpt.pt"
+    )
+    schedule: str = _key("", "the schedule file, YAML or JSON (also spelled scaling_schedule_file)")
+    file_logging: bool = _key(False, "also write the console's lines to a file in log_dir")
+    log_dir: str = _key("", "folder of that file; empty: the run folder")
+    # W&B
+    wandb_log: bool = _key(False, "log to Weights & Biases (WANDB_MODE=offline needs no network)")
+    wandb_project: str = _key("owt", "W&B project")
+    wandb_run_name: str = _key("gpt2", "W&B run name")
+    # data
+    dataset: str = _key("openwebtext", "a folder under data/, or a path to one, with train.bin and val.bin")
+    gradient_accumulation_steps: PositiveInt = _key(40, "micro-steps in one iteration, over all ranks together")
+    batch_size: PositiveInt = _key(12, "sequences in one micro-step on one rank")
+    block_size: PositiveInt = _key(1024, "tokens in one sequence")
+    shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
+    vocab_remapping_file: str = _key("", ".npy or .json array that maps each old token id to a new one")
+    # model
+    n_layer: PositiveInt = _key(12, "transformer blocks")
+    n_head: PositiveInt = _key(12, "query heads")
+    n_kv_head: NonNegativeInt = _key(0, "key and value heads (grouped-query attention); 0: n_head")
+    n_embd: PositiveInt = _key(768, "width of the residual stream")
+    n_hidden: NonNegativeInt = _key(0, "hidden width of the MLPs; 0: 4 * n_embd (SwiGLU: 8/3)")
+    dropout: Fraction = _key(0.0, "dropout probability")
+    bias: bool = _key(False, "biases in Linear and LayerNorm")
+    norm: Literal["layernorm", "rmsnorm"] = _key("layernorm", "layernorm | rmsnorm")
+    norm_eps: PositiveFloat = _key(1e-5, "epsilon of the norms")
+    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = _key("gelu", "gelu | gelu_tanh | relu2 | swiglu")
+    use_rotary_embeddings: bool = _key(False, "rotary positions (RoPE) instead of learned ones")
+    rotary_base: PositiveFloat = _key(10000.0, "base of the rotary frequencies")
+    tie_weights: bool = _key(True, "token embedding and output head are one matrix")
+    attn_lora_rank: NonNegativeInt = _key(0, "LoRA rank of every attention layer; 0: none")
+    mlp_lora_rank: NonNegativeInt = _key(0, "LoRA rank of every MLP; 0: none")
+    embedding_rank: NonNegativeInt = _key(0, "LoRA rank of the token embedding; 0: none")
+    lora_alpha: PositiveFloat = _key(8.0, "LoRA alpha; an adapter's output is scaled by alpha / rank")
+    # optimizer and learning rate
+    learning_rate: NonNegativeFloat = _key(6e-4, "peak learning rate")
+    max_iters: NonNegativeInt = _key(600000, "iterations of the whole run")
+    weight_decay: NonNegativeFloat = _key(1e-1, "AdamW weight decay, on tensors of two and more dimensions")
+    beta1: Fraction = _key(0.9, "AdamW beta1")
+    beta2: Fraction = _key(0.95, "AdamW beta2")
+    grad_clip: NonNegativeFloat = _key(1.0, "largest global gradient norm; 0: no clipping")
+    decay_lr: bool = _key(True, "follow lr_schedule; False: learning_rate throughout")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = _key(
+        "cosine", "cosine | linear | constant | wsd (warmup, stable, decay)"
+    )
+    warmup_iters: NonNegativeInt = _key(2000, "iterations of linear warmup")
+    lr_decay_iters: NonNegativeInt = _key(600000, "iteration at which min_lr is reached")
+    min_lr: NonNegativeFloat = _key(6e-5, "where the decay ends; never lifts the rate above learning_rate")
+    wsd_decay_fraction: PositiveFloat = _key(0.2, "wsd: the share of lr_decay_iters that decays, linearly")
+    early_stopping_patience: NonNegativeInt = _key(0, "evaluations without a gain before the run ends; 0: never")
+    early_stopping_min_delta: NonNegativeFloat = _key(0.0, "how much lower the loss must be to count as a gain")
+    # system
+    backend: str = _key("auto", "torch.distributed backend; auto: nccl on CUDA, else gloo")
+    device: str = _key("auto", "auto | cpu | cuda | cuda:N | mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key("auto", "auto | float32 | bfloat16 | float16")
+    compile: bool = _key(True, "torch.compile, block by block")
+    seed: NonNegativeInt = _key(1337, "of the initial weights, the order of the data and dropout")
+
+
+ALIASES = {"scaling_schedule_file": "schedule"}
+KEYS = tuple(TrainConfig.model_fields)
+
+
+def parse_text(text: str) -> Any:
+    """A command-line value: a Python literal where it reads as one, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+_BINARY = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Not: operator.not_}
+_CALLS = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "round": round,
+    "min": min,
+    "max": max,
+    "abs": abs,
+    "time.time": time.time,
+    "time.strftime": time.strftime,
+}
+
+
+def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    """The value of an expression of a config file; raises ValueError for what is not plain."""
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name) if name in names:
+            return names[name]
+        case ast.Name(id=name):
+            raise ValueError(f"the name {name} is not assigned above{nearest(name, names)}")
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
+            return _UNARY[type(op)](_evaluate(operand, names))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            a, b = _evaluate(left, names), _evaluate(right, names)
+            # A power or a repeated text is the one way in which a short line could take forever or fill the memory.
+            if isinstance(op, ast.Pow) and (abs(a) > 1e6 or abs(b) > 64):
+                raise ValueError("a power this large is not a setting")
+            if isinstance(op, ast.Mult | ast.Mod) and not (isinstance(a, int | float) and isinstance(b, int | float)):
+                raise ValueError("only numbers are multiplied or divided")
+            return _BINARY[type(op)](a, b)
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _evaluate(body if _evaluate(test, names) else orelse, names)
+        case ast.Call(func=func, args=args, keywords=[]) if ast.unparse(func) in _CALLS:
+            return _CALLS[ast.unparse(func)](*(_evaluate(arg, names) for arg in args))
+        case ast.JoinedStr(values=values):
+            return "".join(str(_evaluate(value, names)) for value in values)
+        case ast.FormattedValue(value=value, conversion=-1, format_spec=None):
+            return _evaluate(value, names)
+    raise ValueError(f"`{ast.unparse(node)}` is not a plain value (literals, arithmetic and earlier names are)")
+
+
+def read_config_file(path: str | Path) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+    """Read a file of plain assignments without executing it.
+
+    Returns ({key: (value, "file:line")}, problems). Names that begin with an underscore are helpers of the file.
+    """
+    try:
+        tree = ast.parse(Path(path).read_bytes().decode("utf-8"), filename=str(path))
+    except OSError as error:
+        return {}, [f"{path}: cannot be read ({error.strerror})"]
+    except SyntaxError as error:
+        return {}, [f"{path}:{error.lineno}: not Python ({error.msg})"]
+    except (ValueError, RecursionError, MemoryError) as error:
+        return {}, [f"{path}: not a config file ({error})"]
+
+    defaults = {name: info.default for name, info in TrainConfig.model_fields.items()}
+    found: dict[str, tuple[Any, str]] = {}
+    helpers: dict[str, Any] = {}
+    problems = []
+    for statement in tree.body:
+        place = f"{path}:{statement.lineno}"
+        match statement:
+            case ast.Expr(value=ast.Constant(value=str())):
+                continue  # a docstring
+            case ast.Import(names=[ast.alias(name="time", asname=None)]):
+                continue  # for names such as 'ft-' + str(time.time())
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                pass
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                pass
+            case _:
+                problems.append(f"{place}: only assignments KEY = VALUE are allowed here")
+                continue
+        names = defaults | helpers | {key: given for key, (given, _) in found.items()}
+        try:
+            result = _evaluate(value, names)
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+            problems.append(f"{place}: {name}: {error}")
+            continue
+        if name.startswith("_"):
+            helpers[name] = result
+        else:
+            found[name] = (result, place)
+    return found, problems
+
+
+def resolve(
+    files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Config files in order, then `--KEY=VALUE` pairs as text; later wins.
+
+    Returns the configuration and {key: place where it was given}. Raises Refused with every problem found.
+    """
+    given: dict[str, tuple[Any, str]] = {}
+    problems: list[str] = []
+    for path in files:
+        found, errors = read_config_file(path)
+        given.update({ALIASES.get(key, key): pair for key, pair in found.items()})
+        problems += errors
+    for key, text in command_line:
+        key = ALIASES.get(key, key)
+        is_text = key in KEYS and TrainConfig.model_fields[key].annotation is str
+        given[key] = (text if is_text else parse_text(text), f"--{key}")
+
+    for key in [key for key in given if key not in KEYS]:
+        _, place = given.pop(key)
+        problems.append(f"{place}: unknown key {key}{nearest(key, [*KEYS, *ALIASES])}")
+    try:
+        config = TrainConfig(**{key: value for key, (value, _) in given.items()})
+    except ValidationError as error:
+        for location, message in problems_of(error):
+            key = str(location[0])
+            problems.append(f"{given[key][1]}: {key} {message}")
+    if problems:
+        raise Refused(problems)
+    return check_config(config), {key: place for key, (_, place) in given.items()}
+
+
+def check_config(config: TrainConfig) -> TrainConfig:
+    """The rules that join several keys. Raises Refused with all that are broken."""
+    problems = []
+    if bool(config.shrunken_vocab_size) != bool(config.vocab_remapping_file):
+        problems.append(
+            "shrunken_vocab_size and vocab_remapping_file go together: got "
+            f"{config.shrunken_vocab_size} and {shown(config.vocab_remapping_file)}"
+        )
+    if config.wsd_decay_fraction > 1:
+        problems.append(f"wsd_decay_fraction must be in (0, 1], got {config.wsd_decay_fraction}")
+    if not config.out_dir:
+        problems.append("out_dir is empty")
+    if problems:
+        raise Refused(problems)
+    return config
+
+
+def help_text() -> str:
+    """Every key with its default and one line of meaning."""
+    width = max(len(key) for key in KEYS) + 3
+    lines = ["Keys, as --KEY=VALUE or --KEY VALUE, or as assignments in a CONFIG.py:"]
+    for key, info in TrainConfig.model_fields.items():
+        lines.append(f"  --{key:<{width}}{info.default!r:<16} {info.description}")
+    return "\n".join(lines)

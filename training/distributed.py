@@ -1,0 +1,116 @@
+"""The ranks of a run: the only file that talks to torch.distributed.
+
+`Ranks` is the same object on one process and on many; alone, every exchange returns what was put in. Decisions travel
+over a gloo group of their own on CPU tensors, so that agreeing on something never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+# Long enough for a slow evaluation or a big save on rank 0, short enough to end a job that is stuck.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class Ranks:
+    """This process among the processes of a run, as torchrun's environment describes it.
+
+    Attributes: rank, local_rank, world_size, backend.
+    """
+
+    def __init__(self, device_type: str, backend: str = "auto") -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.backend = backend if backend != "auto" else ("nccl" if device_type == "cuda" else "gloo")
+        self._control: dist.ProcessGroup | None = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        if self.distributed:
+            # Ranks on one device type only; a wrong pair (nccl on a CPU) fails here, at second 0.
+            dist.init_process_group(self.backend, timeout=TIMEOUT)
+            self._control = dist.group.WORLD
+            if self.backend != "gloo":
+                self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    @property
+    def distributed(self) -> bool:
+        return "RANK" in os.environ and self.world_size > 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        """The module to call in training. It must be wrapped anew after any change of parameters or trainability."""
+        if not self.distributed:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if not self.distributed:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks, on every rank."""
+        if not self.distributed:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self._control)
+        return box
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Element-wise float64 sum over the ranks."""
+        if not self.distributed:
+            return values
+        tensor = torch.from_numpy(np.array(values, dtype=np.float64))
+        dist.all_reduce(tensor, group=self._control)
+        return tensor.numpy()
+
+    def exchange_later(self, flag: int) -> int:
+        """The largest flag that the ranks gave at the PREVIOUS call; this call's is sent in the background.
+
+        A step's work hides the exchange: nobody waits for it, at the price of one call of delay. Every rank must
+        call this equally often.
+        """
+        if not self.distributed:
+            return flag
+        agreed = self.finish_exchange()
+        tensor = torch.tensor([flag], dtype=torch.int32)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+        self._pending = (work, tensor)
+        return agreed
+
+    def finish_exchange(self) -> int:
+        """The largest flag of the exchange under way (0 if there is none), waiting for it."""
+        if self._pending is None:
+            return 0
+        work, tensor = self._pending
+        self._pending = None
+        work.wait()
+        return int(tensor.item())
+
+    def barrier(self) -> None:
+        if self.distributed:
+            dist.barrier(group=self._control)
+
+    def close(self) -> None:
+        """Leave the group. Not called after an exception: the other ranks may be waiting for this one."""
+        if self.distributed and dist.is_initialized():
+            self.finish_exchange()
+            dist.destroy_process_group()

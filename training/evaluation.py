@@ -1,0 +1,56 @@
+"""The validation loss: the same fixed windows every time, summed over all ranks, one number everywhere.
+
+The sums of the batches are put together in the order of the batches whatever rank made them, so the loss is equal
+to the last bit on every rank and, for equal weights, on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+from data.stream import TokenFile, eval_windows, gather
+from model.gpt import GPT
+from training.distributed import Ranks
+
+
+@torch.no_grad()
+def validation_loss(
+    model: GPT,
+    tokens: TokenFile,
+    *,
+    batches: int,
+    batch_size: int,
+    block_size: int,
+    ranks: Ranks,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    poll: Callable[[], int],
+) -> float | None:
+    """Mean cross entropy in nats per token over at most batches * batch_size windows, or None if `poll` said stop.
+
+    Asking for more windows than the file has means each of them once. `poll` is called once a batch; every rank must
+    see the same answer.
+    """
+    starts = eval_windows(tokens, batches * batch_size, block_size)
+    chunks = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
+    losses = torch.zeros(len(chunks), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(chunks), ranks.world_size):
+            if poll():
+                return None
+            mine = first + ranks.rank
+            if mine < len(chunks):
+                x, y = (torch.from_numpy(a).to(device) for a in gather(tokens, chunks[mine], block_size))
+                with autocast():
+                    _, loss = model(x, y)
+                losses[mine] = loss.double() if device.type != "mps" else loss.cpu().double()
+    finally:
+        model.train(was_training)
+    sums = losses.cpu().numpy() * np.array([len(chunk) for chunk in chunks])
+    return float(ranks.sum(sums).sum() / len(starts))

@@ -1,0 +1,63 @@
+"""Operations on the run's rhythm: how often it evaluates and logs, a checkpoint now, the end now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from training.operations.base import Operation, operation
+from training.records import Settings
+from training.values import PositiveInt
+
+
+@operation("set_eval_interval")
+class SetEvalInterval(Operation):
+    """Set the iterations between evaluations."""
+
+    touches: ClassVar = ("eval_interval",)
+    value: PositiveInt
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, eval_interval=self.value)
+
+
+@operation("set_eval_iters")
+class SetEvalIters(Operation):
+    """Set the batches of one evaluation; more of them extend the same fixed windows."""
+
+    touches: ClassVar = ("eval_iters",)
+    value: PositiveInt
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, eval_iters=self.value)
+
+
+@operation("set_log_interval")
+class SetLogInterval(Operation):
+    """Set the iterations between lines of metrics."""
+
+    touches: ClassVar = ("log_interval",)
+    value: PositiveInt
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, log_interval=self.value)
+
+
+@operation("save_checkpoint")
+class SaveCheckpoint(Operation):
+    """Save a checkpoint at this boundary. Takes no value."""
+
+    touches: ClassVar = ("checkpoints_asked",)
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, checkpoints_asked=settings.checkpoints_asked + 1)
+
+
+@operation("stop")
+class Stop(Operation):
+    """End the run here, after a last evaluation and a checkpoint. Takes no value."""
+
+    touches: ClassVar = ("stops_asked",)
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, stops_asked=settings.stops_asked + 1)

@@ -1,0 +1,117 @@
+"""Operations on LoRA adapters (Hu et al. 2021, arXiv:2106.09685). Every change of a rank keeps the function.
+
+An adapted layer's base weight is frozen while it is adapted (PEFT's convention); rank 0 merges the adapter into the
+base, which trains again. Growing pads with zeros; shrinking keeps the strongest directions in the factors and folds
+the rest into the base weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from model.config import LoraSpec, ModelConfig
+from model.gpt import GPT
+from model.lineage import Lineage
+from model.lora import reshape_lora
+from training.errors import ScheduleError
+from training.operations.base import Operation, operation
+from training.operations.layers import LayerNames, layers
+from training.records import Settings
+from training.values import NonNegativeInt, PositiveFloat
+
+
+def adaptable(name: str) -> bool:
+    """Whether a leaf layer can carry an adapter: attention, MLP, token embedding, output head."""
+    return name.split(".")[0] in ("attn", "mlp", "wte", "lm_head")
+
+
+def with_rank(settings: Settings, names: Iterable[str], rank: int) -> Settings:
+    """Settings with this rank on these leaf layers; new adapters get the alpha in force. Raises ScheduleError."""
+    adapters = dict(settings.model.lora)
+    for name in names:
+        if not adaptable(name):
+            raise ScheduleError(f"{name} cannot carry a LoRA adapter; attn.N, mlp.N, wte and lm_head can")
+        if rank == 0:
+            adapters.pop(name, None)
+        else:
+            alpha = adapters[name].alpha if name in adapters else settings.lora_alpha
+            adapters[name] = LoraSpec(rank=rank, alpha=alpha)
+    try:
+        return replace(settings, model=replace(settings.model, lora=adapters))
+    except ValueError as error:
+        raise ScheduleError(str(error)) from None
+
+
+class LoraOperation(Operation):
+    """What the operations on adapters share: the reshape follows from the target's ranks and alphas alone."""
+
+    touches: ClassVar = ("model.lora",)
+
+    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
+        return reshape_lora(model, target, generator)
+
+
+@operation("set_layer_lora_rank")
+class SetLayerLoraRank(LoraOperation):
+    """Set the LoRA rank of the named layers: [names, rank], e.g. ["attn.2", 16] or [["attn.*", "mlp.0"], 8]."""
+
+    value: tuple[LayerNames, NonNegativeInt]
+
+    def plan(self, settings: Settings) -> Settings:
+        return with_rank(settings, layers(settings.model, self.value[0]), self.value[1])
+
+
+@operation("set_attn_lora_rank")
+class SetAttentionLoraRank(LoraOperation):
+    """Set the LoRA rank of every attention layer."""
+
+    value: NonNegativeInt
+
+    def plan(self, settings: Settings) -> Settings:
+        return with_rank(settings, layers(settings.model, "attn.*"), self.value)
+
+
+@operation("set_embedding_lora_rank")
+class SetEmbeddingLoraRank(LoraOperation):
+    """Set the LoRA rank of the token embedding, which a tied output head shares."""
+
+    value: NonNegativeInt
+
+    def plan(self, settings: Settings) -> Settings:
+        return with_rank(settings, ["wte"], self.value)
+
+
+@operation("set_lora_alpha")
+class SetLoraAlpha(LoraOperation):
+    """Set alpha of all adapters, present and to come; the factors are rescaled so that the function stays.
+
+    What changes is how far an update of the factors moves the layer: by the ratio of the alphas.
+    """
+
+    touches: ClassVar = ("model.lora", "lora_alpha")
+    value: PositiveFloat
+
+    def plan(self, settings: Settings) -> Settings:
+        adapters = {name: replace(spec, alpha=self.value) for name, spec in settings.model.lora.items()}
+        return replace(settings, lora_alpha=self.value, model=replace(settings.model, lora=adapters))
+
+
+@operation("merge_lora_weights")
+class MergeLoraWeights(LoraOperation):
+    """Merge adapters into their base weights and remove them; without a value all, else the named layers'."""
+
+    value: LayerNames | None = None
+
+    def plan(self, settings: Settings) -> Settings:
+        adapted = settings.model.lora
+        named = adapted if self.value is None else layers(settings.model, self.value)
+        names = [name for name in named if name in adapted]
+        if not names:
+            raise ScheduleError(
+                f"merge_lora_weights: no adapter on {self.value or 'any layer'}; adapted: {', '.join(adapted) or 'none'}"
+            )
+        return with_rank(settings, names, 0)

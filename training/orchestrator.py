@@ -1,0 +1,278 @@
+"""The orchestrator: a schedule, a position in it, and what has been waited.
+
+At a step boundary `consult` looks at the head of the queue only. Rank 0 decides from numbers that are the same on
+every rank; the decision and its reason are broadcast; every rank carries it out and all compare fingerprints. Where no
+trigger can possibly hold, the ranks all know it and nothing is exchanged: a waiting schedule costs next to nothing.
+Everything it knows is in `state()`, so a resumed run waits on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from training.errors import OperationFailed, ScheduleError
+from training.records import Measured, Settings, Waited, differences, with_field
+from training.run import Run
+from training.schedule import Entry, Ramp, Schedule, check_settings
+
+
+class Journal(Protocol):
+    """Where events go (training/reporting.py)."""
+
+    def event(self, kind: str, **fields: Any) -> None: ...
+
+
+@dataclass
+class Position:
+    """Where the head of the queue stands and since when it has waited."""
+
+    fired: int = 0
+    """Entries done with (fired or skipped)."""
+    since_iter: int = 0
+    since_tokens: int = 0
+    since_seconds: float = 0.0
+    losses: tuple[float, ...] = ()
+    """Validation losses since the head became the head."""
+    round_loss: float | None = None
+    """The loss of the round under way: a checkpoint between two entries of a chain resumes in the middle of it."""
+    round_open: bool = False
+    skipped: tuple[int, ...] = ()
+
+
+class Orchestrator:
+    """Fires the entries of a schedule on a run.
+
+    Args:
+        measure: makes and records an evaluation now (None where a signal cut it short).
+        save: saves a checkpoint; called with why when an entry asks for one.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        run: Run,
+        journal: Journal,
+        measure: Callable[[str], float | None],
+        save: Callable[[str], None],
+    ) -> None:
+        self.schedule = schedule
+        self.run = run
+        self.journal = journal
+        self.measure = measure
+        self.save = save
+        self.position = Position()
+        self.ramps: list[Ramp] = []
+
+    # ------------------------------------------------------------------------------------------ state
+
+    @property
+    def head(self) -> Entry | None:
+        """The next pending entry."""
+        entries = self.schedule.entries
+        return entries[self.position.fired] if self.position.fired < len(entries) else None
+
+    def state(self) -> dict[str, Any]:
+        position = {**self.position.__dict__}
+        return {
+            "position": {**position, "losses": list(position["losses"]), "skipped": list(position["skipped"])},
+            "ramps": [ramp.to_json() for ramp in self.ramps],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        position = state["position"]
+        self.position = Position(
+            **{**position, "losses": tuple(position["losses"]), "skipped": tuple(position["skipped"])}
+        )
+        self.ramps = [Ramp.from_json(ramp) for ramp in state["ramps"]]
+
+    # ------------------------------------------------------------------------------------------ a boundary
+
+    def consult(self, val_loss: float | None, look_at_clock: bool) -> None:
+        """One round at a step boundary: move the ramps, then fire what is due, in order.
+
+        Args:
+            val_loss: of the evaluation just made at this boundary, or None.
+            look_at_clock: whether waits in seconds are looked at now; the same on every rank.
+        """
+        self._move_ramps()
+        position = self.position
+        if position.round_open:
+            # Resumed in the middle of a chain: the entries left in it see what the ones before them saw.
+            val_loss = position.round_loss
+        elif val_loss is not None:
+            position.losses += (val_loss,)
+        position.round_open, position.round_loss = True, val_loss
+        measured_now = val_loss is not None
+        while self.head is not None:
+            entry = self.head
+            reason = self._due(entry, look_at_clock)
+            if reason is None:
+                break
+            if not self._fire(entry, reason, measured_now):
+                break
+            measured_now = False  # the model has changed since that measurement
+        position.round_open, position.round_loss = False, None
+
+    def _due(self, entry: Entry, look_at_clock: bool) -> str | None:
+        """Why the entry fires now, or None; the same answer on every rank."""
+        if not entry.triggers:
+            return "no trigger: at once"
+        measured = Measured(self.position.round_loss, self.position.losses)
+        waited = self._waited(seconds=None)
+        reads_clock = look_at_clock and any(trigger.reads_clock for trigger in entry.triggers)
+        if not reads_clock:
+            # Equal inputs on every rank: a "no" needs no exchange, and only a "yes" is worth one.
+            if not any(trigger.fires(waited, measured) for trigger in entry.triggers):
+                return None
+        else:
+            waited = self._waited(self.run.progress.seconds - self.position.since_seconds)
+        reasons = [reason for trigger in entry.triggers if (reason := trigger.fires(waited, measured))]
+        return self.run.ranks.broadcast(", ".join(reasons) or None)
+
+    def _waited(self, seconds: float | None) -> Waited:
+        progress, position = self.run.progress, self.position
+        return Waited(
+            iter=progress.iter,
+            tokens=progress.tokens,
+            iters_waited=progress.iter - position.since_iter,
+            tokens_waited=progress.tokens - position.since_tokens,
+            seconds_waited=seconds,
+        )
+
+    # ------------------------------------------------------------------------------------------ firing
+
+    def _fire(self, entry: Entry, reason: str, measured_now: bool) -> bool:
+        """Carry out one entry. True when the round goes on with the next entry."""
+        run, journal = self.run, self.journal
+        journal.event("decision", entry=entry.number, name=entry.operation.name, reason=reason)
+        loss_before = self.position.round_loss if measured_now else None
+        if entry.reevaluate and not measured_now:
+            loss_before = self.measure("before an operation")
+            if loss_before is None:
+                return False  # a signal came; the entry stays at the head, its round stays open
+        before, started = run.settings, time.perf_counter()
+        try:
+            with run.stopwatch.part("operation"):
+                self._apply(entry)
+        except (ScheduleError, OperationFailed) as error:
+            self._failed(entry, error)
+            return True
+        run.check_ranks_agree(str(entry))
+        self._advance()
+        seconds = time.perf_counter() - started
+        loss_after = self.measure("after an operation") if entry.reevaluate else None
+        settings_before, settings_after = differences(before, self._settled())
+        total, trainable = run.parameter_counts()
+        journal.event(
+            "operation",
+            entry=entry.number,
+            name=entry.operation.name,
+            value=entry.value,
+            reason=reason,
+            desc=entry.desc,
+            over=entry.over,
+            settings_before=settings_before,
+            settings_after=settings_after,
+            val_loss_before=loss_before,
+            val_loss_after=loss_after,
+            seconds=seconds,
+            parameters_total=total,
+            parameters_trainable=trainable,
+        )
+        if run.settings.checkpoints_asked != before.checkpoints_asked:
+            self.position.round_open = not entry.reevaluate
+            self.save("asked for by the schedule")
+        # A stop ends the round too: what follows belongs to whoever goes on from here.
+        return not entry.reevaluate and run.settings.stops_asked == before.stops_asked
+
+    def _apply(self, entry: Entry) -> None:
+        """Plan, check and adopt. Raises ScheduleError or OperationFailed with the run as it was."""
+        run = self.run
+        operation, error = None, None
+        try:
+            operation = entry.operation.resolve(run)
+        except Exception as caught:
+            error = caught
+        failures = run.ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if any(failures):
+            told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
+            raise OperationFailed(told) from error
+        assert operation is not None
+        target = operation.plan(run.settings)
+        check_settings(target, run.ranks.world_size)
+        overridden = set(operation.touches)
+        if entry.over:
+            ramp = Ramp.between(entry, run.settings, target, run.progress.iter)
+            self._drop_from_ramps(overridden)
+            self.ramps.append(ramp)
+            self._move_ramps()
+        else:
+            run.adopt(target, operation.reshape)
+            self._drop_from_ramps(overridden)
+
+    def _failed(self, entry: Entry, error: Exception) -> None:
+        skip = entry.on_error == "skip"
+        self.journal.event(
+            "error",
+            entry=entry.number,
+            name=entry.operation.name,
+            message=str(error),
+            on_error=entry.on_error,
+        )
+        if not skip:
+            raise OperationFailed(f"entry {entry.number} ({entry}) failed and the run is as before: {error}") from error
+        self.position.skipped += (entry.number,)
+        self._advance()
+
+    def _advance(self) -> None:
+        progress, position = self.run.progress, self.position
+        position.fired += 1
+        position.since_iter = progress.iter
+        position.since_tokens = progress.tokens
+        position.since_seconds = self.run.ranks.broadcast(progress.seconds)
+        position.losses = ()
+
+    # ------------------------------------------------------------------------------------------ ramps
+
+    def _move_ramps(self) -> None:
+        if not self.ramps:
+            return
+        iteration, settings = self.run.progress.iter, self.run.settings
+        for ramp in self.ramps:
+            for name, value in ramp.at(iteration).items():
+                settings = with_field(settings, name, value)
+            if ramp.done(iteration):
+                self.journal.event("decision", entry=ramp.entry, name=ramp.name, reason=f"reached after {ramp.over} iterations")
+        self.ramps = [ramp for ramp in self.ramps if not ramp.done(iteration)]
+        if settings != self.run.settings:
+            self.run.adopt(settings)
+
+    def _drop_from_ramps(self, names: set[str]) -> None:
+        """A later entry on the same number ends the earlier one's ramp on it where it has come to."""
+        for ramp in self.ramps:
+            ended = sorted(names & set(ramp.fields))
+            for name in ended:
+                del ramp.fields[name]
+            if ended:
+                self.journal.event(
+                    "decision",
+                    entry=ramp.entry,
+                    name=ramp.name,
+                    reason=f"the ramp of {', '.join(ended)} ends where a later entry takes over",
+                )
+        self.ramps = [ramp for ramp in self.ramps if ramp.fields]
+
+    def _settled(self) -> Settings:
+        """The settings that will hold once every ramp has arrived."""
+        settings = self.run.settings
+        for ramp in self.ramps:
+            for name, (_, end) in ramp.fields.items():
+                settings = with_field(settings, name, end)
+        return settings
+
+    def missed(self) -> list[Entry]:
+        """Entries that have not fired; told at the end of the run."""
+        return list(self.schedule.entries[self.position.fired :])

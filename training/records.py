@@ -1,0 +1,151 @@
+"""What a run is now (Settings) and how far it has come (Progress): plain values that a checkpoint can hold.
+
+Settings is everything that a schedule may change. It holds no tensors and is compared, printed and stored as it is.
+Events such as "restart the warmup" are counters in it, so that every change is a difference between two Settings.
+Progress is what only grows. Neither knows how to do anything to a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a run that a schedule may change. Units: iterations (optimizer steps) unless named otherwise."""
+
+    model: ModelConfig
+    batch_size: int
+    """Sequences in one micro-step on one rank."""
+    grad_accum: int
+    """Micro-steps in one iteration, counted over all ranks."""
+    learning_rate: float
+    min_lr: float
+    warmup_iters: int
+    lr_decay_iters: int
+    decay_lr: bool
+    lr_schedule: str
+    wsd_decay_fraction: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    grad_clip: float
+    """Largest global gradient norm; 0 switches clipping off."""
+    eval_interval: int
+    eval_iters: int
+    log_interval: int
+    lora_alpha: float
+    """Alpha given to adapters that are added from now on."""
+    frozen: tuple[str, ...] = ()
+    """Leaf layer names (attn.0, ln_f, ...) in model order whose parameters do not train."""
+    lr_restarts: int = 0
+    """Counter: each increase starts the learning-rate schedule anew."""
+    checkpoints_asked: int = 0
+    """Counter: each increase asks for a checkpoint at this boundary."""
+    stops_asked: int = 0
+    """Counter: each increase ends the run at this boundary."""
+
+    @property
+    def samples_per_iter(self) -> int:
+        return self.batch_size * self.grad_accum
+
+    @property
+    def tokens_per_iter(self) -> int:
+        return self.samples_per_iter * self.model.block_size
+
+    def to_json(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "model": self.model.to_json(), "frozen": list(self.frozen)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Settings:
+        return cls(
+            **{
+                **values,
+                "model": ModelConfig.from_json(values["model"]),
+                "frozen": tuple(values["frozen"]),
+            }
+        )
+
+
+def get_field(settings: Settings, name: str) -> Any:
+    """The value of a field by its dotted name, e.g. `learning_rate` or `model.dropout`."""
+    value: Any = settings
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def with_field(settings: Settings, name: str, value: Any) -> Settings:
+    """A copy of the settings with one field, by its dotted name, replaced."""
+    if name.startswith("model."):
+        return replace(settings, model=replace(settings.model, **{name[6:]: value}))
+    return replace(settings, **{name: value})
+
+
+def differences(before: Settings, after: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields that differ, by dotted name, as (values before, values after), fit for JSON."""
+
+    def flat(settings: Settings) -> dict[str, Any]:
+        values = settings.to_json()
+        model = values.pop("model")
+        return {**values, **{f"model.{key}": value for key, value in model.items()}}
+
+    old, new = flat(before), flat(after)
+    names = [name for name in new if old.get(name) != new[name]]
+    return {name: old.get(name) for name in names}, {name: new[name] for name in names}
+
+
+@dataclass
+class Progress:
+    """How far the run has come. Saved whole in every checkpoint."""
+
+    iter: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Windows of the training stream consumed, over all ranks: the index of the next one."""
+    tokens: int = 0
+    seconds: float = 0.0
+    """Wall-clock seconds spent in this run, over all its starts."""
+    lr_start_iter: int = 0
+    """Where the learning-rate schedule last (re)started."""
+    best_val_loss: float | None = None
+    best_iter: int | None = None
+    last_val_loss: float | None = None
+    last_eval_iter: int = -1
+    stopping_best: float | None = None
+    """The loss that early stopping measures against (best_val_loss less what min_delta ignores)."""
+    evals_without_gain: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Progress:
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the orchestrator may look at: numbers that are equal on every rank."""
+
+    val_loss: float | None = None
+    """The evaluation just made, or None where there was none at this boundary."""
+    history: tuple[float, ...] = field(default=())
+    """Validation losses since the head of the queue became the head, oldest first, this one included."""
+
+
+@dataclass(frozen=True)
+class Waited:
+    """How long the head of the queue has waited, and where the run is."""
+
+    iter: int
+    tokens: int
+    iters_waited: int
+    tokens_waited: int
+    seconds_waited: float | None
+    """None where the clock is not looked at (it is read every log_interval, on rank 0 only)."""

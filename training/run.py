@@ -1,0 +1,352 @@
+"""The live objects of a run: model, optimizer, data, and the two things that change them.
+
+`Run.step` makes one optimizer step. `Run.adopt` is the only code that changes live objects to follow new settings: it
+builds everything aside, asks all ranks whether they managed, and only then commits, so that an operation that fails
+leaves the run whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.stream import DataSet, Stream
+from model.config import ModelConfig
+from model.gpt import GPT, compile_blocks, set_dropout
+from model.lineage import Lineage, carry
+from model.lora import trainable_parameters
+from training.config import TrainConfig
+from training.distributed import Ranks
+from training.errors import OperationFailed, RanksDisagree
+from training.evaluation import validation_loss
+from training.learning_rate import learning_rate
+from training.optimizer import NamedAdamW, State
+from training.records import Progress, Settings
+
+Reshape = Callable[[GPT, ModelConfig, torch.Generator], tuple[GPT, Lineage]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Stopwatch:
+    """Seconds by part of the loop, since they were last taken."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        taken, self._seconds = dict(self._seconds), defaultdict(float)
+        return taken
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind. Tensors stay on the device: reading them waits for it, so only logging does."""
+
+    loss: torch.Tensor
+    """This rank's mean over its micro-steps, ()."""
+    grad_norm: torch.Tensor | None
+    """Before clipping, (); None where clipping is off."""
+    lr: float
+    samples: int
+
+
+class Run:
+    """A model in training.
+
+    Args:
+        config: for what no schedule changes (device, dtype, compile, seed, ...).
+        settings: in force from the start; `model` must have the shape that they say.
+        optimizer_state: moments by name, e.g. from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        settings: Settings,
+        progress: Progress,
+        model: GPT,
+        data: DataSet,
+        ranks: Ranks,
+        device: torch.device,
+        optimizer_state: State | None = None,
+        scaler_state: dict[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.settings = settings
+        self.progress = progress
+        self.data = data
+        self.ranks = ranks
+        self.device = device
+        self.stream = Stream(data.train, config.seed)
+        self.eval_batch_size = config.eval_batch_size or config.batch_size
+        self.stopwatch = Stopwatch()
+        self.consistent = True
+        """False only while parameters are being written: nothing saved then would be a state of the run."""
+
+        dtype = DTYPES[pick_dtype(config.dtype, device)]
+        self.dtype = dtype
+        self.autocast: Callable[[], AbstractContextManager] = (
+            nullcontext
+            if dtype == torch.float32
+            else lambda: torch.autocast(device_type=device.type, dtype=dtype)
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        if scaler_state:
+            self.scaler.load_state_dict(scaler_state)
+
+        self._prefetched: tuple[tuple[int, int, int], Any] | None = None
+        self.model = model.to(device)
+        trainable = trainable_parameters(model, settings.frozen)
+        optimizer = NamedAdamW(self.model, trainable, optimizer_state or {})
+        self._install(self.model, optimizer, set(trainable))
+
+    # ------------------------------------------------------------------------------------------ one step
+
+    def step(self) -> StepResult:
+        """One optimizer step on the next samples of the stream."""
+        s, p, ranks = self.settings, self.progress, self.ranks
+        lr = learning_rate(s, p.iter - p.lr_start_iter)
+        micro_steps = range(ranks.rank, s.grad_accum, ranks.world_size)
+        total = torch.zeros((), device=self.device)
+        for micro in micro_steps:
+            with self.stopwatch.part("data"):
+                x, y = self._batch(p.samples + micro * s.batch_size, s.batch_size)
+            with self.stopwatch.part("forward_backward"):
+                last = micro + ranks.world_size >= s.grad_accum
+                if ranks.distributed:
+                    # Only the last backward exchanges gradients; the earlier ones add up locally.
+                    self.wrapped.require_backward_grad_sync = last
+                self._seed_dropout(micro)
+                with self.autocast():
+                    _, loss = self.wrapped(x, y)
+                    loss = loss / len(micro_steps)
+                self.scaler.scale(loss).backward()
+                total += loss.detach()
+            if self.device.type == "cuda":
+                with self.stopwatch.part("data"):
+                    following = p.samples + s.samples_per_iter + ranks.rank * s.batch_size
+                    self._prefetch(
+                        following if last else p.samples + (micro + ranks.world_size) * s.batch_size, s.batch_size
+                    )
+        with self.stopwatch.part("optimizer"):
+            grad_norm = None
+            if s.grad_clip > 0:
+                self.scaler.unscale_(self.optimizer.inner)
+                grad_norm = nn.utils.clip_grad_norm_(self._trainable, s.grad_clip)
+            self.optimizer.set(lr, s.beta1, s.beta2, s.weight_decay)
+            self.consistent = False
+            self.scaler.step(self.optimizer.inner)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            p.iter += 1
+            p.samples += s.samples_per_iter
+            p.tokens += s.tokens_per_iter
+            self.consistent = True
+        return StepResult(total, grad_norm, lr, s.samples_per_iter)
+
+    def _seed_dropout(self, micro: int) -> None:
+        """Dropout is a function of (seed, iteration, micro-step): equal after a resume and for any number of ranks."""
+        if self.settings.model.dropout > 0:
+            words = np.random.SeedSequence([self.config.seed, self.progress.iter, micro]).generate_state(1, np.uint64)
+            torch.manual_seed(int(words[0]) >> 1)
+
+    def _batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (first, count, self.settings.model.block_size)
+        if self._prefetched is not None and self._prefetched[0] == key:
+            batch, self._prefetched = self._prefetched[1], None
+            return batch
+        return self._load(*key)
+
+    def _prefetch(self, first: int, count: int) -> None:
+        """Copy a batch to the GPU while it computes; a change of settings simply makes it unused."""
+        key = (first, count, self.settings.model.block_size)
+        self._prefetched = (key, self._load(*key))
+
+    def _load(self, first: int, count: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (torch.from_numpy(a) for a in self.stream.batch(first, count, block_size))
+        if self.device.type == "cuda":
+            return (
+                x.pin_memory().to(self.device, non_blocking=True),
+                y.pin_memory().to(self.device, non_blocking=True),
+            )
+        return x.to(self.device), y.to(self.device)
+
+    # ------------------------------------------------------------------------------------------ looking
+
+    def evaluate(self, poll: Callable[[], int]) -> float | None:
+        """The validation loss (None where `poll` asked to stop on the way); changes nothing."""
+        with self.stopwatch.part("eval"):
+            return validation_loss(
+                self.model,
+                self.data.val,
+                batches=self.settings.eval_iters,
+                batch_size=self.eval_batch_size,
+                block_size=self.settings.model.block_size,
+                ranks=self.ranks,
+                device=self.device,
+                autocast=self.autocast,
+                poll=poll,
+            )
+
+    def current_lr(self) -> float:
+        """The rate that the next step will use."""
+        return learning_rate(self.settings, self.progress.iter - self.progress.lr_start_iter)
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """(total, trainable)."""
+        return (
+            sum(p.numel() for p in self.model.parameters()),
+            sum(p.numel() for p in self._trainable),
+        )
+
+    def fingerprint(self) -> str:
+        """Settings, names, shapes, trainability and the bits of every value and moment, in one short text."""
+        parts = [repr(self.settings), repr(self.progress.iter), repr(self.progress.samples)]
+        tensors = dict(self.model.named_parameters())
+        for name, moments in self.optimizer.state_by_name().items():
+            tensors.update({f"{name}:{key}": value for key, value in moments.items()})
+        sums = []
+        for name, tensor in tensors.items():
+            parts.append(f"{name} {tuple(tensor.shape)} {tensor.requires_grad}")
+            sums.append(_bit_sums(tensor.detach()))
+        parts += [str(value) for value in torch.stack(sums).cpu().tolist()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def check_ranks_agree(self, what: str) -> None:
+        """Compare fingerprints. Raises RanksDisagree on every rank when they differ."""
+        prints = self.ranks.gather(self.fingerprint())
+        if len(set(prints)) > 1:
+            listed = ", ".join(f"rank {rank}: {text[:12]}" for rank, text in enumerate(prints))
+            raise RanksDisagree(f"the ranks differ after {what} at iteration {self.progress.iter} ({listed})")
+
+    # ------------------------------------------------------------------------------------------ changing
+
+    def adopt(self, target: Settings, reshape: Reshape | None = None) -> None:
+        """Make the run follow `target`. All or nothing, on all ranks alike.
+
+        Args:
+            reshape: makes the new model where the target's shape differs from the present one.
+
+        Raises OperationFailed on every rank, with the run as it was, when any rank could not prepare the change.
+        """
+        error: Exception | None = None
+        prepared = None
+        try:
+            prepared = self._prepare(target, reshape)
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
+            error = caught
+        if needs_agreement(self.settings, target):
+            failures = self.ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
+        else:
+            failures = [None if error is None else f"{type(error).__name__}: {error}"]
+        if any(failures):
+            told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
+            raise OperationFailed(told) from error
+
+        assert prepared is not None or error is None
+        if target.lr_restarts != self.settings.lr_restarts:
+            self.progress.lr_start_iter = self.progress.iter
+        if target.model.dropout != self.settings.model.dropout:
+            set_dropout(self.model, target.model.dropout)
+        if prepared is not None:
+            self._install(*prepared)
+            set_dropout(self.model, target.model.dropout)
+        self.settings = target
+
+    def _prepare(self, target: Settings, reshape: Reshape | None) -> tuple[GPT, NamedAdamW, set[str]] | None:
+        """Everything new that the target needs, beside the present run; None where nothing live changes."""
+        if not needs_agreement(self.settings, target):
+            return None
+        model, state = self.model, self.optimizer.state_by_name()
+        if shape_of(target) != shape_of(self.settings):
+            if reshape is None:
+                raise ValueError("the target has another shape and nothing says how to get there")
+            seed = np.random.SeedSequence([self.config.seed, self.progress.iter, 1]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
+            model, lineage = reshape(self.model, target.model, generator)
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
+            state = carry(state, lineage, shapes)
+        trainable = set(trainable_parameters(model, target.frozen))
+        return model, NamedAdamW(model, trainable, state), trainable
+
+    def _install(self, model: GPT, optimizer: NamedAdamW, trainable: set[str]) -> None:
+        """Commit: from here on the run is this model and this optimizer."""
+        self.wrapped: nn.Module | None = None  # the old DDP goes first: its hooks sit on shared parameters
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+            # A stale gradient would still be applied by AdamW after a freeze.
+            parameter.grad = None
+        model.train()
+        if self.config.compile:
+            compile_blocks(model)
+        self.model, self.optimizer = model, optimizer
+        self._trainable = optimizer.parameters
+        self.wrapped = self.ranks.wrap(model, self.device)
+
+
+def shape_of(settings: Settings) -> ModelConfig:
+    """The model's configuration less what can change without another model."""
+    return replace(settings.model, dropout=0.0)
+
+
+def needs_agreement(before: Settings, after: Settings) -> bool:
+    """Whether parameters, or which of them train, differ between the two."""
+    return shape_of(before) != shape_of(after) or before.frozen != after.frozen
+
+
+def _bit_sums(tensor: torch.Tensor) -> torch.Tensor:
+    """Two integers made of the tensor's bits, the same whatever the order of summation; (2,) int64."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    values = tensor.contiguous().reshape(-1).view(bits).to(torch.int64)
+    # The second sum weighs by position (modulo a prime), so that values which changed places are seen.
+    weights = torch.arange(values.numel(), device=values.device) % 65521 + 1
+    return torch.stack([values.sum(), (values * weights).sum()]).to("cpu")
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """`auto` picks cuda, then mps, then cpu; on CUDA each local rank takes its own device. Raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: got {name!r}, allowed: auto, cpu, cuda, cuda:N, mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: got {name!r}, but torch {torch.__version__} sees no CUDA device here")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"device: cuda:{index} is asked for and there are {torch.cuda.device_count()} CUDA devices")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device: got {name!r}, but torch sees no mps device here")
+    if device.type not in ("cpu", "mps"):
+        raise ValueError(f"device: got {name!r}, allowed: auto, cpu, cuda, cuda:N, mps")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16 on a GPU that has it, else float16 on CUDA, else float32."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"

@@ -1,0 +1,53 @@
+"""The number types that configurations and schedules share, and their errors in one wording.
+
+Validation is pydantic's, in strict mode (text is not a number, true is not 1). One thing is more generous: a float
+without a fraction, such as 1e9, is taken where a whole number is meant, because people write token counts that way.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+PositiveInt = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+NonNegativeInt = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known name closest to this one, or nothing when none is close."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value as it is quoted in a message: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def problems_of(error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
+    """pydantic's errors as (location, 'what is allowed, got what was given') pairs in plain words."""
+    found = []
+    for detail in error.errors(include_url=False, include_context=True):
+        location = tuple(
+            part for part in detail["loc"] if not (isinstance(part, str) and "[" in part)
+        )
+        message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        if detail["type"] == "missing":
+            found.append((location, "is missing"))
+        else:
+            found.append((location, f"{message}, got {shown(detail['input'])}"))
+    return found
