@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from training.errors import OperationFailed, ScheduleError
 from training.records import Measured, Settings, Waited, differences, with_field
@@ -39,6 +39,8 @@ class Position:
     round_loss: float | None = None
     """The loss of the round under way: a checkpoint between two entries of a chain resumes in the middle of it."""
     round_open: bool = False
+    round_iter: int = -1
+    """Iteration of the latest round; a resumed run does not hold the same round again."""
     skipped: tuple[int, ...] = ()
 
 
@@ -77,7 +79,11 @@ class Orchestrator:
     def state(self) -> dict[str, Any]:
         position = {**self.position.__dict__}
         return {
-            "position": {**position, "losses": list(position["losses"]), "skipped": list(position["skipped"])},
+            "position": {
+                **position,
+                "losses": list(position["losses"]),
+                "skipped": list(position["skipped"]),
+            },
             "ramps": [ramp.to_json() for ramp in self.ramps],
         }
 
@@ -97,8 +103,11 @@ class Orchestrator:
             val_loss: of the evaluation just made at this boundary, or None.
             look_at_clock: whether waits in seconds are looked at now; the same on every rank.
         """
-        self._move_ramps()
         position = self.position
+        if position.round_iter == self.run.progress.iter and not position.round_open:
+            return
+        position.round_iter = self.run.progress.iter
+        self._move_ramps()
         if position.round_open:
             # Resumed in the middle of a chain: the entries left in it see what the ones before them saw.
             val_loss = position.round_loss
@@ -107,11 +116,13 @@ class Orchestrator:
         position.round_open, position.round_loss = True, val_loss
         measured_now = val_loss is not None
         while self.head is not None:
-            entry = self.head
-            reason = self._due(entry, look_at_clock)
+            reason = self._due(self.head, look_at_clock)
             if reason is None:
                 break
-            if not self._fire(entry, reason, measured_now):
+            outcome = self._fire(self.head, reason, measured_now)
+            if outcome == "interrupted":
+                return  # the round stays open: a checkpoint made now resumes inside it
+            if outcome == "round ends":
                 break
             measured_now = False  # the model has changed since that measurement
         position.round_open, position.round_loss = False, None
@@ -144,22 +155,24 @@ class Orchestrator:
 
     # ------------------------------------------------------------------------------------------ firing
 
-    def _fire(self, entry: Entry, reason: str, measured_now: bool) -> bool:
-        """Carry out one entry. True when the round goes on with the next entry."""
+    def _fire(
+        self, entry: Entry, reason: str, measured_now: bool
+    ) -> Literal["next", "round ends", "interrupted"]:
+        """Carry out one entry, and say how the round goes on."""
         run, journal = self.run, self.journal
         journal.event("decision", entry=entry.number, name=entry.operation.name, reason=reason)
         loss_before = self.position.round_loss if measured_now else None
         if entry.reevaluate and not measured_now:
             loss_before = self.measure("before an operation")
             if loss_before is None:
-                return False  # a signal came; the entry stays at the head, its round stays open
+                return "interrupted"  # by a signal: the entry stays at the head
         before, started = run.settings, time.perf_counter()
         try:
             with run.stopwatch.part("operation"):
                 self._apply(entry)
         except (ScheduleError, OperationFailed) as error:
             self._failed(entry, error)
-            return True
+            return "next"
         run.check_ranks_agree(str(entry))
         self._advance()
         seconds = time.perf_counter() - started
@@ -182,11 +195,12 @@ class Orchestrator:
             parameters_total=total,
             parameters_trainable=trainable,
         )
-        if run.settings.checkpoints_asked != before.checkpoints_asked:
-            self.position.round_open = not entry.reevaluate
-            self.save("asked for by the schedule")
         # A stop ends the round too: what follows belongs to whoever goes on from here.
-        return not entry.reevaluate and run.settings.stops_asked == before.stops_asked
+        round_ends = entry.reevaluate or run.settings.stops_asked != before.stops_asked
+        if run.settings.checkpoints_asked != before.checkpoints_asked:
+            self.position.round_open = not round_ends
+            self.save("asked for by the schedule")
+        return "round ends" if round_ends else "next"
 
     def _apply(self, entry: Entry) -> None:
         """Plan, check and adopt. Raises ScheduleError or OperationFailed with the run as it was."""
@@ -223,7 +237,9 @@ class Orchestrator:
             on_error=entry.on_error,
         )
         if not skip:
-            raise OperationFailed(f"entry {entry.number} ({entry}) failed and the run is as before: {error}") from error
+            raise OperationFailed(
+                f"entry {entry.number} ({entry}) failed and the run is as before: {error}"
+            ) from error
         self.position.skipped += (entry.number,)
         self._advance()
 
@@ -245,7 +261,12 @@ class Orchestrator:
             for name, value in ramp.at(iteration).items():
                 settings = with_field(settings, name, value)
             if ramp.done(iteration):
-                self.journal.event("decision", entry=ramp.entry, name=ramp.name, reason=f"reached after {ramp.over} iterations")
+                self.journal.event(
+                    "decision",
+                    entry=ramp.entry,
+                    name=ramp.name,
+                    reason=f"reached after {ramp.over} iterations",
+                )
         self.ramps = [ramp for ramp in self.ramps if not ramp.done(iteration)]
         if settings != self.run.settings:
             self.run.adopt(settings)

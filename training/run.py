@@ -122,7 +122,7 @@ class Run:
     def step(self) -> StepResult:
         """One optimizer step on the next samples of the stream."""
         s, p, ranks = self.settings, self.progress, self.ranks
-        lr = learning_rate(s, p.iter - p.lr_start_iter)
+        lr = self.current_lr()
         micro_steps = range(ranks.rank, s.grad_accum, ranks.world_size)
         total = torch.zeros((), device=self.device)
         for micro in micro_steps:
@@ -143,7 +143,8 @@ class Run:
                 with self.stopwatch.part("data"):
                     following = p.samples + s.samples_per_iter + ranks.rank * s.batch_size
                     self._prefetch(
-                        following if last else p.samples + (micro + ranks.world_size) * s.batch_size, s.batch_size
+                        following if last else p.samples + (micro + ranks.world_size) * s.batch_size,
+                        s.batch_size,
                     )
         with self.stopwatch.part("optimizer"):
             grad_norm = None
@@ -164,7 +165,9 @@ class Run:
     def _seed_dropout(self, micro: int) -> None:
         """Dropout is a function of (seed, iteration, micro-step): equal after a resume and for any number of ranks."""
         if self.settings.model.dropout > 0:
-            words = np.random.SeedSequence([self.config.seed, self.progress.iter, micro]).generate_state(1, np.uint64)
+            words = np.random.SeedSequence([self.config.seed, self.progress.iter, micro]).generate_state(
+                1, np.uint64
+            )
             torch.manual_seed(int(words[0]) >> 1)
 
     def _batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,7 +281,9 @@ class Run:
         if shape_of(target) != shape_of(self.settings):
             if reshape is None:
                 raise ValueError("the target has another shape and nothing says how to get there")
-            seed = np.random.SeedSequence([self.config.seed, self.progress.iter, 1]).generate_state(1, np.uint64)
+            seed = np.random.SeedSequence([self.config.seed, self.progress.iter, 1]).generate_state(
+                1, np.uint64
+            )
             generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
             model, lineage = reshape(self.model, target.model, generator)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -313,12 +318,11 @@ def needs_agreement(before: Settings, after: Settings) -> bool:
 
 
 def _bit_sums(tensor: torch.Tensor) -> torch.Tensor:
-    """Two integers made of the tensor's bits, the same whatever the order of summation; (2,) int64."""
+    """Two integers made of the tensor's bits, whatever the order of summation; (2,) int64 on the CPU."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    values = tensor.contiguous().reshape(-1).view(bits).to(torch.int64)
-    # The second sum weighs by position (modulo a prime), so that values which changed places are seen.
-    weights = torch.arange(values.numel(), device=values.device) % 65521 + 1
-    return torch.stack([values.sum(), (values * weights).sum()]).to("cpu")
+    values = tensor.contiguous().reshape(-1).view(bits)
+    # The second sum skips every other value, so that neighbours which changed places are seen.
+    return torch.stack([values.sum(dtype=torch.int64), values[::2].sum(dtype=torch.int64)]).cpu()
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -334,7 +338,9 @@ def pick_device(name: str, local_rank: int) -> torch.device:
             raise ValueError(f"device: got {name!r}, but torch {torch.__version__} sees no CUDA device here")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(f"device: cuda:{index} is asked for and there are {torch.cuda.device_count()} CUDA devices")
+            raise ValueError(
+                f"device: cuda:{index} is asked for and there are {torch.cuda.device_count()} CUDA devices"
+            )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device: got {name!r}, but torch sees no mps device here")

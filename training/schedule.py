@@ -101,7 +101,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given twice", key_node.start_mark
+                )
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -113,7 +115,9 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 # Plain integers must still be integers: the resolver that was added last is asked last, and int comes first.
@@ -187,12 +191,16 @@ def parse_schedule(text: str, source: str) -> Schedule:
             if key != "operations":
                 problems.append(f"{source}: unknown key {shown(key)} beside `operations`")
         if "operations" not in document:
-            raise Refused([*problems, f"{source}: a mapping needs the key `operations` with a list of entries"])
+            raise Refused(
+                [*problems, f"{source}: a mapping needs the key `operations` with a list of entries"]
+            )
         document = document["operations"]
     if document is None:
         document = []
     if not isinstance(document, list):
-        raise Refused(f"{source}: a schedule is a list of entries (or {{operations: [...]}}), got {shown(document)}")
+        raise Refused(
+            f"{source}: a schedule is a list of entries (or {{operations: [...]}}), got {shown(document)}"
+        )
 
     entries = []
     for i, given in enumerate(document):
@@ -240,7 +248,8 @@ def _entry(number: int, line: int, given: Any) -> Entry:
             triggers.append(trigger(value=fields[name]))
         except ValidationError as error:
             problems += [
-                f"{title}{'.'.join([name, *map(str, loc[1:])])} {message}" for loc, message in problems_of(error)
+                f"{title}{'.'.join([name, *map(str, loc[1:])])} {message}"
+                for loc, message in problems_of(error)
             ]
     if operation and common and common.over and not operation.ramps:
         problems.append(f"{title}`over` moves a number gradually; {operation.name} cannot be moved so")
@@ -249,7 +258,9 @@ def _entry(number: int, line: int, given: Any) -> Entry:
     try:
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        problems.append(f"{title}only text, numbers, true, false, null, lists and mappings are allowed in an entry")
+        problems.append(
+            f"{title}only text, numbers, true, false, null, lists and mappings are allowed in an entry"
+        )
     if problems or operation is None or common is None:
         raise ScheduleError(problems)
     return Entry(
@@ -353,9 +364,7 @@ class Ramp:
     @classmethod
     def between(cls, entry: Entry, before: Settings, after: Settings, start_iter: int) -> Ramp:
         assert entry.over
-        fields = {
-            name: (get_field(before, name), get_field(after, name)) for name in entry.operation.touches
-        }
+        fields = {name: (get_field(before, name), get_field(after, name)) for name in entry.operation.touches}
         return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields)
 
     def done(self, iteration: int) -> bool:

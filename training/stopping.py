@@ -64,5 +64,3 @@ class NoSignals:
 
     def poll(self) -> int:
         return 0
-
-

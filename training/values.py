@@ -42,9 +42,7 @@ def problems_of(error: ValidationError) -> list[tuple[tuple[int | str, ...], str
     """pydantic's errors as (location, 'what is allowed, got what was given') pairs in plain words."""
     found = []
     for detail in error.errors(include_url=False, include_context=True):
-        location = tuple(
-            part for part in detail["loc"] if not (isinstance(part, str) and "[" in part)
-        )
+        location = tuple(part for part in detail["loc"] if not (isinstance(part, str) and "[" in part))
         message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         if detail["type"] == "missing":
             found.append((location, "is missing"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Strict
 
 from training.errors import ScheduleError
 from training.operations.base import Operation, operation
@@ -126,7 +128,7 @@ class SetBetas(Operation):
 
     touches: ClassVar = ("beta1", "beta2")
     ramps: ClassVar = True
-    value: tuple[Fraction, Fraction]
+    value: Annotated[tuple[Fraction, Fraction], Strict(False)]
 
     def plan(self, settings: Settings) -> Settings:
         return replace(settings, beta1=self.value[0], beta2=self.value[1])

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Strict
 
 from model.config import LoraSpec, ModelConfig
 from model.gpt import GPT
@@ -59,7 +60,7 @@ class LoraOperation(Operation):
 class SetLayerLoraRank(LoraOperation):
     """Set the LoRA rank of the named layers: [names, rank], e.g. ["attn.2", 16] or [["attn.*", "mlp.0"], 8]."""
 
-    value: tuple[LayerNames, NonNegativeInt]
+    value: Annotated[tuple[LayerNames, NonNegativeInt], Strict(False)]
 
     def plan(self, settings: Settings) -> Settings:
         return with_rank(settings, layers(settings.model, self.value[0]), self.value[1])

@@ -1,0 +1,302 @@
+"""The token stream: a batch is a pure function of (seed, global sample index).
+
+A .bin file is memory-mapped and cut into windows of block_size tokens; every pass visits each of its windows once, in
+an order that a keyed permutation gives without storing it. So there is no state to save and no epoch in memory: any
+sample can be asked for at any time, and the stream goes on without a gap or a repeat when batch size, accumulation
+or the number of processes change. Nothing here knows torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_ROUNDS = 4
+_EVALUATION_KEY = 0x5EED_0F_E7A1
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+class TokenFile:
+    """A memory-mapped file of token ids, read-only.
+
+    Args:
+        dtype: of the file, little-endian unsigned integers.
+        remap: array from old token id to new one, applied to what is read.
+
+    Raises ValueError for a file that is missing, empty or no whole number of tokens.
+    """
+
+    def __init__(self, path: str | Path, dtype: str = "uint16", remap: np.ndarray | None = None) -> None:
+        self.path = Path(path)
+        self.dtype = np.dtype(dtype)
+        self.remap = remap
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        if size == 0 or size % self.dtype.itemsize:
+            raise ValueError(
+                f"{path}: {size} bytes are not a whole number of {self.dtype} tokens (at least 1)"
+            )
+        self.tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over length, type and 64 evenly spaced samples of 64 KiB: cheap for a file of any size."""
+        digest = hashlib.sha256(f"{len(self)} {self.dtype}".encode())
+        piece = 65536 // self.dtype.itemsize
+        last = max(0, len(self) - piece)
+        for start in sorted({last * i // 63 for i in range(64)}):
+            digest.update(self.tokens[start : start + piece].tobytes())
+        if self.remap is not None:
+            digest.update(np.ascontiguousarray(self.remap).tobytes())
+        return digest.hexdigest()
+
+    def require(self, block_size: int) -> None:
+        """Raises ValueError when the file has not one window of block_size tokens and the token after it."""
+        if len(self) < block_size + 1:
+            raise ValueError(
+                f"{self.path}: {len(self)} tokens are too few for block_size {block_size} (at least {block_size + 1})"
+            )
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a data folder says about its tokens. An absent meta means GPT-2 BPE, nanoGPT's convention."""
+
+    vocab_size: int | None = None
+    dtype: str = "uint16"
+    tokenizer: str = "gpt2"
+    itos: tuple[str, ...] = ()
+    """For tokenizer "char": the character of each id."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "vocab_size": self.vocab_size,
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer,
+            "itos": list(self.itos),
+        }
+
+    @classmethod
+    def from_json(cls, values: Any, place: str = "meta.json") -> Meta:
+        """Raises ValueError for what is not a meta of ours."""
+        if not isinstance(values, dict) or values.get("format") != 1:
+            raise ValueError(f"{place}: not a meta of format 1")
+        vocab_size, itos = values.get("vocab_size"), values.get("itos") or []
+        if vocab_size is not None and (type(vocab_size) is not int or vocab_size < 1):
+            raise ValueError(f"{place}: vocab_size must be a whole number of at least 1, got {vocab_size!r}")
+        if values.get("dtype", "uint16") not in ("uint8", "uint16", "uint32"):
+            raise ValueError(f"{place}: dtype must be uint8, uint16 or uint32, got {values.get('dtype')!r}")
+        if values.get("tokenizer") not in ("char", "gpt2"):
+            raise ValueError(f"{place}: tokenizer must be char or gpt2, got {values.get('tokenizer')!r}")
+        if not isinstance(itos, list) or not all(isinstance(c, str) for c in itos):
+            raise ValueError(f"{place}: itos must be a list of texts")
+        return cls(vocab_size, values.get("dtype", "uint16"), values["tokenizer"], tuple(itos))
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, texts and numbers; a pickle that names any class or function is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_meta(folder: Path) -> Meta:
+    """meta.json, else nanoGPT's meta.pkl (read without running anything in it), else GPT-2 BPE. Raises ValueError."""
+    path = folder / "meta.json"
+    if path.exists():
+        try:
+            return Meta.from_json(json.loads(path.read_text("utf-8")), str(path))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+    path = folder / "meta.pkl"
+    if not path.exists():
+        return Meta()
+    try:
+        values = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a broken pickle can raise nearly anything
+        raise ValueError(f"{path}: not a plain nanoGPT meta.pkl ({error})") from None
+    if not isinstance(values, dict) or type(values.get("vocab_size")) is not int or values["vocab_size"] < 1:
+        raise ValueError(f"{path}: needs a vocab_size")
+    itos = values.get("itos")
+    if not isinstance(itos, dict):
+        return Meta(values["vocab_size"])
+    characters = tuple(str(itos.get(i, "\ufffd")) for i in range(values["vocab_size"]))
+    return Meta(values["vocab_size"], tokenizer="char", itos=characters)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data folder: train.bin, val.bin and what they mean."""
+
+    train: TokenFile
+    val: TokenFile
+    meta: Meta
+    name: str = ""
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"train": self.train.fingerprint(), "val": self.val.fingerprint()}
+
+
+def find_folder(name: str) -> Path:
+    """The folder of a data set: data/NAME where there is one beside this file, else NAME as a path."""
+    shipped = Path(__file__).parent / name
+    return shipped if shipped.is_dir() else Path(name)
+
+
+def open_data(name: str, block_size: int, remap: np.ndarray | None = None) -> DataSet:
+    """Open a data set by its name under data/ or by its path. Raises ValueError with what is missing."""
+    folder = find_folder(name)
+    if not (folder / "train.bin").exists() or not (folder / "val.bin").exists():
+        script = folder / "prepare.py"
+        how = f"make them with: python data/{name}/prepare.py" if script.exists() else "a data set has both"
+        raise ValueError(f"dataset {name}: no train.bin and val.bin in {folder}; {how}")
+    meta = read_meta(folder)
+    data = DataSet(
+        TokenFile(folder / "train.bin", meta.dtype, remap),
+        TokenFile(folder / "val.bin", meta.dtype, remap),
+        meta,
+        name,
+    )
+    data.train.require(block_size)
+    data.val.require(block_size)
+    return data
+
+
+def read_remap(path: str | Path, old_size: int | None, new_size: int) -> np.ndarray:
+    """A vocabulary remapping: .npy or .json array of new ids by old id, all in [0, new_size). Raises ValueError."""
+    try:
+        if str(path).endswith(".json"):
+            array = np.array(json.loads(Path(path).read_text("utf-8")))
+        else:
+            array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"vocab_remapping_file {path}: not a readable .npy or .json array ({error})"
+        ) from None
+    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
+        raise ValueError(f"vocab_remapping_file {path}: must be one list of whole numbers")
+    if array.min() < 0 or array.max() >= new_size:
+        raise ValueError(
+            f"vocab_remapping_file {path}: new ids go from {array.min()} to {array.max()}, "
+            f"allowed 0 to {new_size - 1} (shrunken_vocab_size {new_size})"
+        )
+    if old_size is not None and len(array) < old_size:
+        raise ValueError(f"vocab_remapping_file {path}: {len(array)} entries for a vocabulary of {old_size}")
+    return array.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------- the order of windows
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014): every input bit reaches every output bit. uint64, wraps around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@functools.lru_cache(maxsize=64)
+def _keys(seed: int, number: int) -> np.ndarray:
+    """Round keys of the permutation of one pass, and one more word for its phase; (_ROUNDS + 1,) uint64."""
+    counter = np.arange(1, _ROUNDS + 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    start = _mix(np.array([seed & (2**64 - 1)], dtype=np.uint64) + np.uint64(0x632BE59BD9B4E019))
+    return _mix(_mix(start ^ np.uint64(number)) + counter)
+
+
+def permute(index: np.ndarray, n: int, seed: int, number: int) -> np.ndarray:
+    """A bijection of range(n), keyed by (seed, number): the images of `index`, int64.
+
+    A balanced Feistel network on the smallest even number of bits that holds n; an image outside range(n) is sent
+    through again (cycle walking, Black and Rogaway 2002), fewer than four times on average.
+    """
+    if n == 1:
+        return np.zeros_like(index)
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = _keys(seed, number)
+    size = np.uint64(n)
+    values = _feistel(index.astype(np.uint64), half, mask, keys)
+    outside = values >= size
+    while outside.any():
+        values[outside] = _feistel(values[outside], half, mask, keys)
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, half: np.uint64, mask: np.uint64, keys: np.ndarray) -> np.ndarray:
+    left, right = values >> half, values & mask
+    for key in keys[:_ROUNDS]:
+        left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << half) | right
+
+
+def windows_per_pass(n_tokens: int, block_size: int) -> int:
+    """How many windows one pass has: as many as fit behind any phase, at least one."""
+    return max(1, (n_tokens - block_size) // block_size)
+
+
+def window_starts(seed: int, first: int, count: int, n_tokens: int, block_size: int) -> np.ndarray:
+    """First tokens of samples first .. first + count - 1, (count,) int64; each window and the token after it fit.
+
+    Pass p shifts its grid of windows by a phase in [0, block_size), 0 in the first, so that a data set seen many times
+    is cut differently each time. At most block_size tokens at the two ends are left out of a pass.
+    """
+    n = windows_per_pass(n_tokens, block_size)
+    samples = np.arange(first, first + count, dtype=np.int64)
+    passes = samples // n
+    starts = np.empty(count, dtype=np.int64)
+    for number in range(first // n, (first + count - 1) // n + 1):
+        here = passes == number
+        phases = min(block_size, n_tokens - n * block_size)
+        phase = int(_keys(seed, number)[-1] % np.uint64(phases)) if number else 0
+        starts[here] = phase + block_size * permute(samples[here] - number * n, n, seed, number)
+    return starts
+
+
+def eval_windows(tokens: TokenFile, count: int, block_size: int) -> np.ndarray:
+    """First tokens of the windows of an evaluation: fixed, never one twice; a larger count extends a smaller one's."""
+    n = max(1, (len(tokens) - 1) // block_size)
+    return block_size * permute(np.arange(min(count, n), dtype=np.int64), n, _EVALUATION_KEY, 0)
+
+
+def gather(tokens: TokenFile, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y), each (len(starts), block_size) int64: the windows and, one further, what follows each token."""
+    windows = tokens.tokens[starts[:, None] + np.arange(block_size + 1)]
+    windows = windows.astype(np.int64) if tokens.remap is None else tokens.remap[windows]
+    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The training samples of a file in the order of a seed. Holds no position: ask for any sample at any time."""
+
+    tokens: TokenFile
+    seed: int
+
+    def batch(self, first: int, count: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples first .. first + count - 1 as (x, y), each (count, block_size) int64."""
+        starts = window_starts(self.seed, first, count, len(self.tokens), block_size)
+        return gather(self.tokens, starts, block_size)
+
+    def passes(self, samples: int, block_size: int) -> float:
+        """How often the data set has been seen after so many samples."""
+        return samples / windows_per_pass(len(self.tokens), block_size)
+
+    def coverage(self, samples: int, block_size: int) -> float:
+        """The share of the data set's windows seen at least once."""
+        return min(1.0, self.passes(samples, block_size))

@@ -1,0 +1,1 @@
+"""The model room: one GPT built from one ModelConfig, its adapters, its surgery and its files. Knows no training."""

@@ -1,0 +1,192 @@
+"""What a model is, as plain values: ModelConfig, and the names of its layers.
+
+A ModelConfig alone decides every parameter's name and shape. It is frozen, compares by value and goes through JSON
+unchanged. This file imports no torch: shapes can be reasoned about without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "activation": ("gelu", "gelu_tanh", "relu2", "swiglu"),
+    "position": ("learned", "rotary"),
+}
+# Leaf layers of one block in the order of the model, and the suffix of the module that holds each.
+BLOCK_LAYERS = ("ln_1", "attn", "ln_2", "mlp")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """One layer's adapter: rank of its factors and alpha; their product is scaled by alpha / rank."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT. GPT-2 (124M, without biases) by default; Llama by norm, activation, position and tying.
+
+    n_kv_head, head_size and n_hidden may be given as None and are filled in: n_head, n_embd / n_head, and 4 * n_embd
+    (SwiGLU: 8/3 * n_embd, rounded up to a multiple of 64). Who replaces n_embd gives them anew too. Raises ValueError
+    with everything that is impossible about the shape.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = None  # type: ignore[assignment]
+    n_embd: int = 768
+    head_size: int = None  # type: ignore[assignment]
+    n_hidden: tuple[int, ...] = None  # type: ignore[assignment]
+    """Hidden width of each block's MLP; one whole number means the same for all."""
+    dropout: float = 0.0
+    bias: bool = False
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    activation: str = "gelu"
+    position: str = "learned"
+    rotary_base: float = 10000.0
+    tie_weights: bool = True
+    lora: dict[str, LoraSpec] = field(default_factory=dict)
+    """Leaf layer name -> adapter, for attn.N, mlp.N, wte and (untied) lm_head."""
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        problems = [
+            f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}"
+            for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        if self.n_kv_head is None:
+            put("n_kv_head", self.n_head)
+        if self.head_size is None:
+            if self.n_embd % self.n_head:
+                problems.append(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+            put("head_size", max(1, self.n_embd // self.n_head))
+        if self.n_hidden is None:
+            width = 4 * self.n_embd
+            if self.activation == "swiglu":
+                # Three matrices instead of two: 8/3 keeps the parameters of a 4x MLP (Shazeer 2020, arXiv:2002.05202).
+                width = -(-8 * self.n_embd // (3 * 64)) * 64
+            put("n_hidden", width)
+        if isinstance(self.n_hidden, int):
+            put("n_hidden", (self.n_hidden,) * self.n_layer)
+        put("n_hidden", tuple(self.n_hidden))
+        if len(self.n_hidden) != self.n_layer:
+            problems.append(f"n_hidden has {len(self.n_hidden)} widths for {self.n_layer} layers")
+        problems += [f"n_hidden must be at least 1, got {width!r}" for width in self.n_hidden if width < 1]
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            problems.append(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.position == "rotary" and self.head_size % 2:
+            problems.append(f"rotary positions need an even head size, got {self.head_size}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
+        put("lora", {name: self.lora[name] for name in layer_names(self) if name in self.lora} | self.lora)
+        for name, spec in self.lora.items():
+            limit = self._largest_rank(name)
+            if not limit:
+                problems.append(
+                    f"{name} cannot carry a LoRA adapter; attn.N, mlp.N, wte and an untied lm_head can"
+                )
+            elif not 1 <= spec.rank <= limit:
+                problems.append(
+                    f"LoRA rank of {name} must be from 1 to {limit} (0 removes it), got {spec.rank}"
+                )
+            elif not spec.alpha > 0:
+                problems.append(f"LoRA alpha of {name} must be positive, got {spec.alpha}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _largest_rank(self, name: str) -> int:
+        """The full rank of the layer's smallest matrix; 0 for a layer that takes no adapter or does not exist."""
+        if name not in layer_names(self):
+            return 0
+        kind, _, index = name.partition(".")
+        match kind:
+            case "attn":
+                return min(self.n_embd, self.n_head * self.head_size)
+            case "mlp":
+                return min(self.n_embd, self.n_hidden[int(index)])
+            case "wte" | "lm_head":
+                return min(self.n_embd, self.vocab_size)
+        return 0
+
+    def to_json(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        lora = {name: {"rank": spec.rank, "alpha": spec.alpha} for name, spec in self.lora.items()}
+        return {**values, "n_hidden": list(self.n_hidden), "lora": lora}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ModelConfig:
+        """The inverse of to_json. Raises ValueError for an unknown field or an impossible shape."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"model configuration: unknown fields {', '.join(unknown)}")
+        lora = {name: LoraSpec(**spec) for name, spec in values.get("lora", {}).items()}
+        return cls(**{**values, "lora": lora})
+
+
+def layer_names(config: ModelConfig) -> list[str]:
+    """All leaf layers in model order; no wpe with rotary positions, no lm_head when it is tied to wte."""
+    names = ["wte"] + (["wpe"] if config.position == "learned" else [])
+    names += [f"{kind}.{n}" for n in range(config.n_layer) for kind in BLOCK_LAYERS]
+    return names + ["ln_f"] + ([] if config.tie_weights else ["lm_head"])
+
+
+def expand_layers(config: ModelConfig, names: str | Sequence[str]) -> list[str]:
+    """The leaf layers that one name, a glob or a list of them stands for, in model order.
+
+    block.N stands for its four leaves, and lm_head for wte where they are tied. Raises ValueError for a name that
+    matches nothing.
+    """
+    leaves = layer_names(config)
+    blocks = {f"block.{n}": [f"{kind}.{n}" for kind in BLOCK_LAYERS] for n in range(config.n_layer)}
+    groups = {**{name: [name] for name in leaves}, **blocks}
+    if config.tie_weights:
+        groups["lm_head"] = ["wte"]
+    found: set[str] = set()
+    for name in [names] if isinstance(names, str) else names:
+        matched = [group for group in groups if fnmatch.fnmatchcase(group, name)]
+        if not matched:
+            close = difflib.get_close_matches(name, groups, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            last = config.n_layer - 1
+            raise ValueError(
+                f"no layer is called {name!r}: there are {', '.join(n for n in leaves if '.' not in n)} and "
+                f"attn, mlp, ln_1, ln_2, block .0 to .{last}, or a glob such as 'attn.*'{hint}"
+            )
+        for group in matched:
+            found.update(groups[group])
+    return [name for name in leaves if name in found]
+
+
+_BLOCK_PARAMETER = re.compile(r"transformer\.h\.(\d+)\.(\w+)\.")
+
+
+def layer_of_parameter(name: str) -> str:
+    """The leaf layer that a parameter belongs to: transformer.h.3.attn.c_attn.weight -> attn.3."""
+    if match := _BLOCK_PARAMETER.match(name):
+        return f"{match[2]}.{match[1]}"
+    return name.removeprefix("transformer.").split(".")[0]

@@ -1,0 +1,321 @@
+"""One GPT, built from one ModelConfig and nothing else.
+
+GPT-2 style (learned positions, LayerNorm, GELU, tied head) and Llama style (rotary positions, RMSNorm, SwiGLU,
+grouped-query attention, untied head) are settings of the same blocks. Parameters carry nanoGPT's names. The model
+knows no optimizer, no data and no schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+Cache = list[tuple[Tensor, Tensor]]
+"""Keys and values of the positions seen, one pair a block, each (batch, n_kv_head, positions, head_size)."""
+
+
+class Dropout(nn.Module):
+    """Dropout whose probability may change while compiled blocks stay compiled: it lives in a tensor.
+
+    At 0 it costs one comparison and leaves no trace in a compiled graph.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.active = p > 0
+        self.register_buffer("keep", torch.tensor(1.0 - p), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.active):
+            return x
+        mask = (torch.rand_like(x, dtype=torch.float32) < self.keep).to(x.dtype)
+        return x * mask / self.keep.to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as in Hugging Face's Llama."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+@torch.compiler.disable
+def _attention_with_dropout(attn: Attention, q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> Tensor:
+    """Outside compiled graphs, because the probability is a constant of the fused kernels' signature."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=attn.dropout_p, is_causal=True, enable_gqa=gqa)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; c_attn makes query, key and value in this order, c_proj brings the heads back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
+        self.widths = [config.n_head * config.head_size, *[config.n_kv_head * config.head_size] * 2]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
+        self.resid_dropout = Dropout(config.dropout)
+        self.dropout_p = config.dropout
+        self.dropout_active = config.dropout > 0
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(batch, time, n_embd) -> the same, and keys and values so far (for a cache)."""
+        batch, time, _ = x.shape
+        q, k, v = self.c_attn(x).split(self.widths, dim=2)
+        q = q.view(batch, time, self.n_head, self.head_size).transpose(1, 2)
+        k = k.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
+        v = v.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
+        if rope is not None:
+            q, k = _rotate(q, *rope), _rotate(k, *rope)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        gqa = self.n_head != self.n_kv_head
+        if self.training and self.dropout_active:
+            y = _attention_with_dropout(self, q, k, v, gqa)
+        elif past is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        else:
+            # New queries see everything cached and, among themselves, what is before them.
+            mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - time)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        y = y.transpose(1, 2).reshape(batch, time, self.widths[0])
+        return self.resid_dropout(self.c_proj(y)), (k, v)
+
+
+class MLP(nn.Module):
+    """n_embd -> n_hidden -> n_embd with GELU, squared ReLU (So et al. 2021, arXiv:2109.08668) or SwiGLU."""
+
+    def __init__(self, config: ModelConfig, n_hidden: int) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.c_fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        if config.activation == "swiglu":
+            self.c_gate = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c_fc(x)
+        if self.activation == "gelu":
+            h = F.gelu(h)
+        elif self.activation == "gelu_tanh":
+            h = F.gelu(h, approximate="tanh")
+        elif self.activation == "relu2":
+            h = F.relu(h).square()
+        else:
+            h = F.silu(self.c_gate(x)) * h
+        return self.dropout(self.c_proj(h))
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class Block(nn.Module):
+    """One transformer block, normed before each half."""
+
+    def __init__(self, config: ModelConfig, n_hidden: int) -> None:
+        super().__init__()
+        self.ln_1 = _norm(config)
+        self.attn = Attention(config)
+        self.ln_2 = _norm(config)
+        self.mlp = MLP(config, n_hidden)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        attended, present = self.attn(self.ln_1(x), rope, past)
+        x = x + attended
+        return x + self.mlp(self.ln_2(x)), present
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer language model; `config` says all there is to know about its shape."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        parts["drop"] = Dropout(config.dropout)
+        parts["h"] = nn.ModuleList(Block(config, n_hidden) for n_hidden in config.n_hidden)
+        parts["ln_f"] = _norm(config)
+        self.transformer = nn.ModuleDict(parts)
+        if not config.tie_weights:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Tables made of the configuration alone: not saved, and made again after construction on the meta device.
+        self.register_buffer("rope_cos", torch.empty(0), persistent=False)
+        self.register_buffer("rope_sin", torch.empty(0), persistent=False)
+        self.reset_buffers(self.transformer["wte"].weight.device)
+        if config.lora:
+            from model.lora import attach  # peft's layers wrap what is built here
+
+            attach(self)
+
+    def reset_buffers(self, device: torch.device) -> None:
+        """Make the buffers (rotary tables, dropout) anew on a device: for a model that was built on meta."""
+        config = self.config
+        if config.position == "rotary":
+            half = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device) / config.head_size
+            angles = torch.outer(
+                torch.arange(config.block_size, dtype=torch.float32, device=device), config.rotary_base**-half
+            ).repeat(1, 2)
+            self.rope_cos, self.rope_sin = angles.cos(), angles.sin()
+        else:
+            self.rope_cos = self.rope_sin = torch.empty(0, device=device)
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.keep = torch.tensor(1.0 - config.dropout, device=device)
+
+    def _hidden(self, idx: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+        """The normed residual stream (batch, time, n_embd) of tokens that follow what `past` has seen."""
+        start = past[0][0].shape[2] if past else 0
+        end = start + idx.shape[1]
+        assert end <= self.config.block_size, (
+            f"{end} positions in a model of block_size {self.config.block_size}"
+        )
+        x = self.transformer["wte"](idx)
+        rope = None
+        if self.config.position == "learned":
+            x = x + self.transformer["wpe"](torch.arange(start, end, device=idx.device))
+        else:
+            rope = (self.rope_cos[start:end], self.rope_sin[start:end])
+        x = self.transformer["drop"](x)
+        present: Cache = []
+        for i, block in enumerate(self.transformer["h"]):
+            x, keys_values = block(x, rope, past[i] if past else None)
+            present.append(keys_values)
+        return self.transformer["ln_f"](x), present
+
+    def _head(self, x: Tensor) -> Tensor:
+        if not self.config.tie_weights:
+            return self.lm_head(x)
+        if "wte" in self.config.lora:
+            from model.lora import tied_logits
+
+            return tied_logits(self.transformer["wte"], x)
+        return F.linear(x, self.transformer["wte"].weight)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits, and with targets the loss.
+
+        Args:
+            idx: token ids, (batch, time), time at most block_size.
+            targets: the token that follows each, same shape; -1 where none counts.
+
+        Returns:
+            (logits (batch, time, vocab), mean cross entropy in nats ()) with targets, else (logits of the last
+            position (batch, 1, vocab), None).
+        """
+        x, _ = self._hidden(idx)
+        if targets is None:
+            return self._head(x[:, -1:]), None
+        logits = self._head(x)
+        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1)
+        return logits, loss
+
+    def logits(self, idx: Tensor) -> Tensor:
+        """Logits of every position, (batch, time, vocab)."""
+        return self._head(self._hidden(idx)[0])
+
+    def extend(self, idx: Tensor, past: Cache | None) -> tuple[Tensor, Cache]:
+        """Logits of the last of some new tokens, (batch, vocab), and the cache with them in it."""
+        x, present = self._hidden(idx, past)
+        return self._head(x[:, -1]), present
+
+
+def init_weights(model: GPT, seed: int) -> None:
+    """Fresh weights from a seed, the same on every rank and device; no global random state is used.
+
+    Normal with 0.02; the projections that write to the residual stream with 0.02 / sqrt(2 * n_layer) (GPT-2). Drawn
+    in the order of the parameters, on the CPU. Adapters start so that they add nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual = 0.02 / math.sqrt(2 * model.config.n_layer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                continue
+            if parameter.dim() < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                values = torch.empty(parameter.shape)
+                values.normal_(0.0, residual if "c_proj" in name else 0.02, generator=generator)
+                parameter.copy_(values)
+        if model.config.lora:
+            from model.lora import init_adapters
+
+            init_adapters(model, generator)
+
+
+def set_dropout(model: GPT, p: float) -> None:
+    """Change the dropout probability of the whole model in place; compiled blocks stay compiled."""
+    model.config = replace(model.config, dropout=p)
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.active = p > 0
+            module.keep.fill_(1.0 - p)
+        elif isinstance(module, Attention):
+            module.dropout_p = p
+            module.dropout_active = p > 0
+
+
+def compile_blocks(model: GPT) -> None:
+    """torch.compile each block by itself, in place: a block of a known shape reuses the graph that is there."""
+    for block in model.transformer["h"]:
+        block.compile()
+
+
+def crop_block_size(model: GPT, block_size: int) -> GPT:
+    """A model for shorter sequences with the same weights. Raises ValueError for longer ones."""
+    if block_size > model.config.block_size:
+        raise ValueError(f"block_size {block_size} is longer than the model's {model.config.block_size}")
+    weights = model.state_dict()
+    if model.config.position == "learned":
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size].clone()
+    return from_weights(replace(model.config, block_size=block_size), weights)
+
+
+def from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:
+    """A model that takes over these tensors by name, without initialising anything. Raises ValueError on a mismatch."""
+    with torch.device("meta"):
+        model = GPT(config)
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    problems = [f"missing {name}" for name in wanted if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise ValueError(f"weights do not fit the model: {shown}")
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.reset_buffers(next(iter(weights.values())).device)
+    return model
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Exact number of parameters, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Forward and backward FLOPs for one token: 6 N + 12 L H Q T (Chowdhery et al. 2022, arXiv:2204.02311, app. B).
+
+    N counts all parameters but the position table.
+    """
+    n = parameter_count(config) - (config.block_size * config.n_embd if config.position == "learned" else 0)
+    return 6.0 * n + 12.0 * config.n_layer * config.n_head * config.head_size * config.block_size

@@ -1,0 +1,191 @@
+"""Train a model while a schedule changes the run: the main command.
+
+    python train_orchestrated.py [CONFIG.py ...] [--schedule FILE] [--KEY=VALUE | --KEY VALUE ...]
+    torchrun --standalone --nproc_per_node=2 train_orchestrated.py config/x.py --schedule schedules/scale.yaml
+    python train_orchestrated.py CONFIG.py --schedule FILE --plan
+    python train_orchestrated.py --init_from=resume --out_dir=RUN [--learning_rate=3e-4 ...]
+
+The only place that wires everything. Bad input ends with a message and exit code 2, before anything is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from training import config as configuration
+from training import plan, setup
+from training.config import TrainConfig
+from training.distributed import Ranks
+from training.errors import Refused
+from training.loop import train
+from training.reporting import Reporter, Silent, rewind, start_wandb
+from training.session import Session
+from training.stopping import SignalWatch
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, str], bool]:
+    """The configuration, where each key was given, and whether only a plan is wanted. Raises Refused."""
+    parser = argparse.ArgumentParser(
+        prog="train_orchestrated.py",
+        description=__doc__,
+        epilog=configuration.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="train_orchestrated.py [CONFIG.py ...] [--schedule FILE] [--plan] [--KEY=VALUE | --KEY VALUE ...]",
+    )
+    parser.add_argument(
+        "files", nargs="*", metavar="CONFIG.py", help="files of plain assignments, later ones win"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="check everything, print the stages, train nothing"
+    )
+    for key in (*configuration.KEYS, *configuration.ALIASES):
+        # nargs="?" lets a switch such as --compile stand for --compile=True.
+        parser.add_argument(f"--{key}", nargs="?", const="True", action="append", help=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_intermixed_args(arguments)
+    given = [
+        (key, text)
+        for key in (*configuration.KEYS, *configuration.ALIASES)
+        for text in getattr(known, key) or []
+    ]
+    for text in unknown:
+        key, _, value = text.removeprefix("--").partition("=")
+        given.append((key, value))
+    config, places = configuration.resolve(known.files, given)
+    return config, places, known.plan
+
+
+def main(arguments: Sequence[str]) -> int:
+    config, given, plan_only = parse(arguments)
+    if plan_only:
+        print(plan.describe(config, given, int(os.environ.get("WORLD_SIZE", 1))))
+        return 0
+
+    # Everything that can be refused is refused before the processes meet and before anything is written.
+    resumed = setup.resume(config, given) if config.init_from == "resume" else None
+    if resumed is not None:
+        config, schedule = resumed.config, resumed.schedule
+    else:
+        schedule = setup.the_schedule(config)
+        refuse_to_overwrite(config)
+    device = setup.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    ranks = Ranks(device.type, config.backend)
+    run = setup.open_run(config, resumed, schedule, ranks)
+    run.check_ranks_agree("the start")
+
+    watch = SignalWatch(ranks)
+    with watch.installed():
+        reporter: Silent = Silent()
+        wandb_id = resumed.loaded.state["wandb_id"] if resumed else None
+        if ranks.is_first:
+            reporter, wandb_id = open_reporter(config, run, resumed, wandb_id)
+        session = Session(config, run, schedule, reporter, watch, wandb_id)
+        if resumed is not None:
+            session.orchestrator.load_state(resumed.loaded.state["orchestrator"])
+        announce(session, resumed, given)
+        code = 1
+        try:
+            code = train(session)
+        finally:
+            reporter.close(code)
+    ranks.close()
+    return code
+
+
+def refuse_to_overwrite(config: TrainConfig) -> None:
+    """A new run never starts over the checkpoints of another."""
+    from training import checkpoint
+
+    if not config.eval_only and checkpoint.find(config.out_dir):
+        raise Refused(
+            f"out_dir {config.out_dir} holds the checkpoints of a run: go on with it (--init_from=resume), "
+            "or give another --out_dir, or remove the folder"
+        )
+
+
+def open_reporter(config: TrainConfig, run, resumed, wandb_id: str | None) -> tuple[Reporter, str | None]:
+    """Make the run folder and everything that writes to it (rank 0)."""
+    out_dir = Path(config.out_dir)
+    if config.eval_only:
+        return Reporter(None, config.max_iters, run.progress.iter, None), None
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if resumed is not None:
+        rewind(out_dir, resumed.loaded.state["log_sizes"])
+    wandb_run = None
+    if config.wandb_log:
+        wandb_run = start_wandb(
+            config.wandb_project, config.wandb_run_name, wandb_id, config.model_dump(), out_dir
+        )
+        wandb_id = wandb_run.id
+    log_file = None
+    if config.file_logging:
+        log_file = Path(config.log_dir or config.out_dir) / f"{out_dir.name}.log"
+    return Reporter(out_dir, config.max_iters, run.progress.iter, log_file, wandb_run), wandb_id
+
+
+def announce(session: Session, resumed, given: dict[str, str]) -> None:
+    """Write down and say how this start begins."""
+    config, run = session.config, session.run
+    total, trainable = run.parameter_counts()
+    schedule = session.orchestrator.schedule
+    if run.ranks.is_first and not config.eval_only:
+        out_dir = Path(config.out_dir)
+        (out_dir / "config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n", "utf-8")
+        (out_dir / "schedule.yaml").write_text(schedule.text or "[]\n", "utf-8")
+    facts = {
+        "config": config.model_dump(),
+        "settings": run.settings.to_json(),
+        "world_size": run.ranks.world_size,
+        "device": str(run.device),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "parameters_total": total,
+        "parameters_trainable": trainable,
+        "tokens_per_iter": run.settings.tokens_per_iter,
+    }
+    if resumed is None:
+        session.event("start", **facts)
+    else:
+        path = str(resumed.loaded.path)
+        session.event("resume", checkpoint=path, set_aside=resumed.set_aside, **facts)
+        for problem in resumed.set_aside:
+            session.reporter.say(f"passed over: {problem}")
+        session.reporter.say(f"resumed from {path} at iteration {run.progress.iter}")
+        for override in resumed.overrides:
+            session.event("override", **override)
+            verb = "override" if override["applied"] else "not overridden"
+            session.reporter.say(
+                f"{verb}: {override['key']} {override['before']} -> {override['after']} ({override['reason']})"
+            )
+    session.reporter.say(
+        f"{total:,} parameters, {trainable:,} trainable; {run.settings.tokens_per_iter:,} tokens per iteration; "
+        f"{len(session.orchestrator.missed())} entries pending; {run.device}, {facts['dtype']}, "
+        f"{run.ranks.world_size} process{'es' if run.ranks.world_size > 1 else ''}"
+    )
+
+
+def refused(problems: Sequence[str]) -> int:
+    """Tell a person what was wrong; exit code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Refused as error:
+        sys.exit(refused(error.problems))

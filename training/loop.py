@@ -1,0 +1,58 @@
+"""The loop: evaluate, consult, save, step, log. It reads top to bottom; everything it does is named elsewhere."""
+
+from __future__ import annotations
+
+from training.session import Session
+
+
+def train(session: Session) -> int:
+    """Train to the end of the run and return the exit code: 0 at its end, 128 + N after signal N."""
+    try:
+        return _train(session)
+    except Exception as error:
+        session.emergency(error)
+        raise
+
+
+def _train(session: Session) -> int:
+    run, config, orchestrator, signals = session.run, session.config, session.orchestrator, session.signals
+    logged_at = -1
+    while True:
+        p, s = run.progress, run.settings
+        ends = p.iter >= config.max_iters
+
+        # Validation loss at every eval_interval, at the start and at the end; never twice at one iteration.
+        loss = None
+        if (p.iter % s.eval_interval == 0 or ends) and p.last_eval_iter != p.iter:
+            loss = session.evaluate()
+            if config.eval_only:
+                return 0 if loss is not None else 128 + signals.agreed
+        evaluated = loss is not None
+        improved = evaluated and p.best_iter == p.iter
+
+        # The schedule acts between two steps, on numbers that every rank has.
+        if not signals.agreed:
+            orchestrator.consult(loss, look_at_clock=logged_at == p.iter)
+
+        # A signal is agreed on by all ranks before anybody stops; it may have cut the evaluation above short.
+        if number := signals.poll():
+            session.event("signal", signal=number)
+            session.save_unless_saved(f"signal {number}")
+            session.event("end", reason=f"signal {number}", best_val_loss=p.best_val_loss)
+            return 128 + number
+
+        if reason := session.why_end(ends, evaluated):
+            if p.last_eval_iter != p.iter:
+                session.evaluate()
+            session.save_unless_saved("the end of the run")
+            missed = [entry.number for entry in orchestrator.missed()]
+            session.event("end", reason=reason, best_val_loss=p.best_val_loss, not_fired=missed)
+            return 0
+        if evaluated and p.iter > 0 and (improved or config.always_save_checkpoint):
+            session.save_unless_saved("best validation loss" if improved else "evaluation")
+
+        result = run.step()
+        session.tick()
+        if p.iter % s.log_interval == 0:
+            session.log_step(result)
+            logged_at = p.iter

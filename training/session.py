@@ -1,0 +1,237 @@
+"""One start of a run, wired together: the run, its orchestrator, its reporter, its checkpoints.
+
+Holds what the loop does at a boundary, a method each; the order in which they happen is the loop's.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training import checkpoint
+from training.config import TrainConfig
+from training.orchestrator import Orchestrator
+from training.reporting import Silent, machine
+from training.run import Run, StepResult
+from training.schedule import Schedule
+from training.stopping import NoSignals, SignalWatch
+
+
+class Session:
+    """What the loop works with.
+
+    Args:
+        wandb_id: id of the W&B run, kept in every checkpoint so that a resume continues it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Run,
+        schedule: Schedule,
+        reporter: Silent,
+        signals: SignalWatch | NoSignals,
+        wandb_id: str | None = None,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.reporter = reporter
+        self.signals = signals
+        self.wandb_id = wandb_id
+        self.orchestrator = Orchestrator(schedule, run, self, self._measure_again, self.save)
+        self._saved: tuple[int, ...] = ()
+        self.stops_seen = run.settings.stops_asked
+        self._clock = time.perf_counter()
+        self._logged_tokens = run.progress.tokens
+
+    # ------------------------------------------------------------------------------------------ telling
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One line of events.jsonl, and one for the person at the console."""
+        self.reporter.event(kind, iter=self.run.progress.iter, **fields)
+        if kind == "operation":
+            moved = ", ".join(
+                f"{name} {_short(old)} -> {_short(fields['settings_after'][name])}"
+                for name, old in fields["settings_before"].items()
+            )
+            over = f" over {fields['over']} iterations" if fields["over"] else ""
+            losses = ""
+            if fields["val_loss_after"] is not None:
+                losses = f"; val loss {fields['val_loss_before']:.4f} -> {fields['val_loss_after']:.4f}"
+            desc = f" ({fields['desc']})" if fields["desc"] else ""
+            self.reporter.say(
+                f"[{fields['entry']}] {fields['name']}{desc}: {moved or 'no change'}{over} [{fields['reason']}]{losses}"
+            )
+
+    def metrics(self, kind: str, **fields: Any) -> None:
+        run, s, p = self.run, self.run.settings, self.run.progress
+        self.reporter.metrics(
+            kind,
+            iter=p.iter,
+            tokens=p.tokens,
+            seconds=p.seconds,
+            **fields,
+            lr=run.current_lr(),
+            batch_size=s.batch_size,
+            grad_accum=s.grad_accum,
+            passes=run.stream.passes(p.samples, s.model.block_size),
+            coverage=run.stream.coverage(p.samples, s.model.block_size),
+        )
+
+    def tick(self) -> None:
+        """Bring the run's clock up to now."""
+        now = time.perf_counter()
+        self.run.progress.seconds += now - self._clock
+        self._clock = now
+
+    def log_step(self, result: StepResult) -> None:
+        """One line of metrics for the step just made. Reads the loss, so it waits for the device."""
+        run, p = self.run, self.run.progress
+        loss = float(run.ranks.sum(np.array([result.loss.item()]))[0]) / run.ranks.world_size
+        parts = run.stopwatch.take()
+        stepping = sum(parts.get(name, 0.0) for name in ("data", "forward_backward", "optimizer"))
+        rate = (p.tokens - self._logged_tokens) / stepping if stepping else None
+        self._logged_tokens = p.tokens
+        self.metrics(
+            "train",
+            loss=loss,
+            grad_norm=None if result.grad_norm is None else result.grad_norm.item(),
+            step_lr=result.lr,
+            tokens_per_second=rate,
+            seconds_by_part={
+                name: parts.get(name, 0.0)
+                for name in ("data", "forward_backward", "optimizer", "eval", "operation", "checkpoint")
+            },
+            machine=machine(run.device) if run.ranks.is_first else {},
+        )
+        head = self.orchestrator.head
+        shown = {"loss": f"{loss:.4f}", "lr": f"{result.lr:.3g}", "tok/s": f"{rate:,.0f}" if rate else "-"}
+        if head is not None:
+            shown["next"] = f"[{head.number}] {head}"
+        self.reporter.progress(p.iter, **shown)
+
+    # ------------------------------------------------------------------------------------------ measuring
+
+    def evaluate(self) -> float | None:
+        """The evaluation of this boundary: best loss, early stopping and metrics follow. None where a signal came."""
+        loss = self.run.evaluate(self.signals.poll)
+        if loss is None:
+            return None
+        self.tick()
+        p = self.run.progress
+        p.last_val_loss, p.last_eval_iter = loss, p.iter
+        if p.best_val_loss is None or loss < p.best_val_loss:
+            p.best_val_loss, p.best_iter = loss, p.iter
+        if p.stopping_best is None or loss < p.stopping_best - self.config.early_stopping_min_delta:
+            p.stopping_best, p.evals_without_gain = loss, 0
+        else:
+            p.evals_without_gain += 1
+        self.metrics("eval", val_loss=loss, best_val_loss=p.best_val_loss)
+        self.reporter.say(
+            f"step {p.iter}: val loss {loss:.4f}" + (" (best)" if p.best_iter == p.iter else "")
+        )
+        return loss
+
+    def _measure_again(self, why: str) -> float | None:
+        """An extra evaluation around an operation; it neither counts as best nor for early stopping."""
+        loss = self.run.evaluate(self.signals.poll)
+        if loss is not None:
+            self.tick()
+            self.metrics("eval", val_loss=loss, best_val_loss=self.run.progress.best_val_loss, why=why)
+        return loss
+
+    # ------------------------------------------------------------------------------------------ saving
+
+    def state(self) -> dict[str, Any]:
+        """All but the tensors that is needed to go on exactly, as JSON."""
+        run, schedule = self.run, self.orchestrator.schedule
+        return {
+            "config": self.config.model_dump(),
+            "settings": run.settings.to_json(),
+            "progress": run.progress.to_json(),
+            "orchestrator": self.orchestrator.state(),
+            "schedule": {"source": schedule.source, "text": schedule.text},
+            "scaler": run.scaler.state_dict(),
+            "wandb_id": self.wandb_id,
+            "log_sizes": self.reporter.sizes(),
+            "data": run.data.fingerprint(),
+            "tokenizer": run.data.meta.to_json(),
+            "world_size": run.ranks.world_size,
+        }
+
+    def save(self, why: str) -> None:
+        """Save a checkpoint on rank 0. Raises on every rank when it could not be written."""
+        run, error = self.run, None
+        self.tick()
+        with run.stopwatch.part("checkpoint"):
+            if run.ranks.is_first:
+                try:
+                    self._write(why)
+                except OSError as caught:
+                    error = f"checkpoint at iteration {run.progress.iter} could not be written: {caught}"
+            error = run.ranks.broadcast(error)
+        if error:
+            raise RuntimeError(error)
+        self._saved = self._moment()
+
+    def save_unless_saved(self, why: str) -> None:
+        """Save unless this very state of the run is on the disk."""
+        if self._saved != self._moment():
+            self.save(why)
+
+    def _moment(self) -> tuple[int, ...]:
+        """What tells two states of the run apart: the iteration, the evaluation made, the entries fired."""
+        p, position = self.run.progress, self.orchestrator.position
+        return p.iter, p.last_eval_iter, position.fired, position.round_open, position.round_iter
+
+    def why_end(self, ends: bool, evaluated: bool) -> str:
+        """Why the run ends at this boundary, or nothing."""
+        patience, p = self.config.early_stopping_patience, self.run.progress
+        if ends:
+            return "max_iters"
+        if self.run.settings.stops_asked != self.stops_seen:
+            return "stopped by the schedule"
+        if evaluated and 0 < patience <= p.evals_without_gain:
+            return f"early stop: no gain in {p.evals_without_gain} evaluations"
+        return ""
+
+    def _write(self, why: str, kind: str = "checkpoint") -> None:
+        run, started = self.run, time.perf_counter()
+        path = checkpoint.save(
+            self.config.out_dir,
+            self.state(),
+            dict(run.model.named_parameters()),
+            run.optimizer.state_by_name(),
+            keep_last=self.config.keep_last,
+            keep_best=self.config.keep_best,
+        )
+        name = str(path.relative_to(Path(self.config.out_dir)))
+        self.event(kind, path=name, reason=why, seconds=time.perf_counter() - started)
+
+    def emergency(self, error: BaseException) -> None:
+        """After an exception: save what there is, on rank 0 alone and without talking to the other ranks."""
+        run = self.run
+        if not run.ranks.is_first:
+            return
+        self.event("error", message=f"{type(error).__name__}: {error}")
+        if not run.consistent:
+            self.event("emergency", saved=False, reason="the error came while parameters were being written")
+            return
+        if self._saved == self._moment():
+            self.event("emergency", saved=False, reason="this state is saved already")
+            return
+        try:
+            self._write(f"{type(error).__name__}: {error}", kind="emergency")
+            self.reporter.say(f"emergency checkpoint at iteration {run.progress.iter}")
+        except Exception as second:
+            self.event("emergency", saved=False, reason=f"{type(second).__name__}: {second}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,290 @@
+"""From a configuration to settings, data, weights and a Session: everything that happens before the first step.
+
+What is wrong with the input is found here, as `Refused` or ValueError, before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.stream import DataSet, find_folder, open_data, read_meta, read_remap
+from model import hugging_face, nanogpt
+from model.config import LoraSpec, ModelConfig
+from model.gpt import GPT, from_weights, init_weights
+from training import checkpoint
+from training.config import TrainConfig
+from training.distributed import Ranks
+from training.errors import Refused
+from training.records import Progress, Settings, get_field, with_field
+from training.run import Run, pick_device
+from training.schedule import Schedule, parse_schedule, plan_stages, read_schedule
+from training.values import shown
+
+DEFAULT_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as nanoGPT has it
+
+# Configuration keys that are fields of Settings: a resume may override them.
+IN_SETTINGS = {
+    **{
+        key: key
+        for key in (
+            "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
+            "weight_decay beta1 beta2 grad_clip eval_interval eval_iters log_interval"
+        ).split()
+    },
+    "gradient_accumulation_steps": "grad_accum",
+    "dropout": "model.dropout",
+}
+_SHAPE = "the checkpoint's weights have this shape; an operation of a schedule can change it"
+# Keys that a resume must not change, and why.
+FIXED = {
+    **{
+        key: _SHAPE
+        for key in (
+            "block_size n_layer n_head n_kv_head n_embd n_hidden bias norm norm_eps activation use_rotary_embeddings "
+            "rotary_base tie_weights attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size"
+        ).split()
+    },
+    "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
+    "vocab_remapping_file": "the tokens that the weights know would change their meaning",
+    "seed": "the order of the data follows from it, and samples would repeat or be left out",
+    "dataset": "the stream of samples would not go on where it stopped",
+}
+
+
+def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
+    """The model that a configuration describes from scratch. Raises Refused."""
+    ranks = {"attn": config.attn_lora_rank, "mlp": config.mlp_lora_rank}
+    adapters = {
+        f"{kind}.{n}": LoraSpec(rank, config.lora_alpha)
+        for n in range(config.n_layer)
+        for kind, rank in ranks.items()
+        if rank
+    }
+    if config.embedding_rank:
+        adapters["wte"] = LoraSpec(config.embedding_rank, config.lora_alpha)
+    try:
+        return ModelConfig(
+            block_size=config.block_size,
+            vocab_size=vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_kv_head=config.n_kv_head or None,  # type: ignore[arg-type]
+            n_embd=config.n_embd,
+            n_hidden=config.n_hidden or None,  # type: ignore[arg-type]
+            dropout=config.dropout,
+            bias=config.bias,
+            norm=config.norm,
+            norm_eps=config.norm_eps,
+            activation=config.activation,
+            position="rotary" if config.use_rotary_embeddings else "learned",
+            rotary_base=config.rotary_base,
+            tie_weights=config.tie_weights,
+            lora=adapters,
+        )
+    except ValueError as error:
+        raise Refused(str(error).split("; ")) from None
+
+
+def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
+    """The settings that a run of this configuration starts with."""
+    values = {name: getattr(config, key) for key, name in IN_SETTINGS.items() if "." not in name}
+    return Settings(model=model, lora_alpha=config.lora_alpha, **values)
+
+
+def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
+    """The model's configuration without loading weights or data, and notes on what was assumed. Raises Refused."""
+    notes: list[str] = []
+    if config.init_from == "scratch":
+        vocab = config.shrunken_vocab_size
+        if not vocab:
+            vocab = read_meta(find_folder(config.dataset)).vocab_size
+        if not vocab:
+            vocab = DEFAULT_VOCAB
+            notes.append(
+                f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed"
+            )
+        return model_config_from(config, vocab), notes
+    if config.init_from in hugging_face.GPT2_MODELS:
+        model = hugging_face.gpt2_config(config.init_from)
+    elif Path(config.init_from).is_dir():
+        model = hugging_face.config_from_folder(config.init_from)
+    else:
+        model = nanogpt.config_from_checkpoint(config.init_from)
+    return _adjusted(config, model), notes
+
+
+def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+    """A foreign model's configuration with this run's dropout, adapters and (shorter) block_size."""
+    from dataclasses import replace
+
+    if config.block_size > model.block_size:
+        raise Refused(
+            f"block_size {config.block_size} is longer than the {model.block_size} that {config.init_from} was made for"
+        )
+    wanted = model_config_from(config.model_copy(update={"n_layer": model.n_layer}), model.vocab_size)
+    return replace(model, dropout=config.dropout, block_size=config.block_size, lora=wanted.lora)
+
+
+def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
+    """Fresh or foreign weights in the planned shape. Raises ValueError."""
+    if config.init_from == "scratch":
+        model = GPT(model_config)
+        init_weights(model, config.seed)
+        return model
+    from dataclasses import replace
+
+    from model.gpt import crop_block_size
+    from model.lora import reshape_lora
+
+    load = nanogpt.load_checkpoint if Path(config.init_from).is_file() else hugging_face.load
+    model = crop_block_size(load(config.init_from), config.block_size)
+    model = from_weights(replace(model.config, dropout=config.dropout), dict(model.named_parameters()))
+    if model_config.lora:
+        model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
+    return model
+
+
+def the_schedule(config: TrainConfig) -> Schedule:
+    return read_schedule(config.schedule) if config.schedule else Schedule()
+
+
+# ---------------------------------------------------------------------------------------------- resume
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a resume starts from: the checkpoint, and what this start changes of it."""
+
+    loaded: checkpoint.Checkpoint
+    config: TrainConfig
+    settings: Settings
+    schedule: Schedule
+    overrides: list[dict[str, Any]]
+    """Events: key, before, after, applied, reason."""
+    set_aside: list[str]
+    """Why newer checkpoints were passed over."""
+
+
+def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones. Raises Refused where there is none."""
+    problems: list[str] = []
+    for path in checkpoint.find(out_dir):
+        try:
+            return checkpoint.load(path), problems
+        except Refused as error:
+            problems += error.problems
+    raise Refused([*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"])
+
+
+def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
+    """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
+    loaded, set_aside = latest_good(config.out_dir)
+    recorded = TrainConfig(**loaded.state["config"])
+    settings = Settings.from_json(loaded.state["settings"])
+    overrides: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for key in given:
+        before, after = getattr(recorded, key), getattr(config, key)
+        in_force = get_field(settings, IN_SETTINGS[key]) if key in IN_SETTINGS else before
+        if before == after:
+            # The same command again: what a schedule has changed since stays as it is.
+            if in_force != after:
+                reason = "this is what the run was started with, and its schedule has changed it since"
+                overrides.append(
+                    {"key": key, "before": in_force, "after": in_force, "applied": False, "reason": reason}
+                )
+        elif key in FIXED:
+            problems.append(
+                f"{given[key]}: {key} cannot change on resume from {shown(before)} to {shown(after)}: {FIXED[key]}"
+            )
+        elif key not in ("init_from", "out_dir"):
+            if key in IN_SETTINGS:
+                settings = with_field(settings, IN_SETTINGS[key], after)
+            overrides.append(
+                {"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]}
+            )
+
+    schedule = parse_schedule(
+        loaded.state["schedule"]["text"], loaded.state["schedule"]["source"] or "schedule"
+    )
+    if "schedule" in given and config.schedule:
+        new = read_schedule(config.schedule)
+        fired = loaded.state["orchestrator"]["position"]["fired"]
+        for i, done in enumerate(schedule.as_given[:fired]):
+            if i >= len(new.entries) or new.as_given[i] != done:
+                problems.append(
+                    f"{config.schedule}: entry {i + 1} has fired already and must stay as it was: {json.dumps(done)}"
+                )
+        if new.as_given != schedule.as_given and not problems:
+            overrides.append(
+                {
+                    "key": "schedule",
+                    "before": schedule.as_given[fired:],
+                    "after": new.as_given[fired:],
+                    "applied": True,
+                    "reason": given["schedule"],
+                }
+            )
+        schedule = new
+    if problems:
+        raise Refused(problems)
+    update = {key: getattr(config, key) for key in given} | {"out_dir": config.out_dir, "init_from": "resume"}
+    return Resumed(loaded, recorded.model_copy(update=update), settings, schedule, overrides, set_aside)
+
+
+# ---------------------------------------------------------------------------------------------- the whole
+
+
+def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, ranks: Ranks) -> Run:
+    """Data, weights and optimizer on this rank's device. Raises Refused or ValueError."""
+    device = pick_device(config.device, ranks.local_rank)
+    if config.shrunken_vocab_size:
+        old = read_meta(find_folder(config.dataset)).vocab_size
+        remap = read_remap(config.vocab_remapping_file, old, config.shrunken_vocab_size)
+    else:
+        remap = None
+    data: DataSet = open_data(config.dataset, config.block_size, remap)
+    if resumed is not None:
+        state = resumed.loaded.state
+        if state["data"] != data.fingerprint():
+            raise Refused(
+                f"dataset {config.dataset}: train.bin or val.bin is not the file that the checkpoint was trained on "
+                "(fingerprints differ)"
+            )
+        settings = resumed.settings
+        plan_stages(_rest(schedule, state), settings, ranks.world_size)
+        model = from_weights(settings.model, resumed.loaded.model)
+        return Run(
+            config,
+            settings,
+            Progress.from_json(state["progress"]),
+            model,
+            data,
+            ranks,
+            device,
+            {
+                name: {key: value.to(device) for key, value in moments.items()}
+                for name, moments in resumed.loaded.optimizer.items()
+            },
+            state["scaler"],
+        )
+    model_config, _ = planned_model_config(config)
+    settings = settings_from(config, model_config)
+    plan_stages(schedule, settings, ranks.world_size)
+    vocab = config.shrunken_vocab_size or data.meta.vocab_size
+    if vocab and vocab > model_config.vocab_size:
+        raise Refused(
+            f"dataset {config.dataset} has {vocab} tokens, more than the {model_config.vocab_size} of {config.init_from}"
+        )
+    return Run(config, settings, Progress(), initial_model(config, model_config), data, ranks, device)
+
+
+def _rest(schedule: Schedule, state: dict[str, Any]) -> Schedule:
+    """The entries that have not fired."""
+    fired = state["orchestrator"]["position"]["fired"]
+    return Schedule(schedule.entries[fired:], schedule.source, schedule.text)
