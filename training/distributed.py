@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,15 @@ class Ranks:
         """The module to call in training. It must be wrapped anew after any change of parameters or trainability."""
         if not self.distributed:
             return model
-        return DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; 2.11 knows the old name only.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -1,0 +1,30 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make the environment in .venv first.
+
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: demo test format
+
+.venv/.stamp: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+data/python_docs/meta.json: | .venv/.stamp
+	$(VENV)/python data/python_docs/prepare.py
+
+demo: .venv/.stamp data/python_docs/meta.json
+	rm -rf out-demo
+	$(VENV)/python train_orchestrated.py config/python_docs.py --schedule schedules/demo.yaml --out_dir=out-demo
+	$(VENV)/python sample.py --out_dir=out-demo --start="The " --num_samples=1 --max_new_tokens=300
+	@echo "Look into out-demo: events.jsonl says what the schedule did and why, metrics.jsonl how the loss went,"
+	@echo "checkpoints/latest is where --init_from=resume --out_dir=out-demo --max_iters=1500 goes on."
+
+test: .venv/.stamp
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+	$(VENV)/python -m pytest
+
+format: .venv/.stamp
+	$(VENV)/ruff format .
+	$(VENV)/ruff check --fix .

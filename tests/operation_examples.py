@@ -1,0 +1,40 @@
+"""One example row for every operation: a value that a tiny run accepts. A missing row fails the contract tests."""
+
+EXAMPLES = {
+    "set_lr": 5e-3,
+    "change_lr": 0.5,
+    "set_min_lr": 1e-4,
+    "set_warmup_iters": 5,
+    "set_lr_decay_iters": 20,
+    "set_lr_schedule": "linear",
+    "reset_lr_schedule": None,
+    "set_weight_decay": 0.05,
+    "change_weight_decay": 0.5,
+    "set_betas": [0.8, 0.9],
+    "set_grad_clip": 0.5,
+    "set_dropout": 0.2,
+    "set_batch_size": 6,
+    "change_batch_size": 2,
+    "set_batch_size_relative": 0.6,
+    "set_grad_accum": 4,
+    "change_grad_accum": 2,
+    "adjust_batch_size": {"target": 1.0, "keep_global_batch": True},
+    "set_eval_interval": 3,
+    "set_eval_iters": 2,
+    "set_log_interval": 2,
+    "freeze_layer": ["attn.0", "wte"],
+    "unfreeze_layer": "mlp.1",
+    "set_layer_lora_rank": [["attn.0", "mlp.*"], 3],
+    "set_attn_lora_rank": 2,
+    "set_embedding_lora_rank": 4,
+    "set_lora_alpha": 4.0,
+    "merge_lora_weights": "attn.*",
+    "save_checkpoint": None,
+    "stop": None,
+}
+# What must be there before, for the operations that need something to act on.
+BEFORE = {
+    "unfreeze_layer": [("freeze_layer", ["block.1"])],
+    "set_lora_alpha": [("set_attn_lora_rank", 2)],
+    "merge_lora_weights": [("set_attn_lora_rank", 2)],
+}

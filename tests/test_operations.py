@@ -1,0 +1,216 @@
+"""The contract of every operation in the registry, on a live tiny run that has trained a while."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from operation_examples import BEFORE, EXAMPLES
+
+from data.stream import open_data
+from model.config import ModelConfig
+from model.gpt import GPT, init_weights
+from model.lora import trainable_parameters
+from training.config import TrainConfig
+from training.distributed import Ranks
+from training.errors import OperationFailed, ScheduleError
+from training.operations import OPERATIONS, make
+from training.records import Progress, Settings, differences
+from training.run import Run
+from training.setup import settings_from
+
+CONFIG = dict(
+    n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, warmup_iters=2,
+    learning_rate=1e-2, lr_decay_iters=50, device="cpu", compile=False, bias=True,
+)  # fmt: skip
+
+
+def live_run(data, steps: int = 3, **keys) -> Run:
+    config = TrainConfig(**{**CONFIG, **keys})
+    model_config = ModelConfig(block_size=16, vocab_size=30, n_layer=2, n_head=2, n_embd=16, bias=True)
+    model = GPT(model_config)
+    init_weights(model, 1)
+    run = Run(
+        config,
+        settings_from(config, model_config),
+        Progress(),
+        model,
+        open_data(str(data), 16),
+        Ranks("cpu"),
+        torch.device("cpu"),
+    )
+    for _ in range(steps):
+        run.step()
+    return run
+
+
+def apply(run: Run, name: str, value) -> Settings:
+    operation = make(name, {} if value is None else {"value": value}).resolve(run)
+    run.adopt(operation.plan(run.settings), operation.reshape)
+    return run.settings
+
+
+def logits(run: Run) -> torch.Tensor:
+    run.model.eval()
+    with torch.no_grad():
+        out = run.model.logits(torch.arange(16)[None] % 30)
+    run.model.train()
+    return out
+
+
+@pytest.fixture
+def run(data) -> Run:
+    return live_run(data)
+
+
+def test_every_operation_has_an_example_and_a_docstring():
+    assert set(EXAMPLES) == set(OPERATIONS)
+    assert all(cls.__doc__ and cls.touches for cls in OPERATIONS.values())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_contract(run, name):
+    for before, value in BEFORE.get(name, []):
+        apply(run, before, value)
+        run.step()
+    start, weights = run.settings, {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    moments = {n: {k: v.clone() for k, v in s.items()} for n, s in run.optimizer.state_by_name().items()}
+    function = logits(run)
+    value = EXAMPLES[name]
+    operation = make(name, {} if value is None else {"value": value})
+
+    # plan is pure: the same answer twice, nothing of the run touched
+    planned = operation.plan(start)
+    assert operation.plan(start) == planned and run.settings is start
+    changed = set(differences(start, planned)[0])
+    assert changed <= set(operation.touches)
+
+    settings = apply(run, name, value)
+    if name != "adjust_batch_size":
+        assert settings == planned and changed, "an example must change something"
+    assert run.model.config == settings.model
+    if operation.keeps_function:
+        torch.testing.assert_close(logits(run), function, atol=1e-5, rtol=0)
+
+    # the optimizer covers exactly what trains, in model order, and flags agree
+    trainable = trainable_parameters(run.model, settings.frozen)
+    in_order = [n for n, _ in run.model.named_parameters() if n in trainable]
+    assert run.optimizer.names == in_order
+    assert [n for n, p in run.model.named_parameters() if p.requires_grad] == in_order
+    in_groups = [p for group in run.optimizer.inner.param_groups for p in group["params"]]
+    assert {id(p) for p in in_groups} == {id(p) for p in run.optimizer.parameters} and len(in_groups) == len(in_order)
+
+    # untouched parameters keep value and moments to the bit
+    after = run.optimizer.state_by_name()
+    for n, p in run.model.named_parameters():
+        if n in weights and p.shape == weights[n].shape and torch.equal(p, weights[n]) and n in moments:
+            for key, old in moments[n].items():
+                assert torch.equal(after[n][key], old), (n, key)
+    kept = [n for n in moments if n in after]
+    assert len(kept) >= len(moments) // 2
+
+    run.step()
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_frozen_parameters_stay_put_and_resume_with_their_moments(run):
+    apply(run, "freeze_layer", ["attn.0", "wte"])
+    names = ["transformer.h.0.attn.c_attn.weight", "transformer.wte.weight"]
+    weights = {n: run.model.get_parameter(n).detach().clone() for n in names}
+    moments = {n: run.optimizer.state_by_name()[n]["exp_avg"].clone() for n in names}
+    for _ in range(3):
+        run.step()
+    apply(run, "unfreeze_layer", "*")
+    for n in names:
+        assert torch.equal(run.model.get_parameter(n), weights[n])
+        assert torch.equal(run.optimizer.state_by_name()[n]["exp_avg"], moments[n])
+    run.step()
+    assert not torch.equal(run.model.get_parameter(names[0]), weights[names[0]])
+
+
+def test_adapters_freeze_the_base_and_learn(run):
+    apply(run, "set_attn_lora_rank", 4)
+    base = run.model.get_parameter("transformer.h.0.attn.c_attn.base_layer.weight").detach().clone()
+    left = run.model.get_parameter("transformer.h.0.attn.c_attn.lora_B.default.weight").detach().clone()
+    run.step()
+    assert torch.equal(run.model.get_parameter("transformer.h.0.attn.c_attn.base_layer.weight"), base)
+    assert not torch.equal(run.model.get_parameter("transformer.h.0.attn.c_attn.lora_B.default.weight"), left)
+
+
+def test_an_operation_that_fails_half_way_leaves_the_run_whole(run):
+    before, model, optimizer = run.settings, run.model, run.optimizer
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    operation = make("set_attn_lora_rank", {"value": 4})
+
+    def broken(model, target, generator):
+        operation.reshape(model, target, generator)
+        raise RuntimeError("half way")
+
+    with pytest.raises(OperationFailed, match="rank 0: RuntimeError: half way"):
+        run.adopt(operation.plan(run.settings), broken)
+    assert run.settings is before and run.model is model and run.optimizer is optimizer
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    run.step()
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("set_layer_lora_rank", ["attn.7", 4], "attn.7"),
+        ("set_layer_lora_rank", ["ln_f", 4], "cannot carry"),
+        ("set_attn_lora_rank", 17, "from 1 to 16"),
+        ("change_batch_size", 0.3, "whole number"),
+        ("freeze_layer", "*", "nothing to train"),
+        ("freeze_layer", "mlp.x", "mlp.x"),
+        ("merge_lora_weights", None, "no adapter"),
+        ("set_lr", -1.0, "greater than or equal to 0"),
+        ("set_lr", "fast", "valid number"),
+        ("set_lr", True, "valid number"),
+        ("set_betas", [0.9], "value.1 is missing"),
+        ("set_dropout", 1.0, "less than 1"),
+        ("stop", 3, "takes no value"),
+        ("set_lrr", 3, "did you mean set_lr"),
+        ("adjust_batch_size", 1.5, "share"),
+        ("adjust_batch_size", {"targett": 0.5}, "targett"),
+    ],
+)
+def test_refusals_say_what_is_wrong(run, name, value, message):
+    with pytest.raises(ScheduleError, match=message):
+        make(name, {} if value is None else {"value": value}).plan(run.settings)
+
+
+def test_change_lr_scales_the_whole_curve(run):
+    before = run.current_lr()
+    apply(run, "change_lr", 0.25)
+    assert run.current_lr() == pytest.approx(before * 0.25)
+
+
+def test_reset_lr_schedule_starts_the_warmup_again(run):
+    apply(run, "reset_lr_schedule", None)
+    assert run.current_lr() == pytest.approx(1e-2 / 3)
+
+
+def test_adjust_batch_size_finds_the_largest_that_fits(run, monkeypatch):
+    from training import memory
+
+    monkeypatch.setattr(memory, "total_memory", lambda run: 1000.0)
+    tried = []
+    monkeypatch.setattr(memory, "peak_memory", lambda run, size: tried.append(size) or 100.0 + 10.0 * size)
+    apply(run, "adjust_batch_size", {"target": 0.8, "max_batch_size": 500})
+    assert run.settings.batch_size == 70 and run.settings.grad_accum == 2
+    assert max(tried) <= 200, "it must not try far beyond what fits"
+    run.adopt(dataclasses.replace(run.settings, batch_size=12, grad_accum=12))
+    apply(run, "adjust_batch_size", {"target": 0.5, "keep_global_batch": True})
+    assert (run.settings.batch_size, run.settings.grad_accum) == (36, 4)
+
+
+def test_adjust_batch_size_measures_real_memory_and_leaves_the_run(run):
+    prints = run.fingerprint()
+    apply(run, "adjust_batch_size", {"target": 1.0, "max_batch_size": 8})
+    assert run.settings.batch_size == 8
+    run.settings = dataclasses.replace(run.settings, batch_size=4)
+    assert run.fingerprint() == prints
+    with pytest.raises(ValueError, match="already needs more"):
+        make("adjust_batch_size", {"value": 1e-6}).resolve(run)
