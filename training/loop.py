@@ -23,10 +23,10 @@ def _train(session: Session) -> int:
 
         # Validation loss at every eval_interval, at the start and at the end; never twice at one iteration.
         loss = None
-        if (p.iter % s.eval_interval == 0 or ends) and p.last_eval_iter != p.iter:
+        if config.eval_only or ((p.iter % s.eval_interval == 0 or ends) and p.last_eval_iter != p.iter):
             loss = session.evaluate()
-            if config.eval_only:
-                return 0 if loss is not None else 128 + signals.agreed
+        if config.eval_only:
+            return 128 + signals.agreed if loss is None else 0
         evaluated = loss is not None
         improved = evaluated and p.best_iter == p.iter
 

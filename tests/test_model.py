@@ -1,0 +1,302 @@
+"""The model: shapes from its configuration, exact cached generation, adapters that keep the function, compile."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from model.config import LoraSpec, ModelConfig, expand_layers, layer_names, layer_of_parameter
+from model.generate import generate
+from model.gpt import (
+    GPT,
+    compile_blocks,
+    crop_block_size,
+    flops_per_token,
+    from_weights,
+    init_weights,
+    parameter_count,
+    set_dropout,
+)
+from model.lineage import carry
+from model.lora import reshape_lora, tied_logits, trainable_parameters
+
+GPT2 = ModelConfig(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32, bias=True)
+LLAMA = replace(
+    GPT2, norm="rmsnorm", activation="swiglu", position="rotary", tie_weights=False, bias=False, n_kv_head=2, n_hidden=48
+)  # fmt: skip
+BOTH = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+
+
+def trained(config: ModelConfig, seed: int = 0) -> GPT:
+    """A model in which nothing is at its initial zero."""
+    model = GPT(config)
+    init_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def tokens(batch: int = 3, time: int = 16) -> torch.Tensor:
+    return torch.randint(0, 50, (batch, time), generator=torch.Generator().manual_seed(5))
+
+
+def test_parameter_counts():
+    gpt2 = ModelConfig(vocab_size=50257, bias=True)
+    assert parameter_count(gpt2) == 124_439_808
+    assert flops_per_token(gpt2) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    # Llama 2 7B
+    llama = ModelConfig(4096, 32000, 32, 32, None, 4096, n_hidden=11008, norm="rmsnorm", activation="swiglu",
+                        position="rotary", tie_weights=False)  # fmt: skip
+    assert parameter_count(llama) == 6_738_415_616
+
+
+@BOTH
+def test_config_goes_through_json(config):
+    config = replace(config, lora={"mlp.1": LoraSpec(4, 8.0), "attn.0": LoraSpec(2, 8.0)})
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert list(config.lora) == ["attn.0", "mlp.1"], "model order, so that equal adapters are equal settings"
+    with pytest.raises(ValueError, match="n_layers"):
+        ModelConfig.from_json({"n_layers": 3})
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"n_embd": 30}, "multiple of n_head"),
+        ({"n_kv_head": 3}, "multiple of n_kv_head"),
+        ({"n_layer": 0}, "n_layer"),
+        ({"activation": "relu"}, "activation must be one of"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"lora": {"attn.5": LoraSpec(1, 1.0)}}, "attn.5"),
+        ({"lora": {"attn.0": LoraSpec(99, 1.0)}}, "from 1 to 32"),
+        ({"lora": {"lm_head": LoraSpec(1, 1.0)}}, "untied lm_head"),
+        ({"position": "rotary", "n_head": 32, "head_size": 1}, "even head size"),
+    ],
+)
+def test_impossible_shapes_are_refused(keys, message):
+    base = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**base, **keys})
+
+
+def test_layer_names():
+    assert expand_layers(GPT2, "block.1") == ["ln_1.1", "attn.1", "ln_2.1", "mlp.1"]
+    assert expand_layers(GPT2, ["mlp.*", "wte"]) == ["wte", "mlp.0", "mlp.1"]
+    assert expand_layers(GPT2, "lm_head") == ["wte"] and expand_layers(LLAMA, "lm_head") == ["lm_head"]
+    assert "wpe" not in layer_names(LLAMA) and "wpe" in layer_names(GPT2)
+    with pytest.raises(ValueError, match="did you mean attn.1"):
+        expand_layers(GPT2, "atn.1")
+    for config in (GPT2, replace(LLAMA, lora={"attn.0": LoraSpec(2, 4.0), "lm_head": LoraSpec(2, 4.0)})):
+        assert {layer_of_parameter(name) for name, _ in GPT(config).named_parameters()} == set(layer_names(config))
+
+
+@BOTH
+def test_a_position_sees_only_what_is_before_it(config):
+    model, x = trained(config), tokens()
+    changed = x.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 50
+    one, other = model.logits(x), model.logits(changed)
+    torch.testing.assert_close(one[:, :9], other[:, :9])
+    assert (one[:, 9:] - other[:, 9:]).abs().max() > 1e-2
+    torch.testing.assert_close(model(x)[0][:, 0], one[:, -1])
+
+
+def test_initial_weights_follow_the_seed_alone():
+    one, other = GPT(GPT2), GPT(GPT2)
+    torch.manual_seed(1)
+    init_weights(one, 7)
+    state = torch.random.get_rng_state()
+    init_weights(other, 7)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    init_weights(other, 8)
+    assert not torch.equal(one.transformer["wte"].weight, other.transformer["wte"].weight)
+    assert one.transformer["h"][0].mlp.c_proj.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    loss = one(tokens(), tokens().roll(1, 1))[1].item()
+    assert loss == pytest.approx(3.912, abs=0.1)  # ln 50: no preference yet
+
+
+@BOTH
+@pytest.mark.parametrize("length", [1, 5, 16, 20])
+def test_cached_generation_equals_uncached(config, length):
+    model, prompt = trained(config), tokens(2, length)
+    both = [
+        generate(model, prompt, 12, top_k=9, generator=torch.Generator().manual_seed(3), use_cache=cache)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*both) and both[0].shape == (2, length + 12)
+    greedy = generate(model, prompt, 3, temperature=0)
+    assert torch.equal(greedy, generate(model, prompt, 3, temperature=0, use_cache=False))
+    step, cache = model.extend(tokens(2, 7), None)
+    step, _ = model.extend(tokens(2, 9)[:, 7:], cache)
+    torch.testing.assert_close(step, model.logits(torch.cat((tokens(2, 7), tokens(2, 9)[:, 7:]), 1))[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_crop_and_from_weights():
+    model = trained(GPT2)
+    cropped = crop_block_size(model, 8)
+    torch.testing.assert_close(cropped.logits(tokens(2, 8)), model.logits(tokens(2, 8)))
+    with pytest.raises(ValueError, match="longer"):
+        crop_block_size(model, 17)
+    weights = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="missing transformer.wte.weight"):
+        from_weights(GPT2, {name: value for name, value in weights.items() if "wte" not in name})
+    with pytest.raises(ValueError, match="has shape"):
+        from_weights(replace(GPT2, block_size=8), weights)
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+RANKS = [
+    {"attn.0": LoraSpec(4, 8.0), "mlp.1": LoraSpec(4, 8.0), "wte": LoraSpec(4, 8.0)},
+    {"attn.0": LoraSpec(8, 8.0), "mlp.1": LoraSpec(2, 8.0), "wte": LoraSpec(6, 4.0)},  # up, down, up with alpha
+    {"attn.0": LoraSpec(8, 16.0), "wte": LoraSpec(2, 4.0)},  # alpha, merged, down
+    {},
+]
+
+
+@BOTH
+def test_every_change_of_ranks_keeps_the_function(config):
+    model, x = trained(config), tokens()
+    plain = {name for name, _ in model.named_parameters()}
+    for ranks in RANKS:
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        target = replace(config, lora=ranks)
+        new, lineage = reshape_lora(model, target, torch.Generator().manual_seed(0))
+        assert new.config == target and list(lineage) == [name for name, _ in new.named_parameters()]
+        torch.testing.assert_close(new.logits(x), model.logits(x), atol=2e-5, rtol=1e-5)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the old model is untouched"
+        old = dict(model.named_parameters())
+        untouched = "transformer.h.0.ln_1.weight"
+        assert new.get_parameter(untouched) is old[untouched]
+        with torch.no_grad():  # train on a bit, so that no factor is zero
+            for name, parameter in new.named_parameters():
+                if "lora" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+        model = new.eval()
+    assert {name for name, _ in model.named_parameters()} == plain
+
+
+def test_shrinking_keeps_the_strongest_directions():
+    config = replace(GPT2, lora={"mlp.0": LoraSpec(8, 8.0)})
+    model = trained(config)
+    fc = model.transformer["h"][0].mlp.c_fc
+    product = (fc.lora_B["default"].weight @ fc.lora_A["default"].weight).detach().double()
+    new, lineage = reshape_lora(model, replace(GPT2, lora={"mlp.0": LoraSpec(3, 3.0)}), torch.Generator())
+    fc = new.transformer["h"][0].mlp.c_fc
+    kept = (fc.lora_B["default"].weight @ fc.lora_A["default"].weight).detach().double()
+    u, s, v = torch.linalg.svd(product)
+    torch.testing.assert_close(kept, u[:, :3] @ torch.diag(s[:3]) @ v[:3], atol=1e-5, rtol=1e-4)
+    assert lineage["transformer.h.0.mlp.c_fc.lora_A.default.weight"].name is None
+
+
+@BOTH
+def test_new_adapters_can_learn(config):
+    model, _ = reshape_lora(trained(config), replace(config, lora=RANKS[0]), torch.Generator().manual_seed(0))
+    grown, _ = reshape_lora(model, replace(config, lora={**RANKS[0], "attn.0": LoraSpec(8, 8.0)}), torch.Generator())
+    grown(tokens(), tokens())[1].backward()
+    for name, parameter in grown.named_parameters():
+        if "lora_B" in name or "embedding_A" in name:
+            assert parameter.grad.abs().max() > 0, name
+    rows = grown.get_parameter("transformer.h.0.attn.c_attn.lora_A.default.weight")
+    assert (rows.detach().abs().amax(dim=1) > 0).all()
+
+
+def test_tied_head_shares_the_adapted_embedding():
+    model = trained(replace(GPT2, lora={"wte": LoraSpec(4, 8.0)}))
+    wte = model.transformer["wte"]
+    adapted = wte.base_layer.weight + wte.get_delta_weight("default")
+    h = torch.randn(3, 32)
+    torch.testing.assert_close(tied_logits(wte, h), h @ adapted.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(wte(torch.arange(50)), adapted, atol=1e-5, rtol=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("after", [LoraSpec(6, 8.0), LoraSpec(4, 2.0)], ids=["grow", "alpha"])
+def test_moments_follow_the_gradient(config, after):
+    """What Adam would have gathered on the new model's own gradients is what the lineage carries over."""
+    layers = ("attn.0", "mlp.1", "wte")
+    model = trained(replace(config, lora={name: LoraSpec(4, 8.0) for name in layers}))
+    new, lineage = reshape_lora(
+        model, replace(config, lora={name: after for name in layers}), torch.Generator().manual_seed(0)
+    )
+    state: dict = {}
+    for number, one in enumerate((model, new)):
+        one.zero_grad()
+        one(tokens(), tokens().roll(1, 1))[1].backward()
+        for name, parameter in one.named_parameters():
+            gradient = parameter.grad
+            state.setdefault(number, {})[name] = {
+                "exp_avg": gradient, "exp_avg_sq": gradient**2, "step": torch.tensor(1.0)
+            }  # fmt: skip
+    shapes = {name: parameter.shape for name, parameter in new.named_parameters()}
+    carried = carry(state[0], lineage, shapes)
+    for name, origin in lineage.items():
+        image = torch.ones(shapes[name], dtype=torch.bool)
+        for dim, index in enumerate(origin.index):
+            if index is not None:
+                image &= (index >= 0).view([-1 if d == dim else 1 for d in range(2)])
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(carried[name][key][image], state[1][name][key][image], atol=1e-6, rtol=1e-4)
+            assert not carried[name][key][~image].any()
+
+
+def test_what_trains_under_adapters_and_freezes():
+    model = GPT(replace(GPT2, lora={"attn.0": LoraSpec(2, 4.0), "wte": LoraSpec(2, 4.0)}))
+    trains = trainable_parameters(model, ["mlp.0", "attn.1"])
+    assert "transformer.h.0.attn.c_attn.lora_A.default.weight" in trains
+    assert not [name for name in trains if "base_layer" in name or ".mlp." in name and ".h.0." in name]
+    assert not [name for name in trains if "h.1.attn" in name] and "transformer.h.1.mlp.c_fc.weight" in trains
+
+
+# ---------------------------------------------------------------------------------------------- compile
+
+
+def test_compiled_blocks_share_graphs_and_schedules_recompile_nothing():
+    """Blocks of one shape are one graph; a new batch size costs at most one more, dropout values none."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = trained(replace(GPT2, n_layer=3, n_hidden=128)).train()
+    for block in model.transformer["h"]:
+        block.compile(backend=counter)
+    model(tokens(), tokens())[1].backward()
+    assert counter.frame_count == 1
+    model(tokens(5), tokens(5))[1].backward()
+    at_most = counter.frame_count
+    assert at_most <= 2
+    for batch in (2, 7, 4):
+        model(tokens(batch), tokens(batch))[1].backward()
+    assert counter.frame_count == at_most
+    set_dropout(model, 0.1)
+    model(tokens(), tokens())[1].backward()
+    with_dropout = counter.frame_count
+    for p in (0.2, 0.35, 0.05):
+        set_dropout(model, p)
+        model(tokens(), tokens())[1].backward()
+    assert counter.frame_count == with_dropout
+    torch._dynamo.reset()
+
+
+def test_compiled_model_computes_the_same():
+    torch._dynamo.reset()
+    model = trained(GPT2).train()
+    plain = model(tokens(), tokens())[1]
+    compile_blocks(model)
+    torch.testing.assert_close(model(tokens(), tokens())[1], plain, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    from model.gpt import Dropout
+
+    drop, x = Dropout(0.25), torch.ones(200, 200)
+    out = drop(x)
+    assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert out.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert drop.eval()(x) is x

@@ -1,0 +1,301 @@
+"""Resume is bitwise equal to never having stopped, at every kind of boundary; overrides take effect or are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from conftest import arguments, assert_same_tensors, events, lines, tensors, write_data
+
+import train_orchestrated
+from training.errors import OperationFailed, Refused
+from training.run import Run
+from training.stopping import SignalWatch
+
+# One of every kind of change, chains included: entries 3 and 4 fire in one round with a checkpoint between them.
+SCHEDULE = [
+    {"name": "set_lr", "value": 5e-3, "at_iter": 1, "over": 4, "style": "cosine"},
+    {"name": "set_attn_lora_rank", "value": 2, "max_wait_iters": 1, "reevaluate": True},
+    {"name": "set_dropout", "value": 0.2},
+    {"name": "save_checkpoint", "max_wait_iters": 1},
+    {"name": "freeze_layer", "value": "mlp.0", "max_wait_iters": 0},
+    {"name": "set_batch_size", "value": 6, "trigger_loss": 99.0},
+    {"name": "set_layer_lora_rank", "value": ["attn.*", 1], "max_wait_iters": 2, "reevaluate": True},
+    {"name": "merge_lora_weights", "max_wait_iters": 1},
+    {"name": "unfreeze_layer", "value": "mlp.0", "trigger_plateau": {"evals": 1, "min_delta": 9.0}, "max_wait_iters": 3},
+]
+
+
+def stop_at(monkeypatch, iteration: int, polls: int = 0) -> None:
+    """Behave as if SIGUSR1 had come at this iteration, `polls` polls after its first (inside an evaluation)."""
+    count = {"n": 0}
+    original = Run.step
+
+    def poll(self):
+        if self.at == iteration:
+            count["n"] += 1
+            if count["n"] > polls:
+                self._agreed = int(signal.SIGUSR1)
+        return self._agreed
+
+    def step(run):
+        result = original(run)
+        SignalWatch.at = run.progress.iter
+        return result
+
+    SignalWatch.at = 0
+    monkeypatch.setattr(SignalWatch, "poll", poll)
+    monkeypatch.setattr(Run, "step", step)
+
+
+def compare(one, other) -> None:
+    assert_same_tensors(tensors(one), tensors(other))
+    fields = ("kind", "iter", "loss", "val_loss", "lr", "batch_size", "grad_norm", "coverage", "why")
+    streams = [
+        [{k: record.get(k) for k in fields} for record in lines(folder / "metrics.jsonl")] for folder in (one, other)
+    ]
+    assert streams[0] == streams[1]
+    fired = [[(e["entry"], e["iter"], e["reason"]) for e in events(folder, "operation")] for folder in (one, other)]
+    assert fired[0] == fired[1] and len(fired[0]) == len(SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data):
+    """The run that never stopped, with everything that the schedule does."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "s.json").write_text(json.dumps(SCHEDULE))
+    assert train_orchestrated.main(arguments(data, folder / "run", schedule=folder / "s.json")) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("iteration", range(12))
+def test_stopped_at_any_iteration(iteration, uninterrupted, tiny, resume, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_at(patched, iteration)
+        code, out_dir = tiny(SCHEDULE)
+    assert code == 128 + signal.SIGUSR1
+    assert resume(out_dir) == 0
+    compare(out_dir, uninterrupted)
+
+
+@pytest.mark.parametrize("iteration, polls", [(4, 1), (8, 2), (2, 1), (12, 1)])
+def test_stopped_inside_an_evaluation(iteration, polls, uninterrupted, tiny, resume, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_at(patched, iteration, polls)
+        code, out_dir = tiny(SCHEDULE)
+    assert code == 128 + signal.SIGUSR1
+    assert resume(out_dir) == 0
+    assert_same_tensors(tensors(out_dir), tensors(uninterrupted))
+
+
+def test_killed_between_two_entries_of_a_chain(uninterrupted, tiny, resume, monkeypatch, tmp_path):
+    """The checkpoint that entry 4 asks for lies between entries; nothing after it survives."""
+    from training.session import Session
+
+    original = Session.save
+
+    def save_and_die(session, why):
+        original(session, why)
+        if why == "asked for by the schedule":
+            raise KeyboardInterrupt  # as a kill: no emergency checkpoint
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            tiny(SCHEDULE)
+    out_dir = tmp_path / "run"
+    assert len(events(out_dir, "operation")) == 4
+    assert resume(out_dir) == 0
+    compare(out_dir, uninterrupted)
+
+
+def test_killed_at_an_older_checkpoint_takes_back_what_came_after(uninterrupted, tiny, resume, monkeypatch, tmp_path):
+    original = Run.step
+
+    def die(run):
+        if run.progress.iter == 7:
+            raise KeyboardInterrupt
+        return original(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "step", die)
+        with pytest.raises(KeyboardInterrupt):
+            tiny(SCHEDULE)
+    out_dir = tmp_path / "run"
+    assert lines(out_dir / "metrics.jsonl")[-1]["iter"] == 7
+    assert resume(out_dir) == 0
+    compare(out_dir, uninterrupted)
+    assert any(record.get("void") for record in lines(out_dir / "events.jsonl"))
+
+
+def test_longer_runs_go_on_from_their_end(tiny, resume):
+    _, whole = tiny(max_iters=16, eval_interval=20)
+    _, part = tiny(out="part", max_iters=8, eval_interval=20)
+    assert resume(part, max_iters=16) == 0
+    assert_same_tensors(tensors(part), tensors(whole))
+    assert [e["key"] for e in events(part, "override")] == ["max_iters"]
+
+
+# ---------------------------------------------------------------------------------------------- what ends a run
+
+
+def test_an_exception_leaves_an_emergency_checkpoint(tiny, resume, monkeypatch, tmp_path):
+    original = Run.step
+
+    def fail(run):
+        if run.progress.iter == 5:
+            raise RuntimeError("the cable")
+        return original(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "step", fail)
+        with pytest.raises(RuntimeError, match="the cable"):
+            tiny()
+    out_dir = tmp_path / "run"
+    assert events(out_dir, "error")[0]["message"] == "RuntimeError: the cable"
+    assert events(out_dir, "emergency")[0]["path"].endswith("iter_000000005")
+    assert resume(out_dir) == 0
+    _, whole = tiny(out="whole")
+    assert_same_tensors(tensors(out_dir), tensors(whole))
+
+
+def test_a_failing_operation_ends_the_run_after_a_checkpoint_or_is_skipped(tiny, resume, monkeypatch, tmp_path):
+    from training.operations.lora import SetAttentionLoraRank
+
+    def broken(self, model, target, generator):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(SetAttentionLoraRank, "reshape", broken)
+    entry = {"name": "set_attn_lora_rank", "value": 2, "at_iter": 5}
+    with pytest.raises(OperationFailed, match="entry 1 .* failed and the run is as before.*MemoryError: no room"):
+        tiny([entry])
+    out_dir = tmp_path / "run"
+    assert events(out_dir, "emergency")[0]["iter"] == 5 and not events(out_dir, "operation")
+    code, skipping = tiny([{**entry, "on_error": "skip"}, {"name": "set_lr", "value": 1e-3}], out="skip")
+    assert code == 0 and events(skipping, "error")[0]["on_error"] == "skip"
+    assert [e["name"] for e in events(skipping, "operation")] == ["set_lr"]
+    monkeypatch.undo()
+    assert resume(out_dir) == 0
+    assert [e["name"] for e in events(out_dir, "operation")] == ["set_attn_lora_rank"]
+
+
+def test_stop_and_early_stopping(tiny, resume):
+    code, out_dir = tiny([{"name": "stop", "at_iter": 6}, {"name": "set_lr", "value": 1e-3}])
+    assert code == 0 and events(out_dir, "end")[0] | {"iter": 6, "not_fired": [2]} == events(out_dir, "end")[0]
+    assert resume(out_dir) == 0 and events(out_dir, "end")[-1]["iter"] == 12
+    code, out_dir = tiny(out="early", max_iters=100, early_stopping_patience=2, early_stopping_min_delta=9.0)
+    (end,) = events(out_dir, "end")
+    assert code == 0 and end["iter"] == 8 and "early stop" in end["reason"]
+
+
+# ---------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_take_effect_and_are_logged(tiny, resume):
+    _, out_dir = tiny([{"name": "set_lr", "value": 5e-3, "at_iter": 2}], max_iters=6)
+    assert resume(out_dir, max_iters=9, learning_rate=1e-3, batch_size=2, dropout=0.1, grad_clip=0.5) == 0
+    overrides = {e["key"]: e for e in events(out_dir, "override")}
+    assert set(overrides) == {"max_iters", "learning_rate", "batch_size", "dropout", "grad_clip"}
+    assert overrides["learning_rate"] | {"before": 5e-3, "after": 1e-3, "applied": True} == overrides["learning_rate"]
+    state = json.loads((out_dir / "checkpoints/latest/state.json").read_text())
+    assert state["settings"]["learning_rate"] == 1e-3 and state["settings"]["batch_size"] == 2
+    assert state["progress"]["samples"] == 6 * 8 + 3 * 4
+    assert json.loads((out_dir / "config.json").read_text())["learning_rate"] == 1e-3
+
+
+def test_the_same_command_again_does_not_undo_the_schedule(tiny, resume):
+    _, out_dir = tiny([{"name": "set_lr", "value": 5e-3, "at_iter": 2}], max_iters=6)
+    assert resume(out_dir, max_iters=8, learning_rate=1e-2) == 0
+    (kept,) = [e for e in events(out_dir, "override") if e["key"] == "learning_rate"]
+    assert not kept["applied"] and "schedule has changed it" in kept["reason"]
+    state = json.loads((out_dir / "checkpoints/latest/state.json").read_text())
+    assert state["settings"]["learning_rate"] == 5e-3
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"n_layer": 3}, "n_layer cannot change on resume from 2 to 3"),
+        ({"block_size": 8}, "block_size cannot change"),
+        ({"attn_lora_rank": 4}, "an operation of a schedule can change it"),
+        ({"seed": 5}, "samples would repeat"),
+        ({"dataset": "elsewhere"}, "dataset cannot change"),
+    ],
+)
+def test_a_shape_that_differs_is_refused(tiny, resume, keys, message):
+    _, out_dir = tiny(max_iters=4)
+    before = (out_dir / "events.jsonl").read_text()
+    with pytest.raises(Refused, match=message):
+        resume(out_dir, **keys)
+    assert (out_dir / "events.jsonl").read_text() == before
+
+
+def test_a_new_schedule_may_change_what_has_not_fired(tiny, resume, tmp_path):
+    first = [{"name": "set_lr", "value": 5e-3, "at_iter": 2}, {"name": "set_grad_clip", "value": 0.5, "at_iter": 90}]
+    _, out_dir = tiny(first, max_iters=6)
+    path = tmp_path / "new.json"
+    path.write_text(json.dumps([first[0], {"name": "set_weight_decay", "value": 0.0, "at_iter": 7}]))
+    assert resume(out_dir, schedule=path, max_iters=9) == 0
+    assert [(e["name"], e["iter"]) for e in events(out_dir, "operation")] == [("set_lr", 2), ("set_weight_decay", 7)]
+    path.write_text(json.dumps([{**first[0], "value": 1e-3}]))
+    with pytest.raises(Refused, match="entry 1 has fired already"):
+        resume(out_dir, schedule=path)
+
+
+def test_nothing_to_resume_and_nothing_overwritten(tiny, resume, tmp_path):
+    with pytest.raises(Refused, match="no complete checkpoint"):
+        resume(tmp_path / "none")
+    tiny(max_iters=4)
+    with pytest.raises(Refused, match="holds the checkpoints of a run"):
+        tiny(max_iters=4)
+
+
+def test_another_data_set_in_the_same_place_is_refused(tmp_path, resume):
+    folder = write_data(tmp_path / "d")
+    assert train_orchestrated.main(arguments(folder, tmp_path / "run", max_iters=4)) == 0
+    raw = bytearray((folder / "train.bin").read_bytes())
+    raw[10] ^= 1
+    (folder / "train.bin").write_bytes(raw)
+    with pytest.raises(Refused, match="fingerprints differ"):
+        resume(tmp_path / "run", max_iters=6)
+
+
+def test_fp16_scaler_state_is_saved(tiny, resume):
+    """float16 on the CPU exercises the same GradScaler as on a GPU."""
+    _, whole = tiny(dtype="float16", max_iters=8)
+    state = json.loads((whole / "checkpoints/latest/state.json").read_text())
+    assert state["scaler"]["scale"] > 0 and state["scaler"]["_growth_tracker"] > 0
+    _, part = tiny(out="part", dtype="float16", max_iters=4)
+    assert resume(part, max_iters=8) == 0
+    assert_same_tensors(tensors(part), tensors(whole))
+
+
+def test_eval_only_writes_nothing(tiny, capsys, tmp_path):
+    assert tiny(eval_only=True)[0] == 0
+    assert "val loss" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    tiny(max_iters=4)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert train_orchestrated.main([f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--eval_only"]) == 0
+    assert "val loss" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_signals_are_handled_by_name(tiny):
+    """A real signal to this process, in the middle of the run."""
+    original = Run.step
+
+    def step(run):
+        if run.progress.iter == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Run, "step", step)
+        code, out_dir = tiny()
+    assert code == 128 + signal.SIGTERM
+    assert [e["signal"] for e in events(out_dir, "signal")] == [15]
+    assert (out_dir / "checkpoints/latest/manifest.json").exists() and torch.is_tensor(next(iter(tensors(out_dir).values())))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,0 +1,246 @@
+"""The schedule file: what is accepted, and that every mistake is told at once with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model.config import ModelConfig
+from training.config import TrainConfig, resolve
+from training.errors import Refused
+from training.records import Measured, Waited
+from training.schedule import ENTRY_FIELDS, Ramp, parse_schedule, plan_stages, read_schedule
+from training.setup import planned_model_config, settings_from
+from training.triggers import TRIGGERS
+
+# The example of the interface, and entries as nanoGPT's orchestrating fork writes them.
+INTERFACE = """
+- name: set_layer_lora_rank      # the operation
+  value: ["attn.2", 16]          # its argument
+  trigger_loss: 5.5              # fire when val loss <= this ...
+  max_wait_iters: 75000          # ... or after so many iterations
+  reevaluate: true
+  desc: widen attention once the loss flattens
+"""
+FORK = json.dumps(
+    {
+        "operations": [
+            {"name": "change_lr", "value": 0.5, "trigger_loss": 6.0, "max_wait_iters": 50000, "reevaluate": False},
+            {"name": "set_attn_lora_rank", "value": 8, "trigger_loss": None, "max_wait_iters": 100, "desc": ""},
+            {"name": "reset_lr_schedule", "value": None, "trigger_loss": 5.0, "max_wait_iters": 5},
+            {"name": "merge_lora_weights", "value": None, "trigger_loss": 4.5, "max_wait_iters": 25000},
+        ]
+    },
+    indent="\t",
+)
+
+
+def start(**keys):
+    config = TrainConfig(**{"n_layer": 4, "n_head": 4, "n_embd": 32, "block_size": 16, **keys})
+    return settings_from(config, ModelConfig(block_size=16, vocab_size=64, n_layer=4, n_head=4, n_embd=32))
+
+
+def problems(text: str, name: str = "s.yaml", world_size: int = 1, **keys) -> list[str]:
+    try:
+        plan_stages(parse_schedule(text, name), start(**keys), world_size)
+    except Refused as error:
+        return error.problems
+    return []
+
+
+def test_the_examples_are_accepted():
+    (entry,) = parse_schedule(INTERFACE, "s.yaml").entries
+    assert entry.operation.value == ("attn.2", 16) and entry.reevaluate and entry.line == 2
+    assert [type(t).field for t in entry.triggers] == ["trigger_loss", "max_wait_iters"]
+    assert problems(INTERFACE) == []
+    fork = parse_schedule(FORK, "s.json")
+    assert len(fork.entries) == 4 and fork.entries[2].line > fork.entries[1].line > 0
+    assert problems(FORK, "s.json") == []
+
+
+@pytest.mark.parametrize("text, value", [("1e-3", 1e-3), ("3e-4", 3e-4), ("1E5", 1e5), ("2", 2.0), (".5", 0.5)])
+def test_numbers_as_people_write_them(text, value):
+    (entry,) = parse_schedule(f"- {{name: set_lr, value: {text}, max_wait_tokens: 1e9}}", "s.yaml").entries
+    assert entry.operation.value == value and isinstance(entry.operation.value, float | int)
+    assert entry.triggers[0].value == 10**9
+
+
+def test_empty_schedules():
+    assert parse_schedule("", "s.yaml").entries == parse_schedule("[]", "s.json").entries == ()
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("- {name: set_lr, value: 1e-3, trigger_los: 3}", "s.yaml:1: entry 1: unknown field 'trigger_los'; did you mean trigger_loss?"),
+        ("- {name: set_learning_rat, value: 1}", "unknown operation 'set_learning_rat'"),
+        ("- {value: 1}", "has no `name`"),
+        ("- 3", "an entry is a mapping"),
+        ("name: set_lr", "needs the key `operations`"),
+        ("operations: []\nother: 1", "unknown key 'other'"),
+        ("- {name: set_lr, value: '1e-3'}", "value must be a valid number, got '1e-3'"),
+        ("- {name: set_lr}", "value is missing"),
+        ("- {name: set_lr, value: .nan}", "finite number"),
+        ("- {name: set_lr, value: 1, trigger_loss: low}", "trigger_loss must be a valid number, got 'low'"),
+        ("- {name: set_lr, value: 1, max_wait_iters: -1}", "max_wait_iters must be greater than or equal to 0, got -1"),
+        ("- {name: set_lr, value: 1, max_wait_iters: 1.5}", "max_wait_iters must be a valid integer"),
+        ("- {name: set_lr, value: 1, trigger_plateau: {eval: 3}}", "trigger_plateau.eval"),
+        ("- {name: set_lr, value: 1, reevaluate: 1}", "reevaluate must be a valid boolean, got 1"),
+        ("- {name: set_lr, value: 1, over: 0}", "over must be greater than 0"),
+        ("- {name: set_lr, value: 1, over: 5, style: cubic}", "style must be 'linear' or 'cosine'"),
+        ("- {name: set_lr, value: 1, style: cosine}", "there is no `over`"),
+        ("- {name: stop, over: 5}", "`over` moves a number gradually; stop cannot"),
+        ("- {name: set_lr, value: 1, on_error: hope}", "on_error must be 'stop' or 'skip'"),
+        ("- {name: set_lr, name: stop}", "name is given twice"),
+        ("- {name: [}", "line 1: not YAML"),
+        ("- {name: !!python/object:os.system x}", "not YAML"),
+        ("- {name: set_lr, value: 2024-01-01}", "value must be a valid number"),
+        ("- {name: freeze_layer, value: attn.9}", "no layer is called 'attn.9'"),
+        ("- {name: set_layer_lora_rank, value: [wpe, 2]}", "wpe cannot carry a LoRA adapter"),
+        ("- {name: set_attn_lora_rank, value: 33}", "must be from 1 to 32"),
+        ("- {name: set_grad_accum, value: 3}", "grad_accum 3 (micro-steps over all ranks) must be a multiple of the 2 processes"),
+    ],
+)  # fmt: skip
+def test_every_mistake_has_its_message(text, expected):
+    found = problems(text, world_size=2)
+    assert any(expected in problem for problem in found), found
+
+
+def test_all_errors_at_once_with_their_lines():
+    text = "- {name: set_lr, value: fast}\n- {name: stopp}\n\n- {name: set_lr, value: 1, over: x, foo: 2}\n"
+    found = problems(text)
+    assert [problem.split(": entry")[0] for problem in found] == ["s.yaml:1", "s.yaml:2", "s.yaml:4", "s.yaml:4"]
+    text = "- {name: freeze_layer, value: attn.9}\n- {name: change_grad_accum, value: 0.33}\n"
+    assert [problem[:9] for problem in problems(text)] == ["s.yaml:1:", "s.yaml:2:"]
+
+
+def test_json_errors_have_lines():
+    assert "line 2: not JSON" in problems('{"operations": [\n{"name": }]}', "s.json")[0]
+    assert "given twice" in problems('[{"name": "stop", "name": "stop"}]', "s.json")[0]
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(Refused, match="cannot be read"):
+        read_schedule(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refused, match="not UTF-8"):
+        read_schedule(tmp_path / "binary.yaml")
+    deep = "[" * 5000
+    assert problems(deep) and problems(deep, "s.json")
+
+
+CONFIGS = sorted((ROOT / "config").glob("*.py"))
+SCHEDULES = sorted(path for path in (ROOT / "schedules").iterdir())
+
+
+def test_there_are_shipped_files():
+    assert len(CONFIGS) >= 6 and len(SCHEDULES) >= 4
+
+
+@pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.name)
+def test_every_shipped_schedule_plans_against_every_shipped_config(path):
+    schedule = read_schedule(path)
+    for config_file in CONFIGS:
+        config, _ = resolve([config_file], [])
+        model, _ = planned_model_config(config)
+        stages = plan_stages(schedule, settings_from(config, model), world_size=1)
+        assert len(stages) == len(schedule.entries) + 1
+
+
+SEEDS = [INTERFACE, FORK, *(path.read_text("utf-8") for path in SCHEDULES)]
+JUNK = st.sampled_from(
+    ["", "{", "}", "[", "]", ":", "-", "\t", "\n", "'", '"', "&a", "*a", "!!x", "null", "nan", "1e999", "-1", "true",
+     "attn.*", "name", "value", "over", "9" * 400, "\x00", "é", "<<: *a", "%", "? ", "|"]
+)  # fmt: skip
+
+
+@st.composite
+def mutated(draw) -> tuple[str, str]:
+    text = draw(st.sampled_from(SEEDS))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(text)))
+        cut = draw(st.integers(0, 12))
+        text = text[:at] + draw(JUNK) + text[at + cut :]
+    return text, draw(st.sampled_from(["s.yaml", "s.json"]))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(mutated())
+def test_fuzz_mutated_schedules_are_accepted_or_refused(case):
+    text, name = case
+    assert all(isinstance(problem, str) and problem for problem in problems(text, name))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["attn.0", "mlp.*"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.dictionaries(st.sampled_from(ENTRY_FIELDS), VALUES, max_size=5), max_size=3))
+def test_fuzz_any_values_in_any_fields(document):
+    assert all(isinstance(problem, str) for problem in problems(json.dumps(document), "s.json"))
+
+
+# ---------------------------------------------------------------------------------------------- triggers and ramps
+
+
+def fires(field: str, value, waited=None, **measured) -> bool:
+    base = dict(iter=100, tokens=1000, iters_waited=10, tokens_waited=100, seconds_waited=None)
+    return bool(TRIGGERS[field](value=value).fires(Waited(**{**base, **(waited or {})}), Measured(**measured)))
+
+
+@pytest.mark.parametrize(
+    "field, at, below",
+    [("max_wait_iters", 10, 11), ("max_wait_tokens", 100, 101), ("at_iter", 100, 101), ("at_tokens", 1000, 1001)],
+)
+def test_exact_triggers(field, at, below):
+    assert fires(field, at) and not fires(field, below)
+
+
+def test_loss_and_clock_triggers():
+    assert fires("trigger_loss", 2.0, val_loss=2.0) and not fires("trigger_loss", 2.0, val_loss=2.0001)
+    assert not fires("trigger_loss", 2.0)
+    assert fires("max_wait_seconds", 1.5, {"seconds_waited": 1.5}) and not fires("max_wait_seconds", 1.5)
+
+
+@pytest.mark.parametrize(
+    "history, expected",
+    [((3.0, 2.9, 2.8), False), ((3.0, 2.995, 2.994), True), ((3.0, 2.995), False), ((3.0, 3.5, 2.0), False)],
+)
+def test_plateau(history, expected):
+    plateau = {"evals": 2, "min_delta": 0.01}
+    assert fires("trigger_plateau", plateau, val_loss=history[-1], history=history) is expected
+
+
+def test_ramps_start_where_they_are_and_end_exactly():
+    (entry,) = parse_schedule("- {name: set_lr, value: 0.3, over: 7, style: cosine}", "s.yaml").entries
+    before = start()
+    ramp = Ramp.between(entry, before, entry.operation.plan(before), start_iter=100)
+    assert ramp.at(100) == {"learning_rate": before.learning_rate} and ramp.at(107) == {"learning_rate": 0.3}
+    values = [ramp.at(i)["learning_rate"] for i in range(100, 108)]
+    assert values == sorted(values) and ramp.done(107) and not ramp.done(106)
+    assert Ramp.from_json(json.loads(json.dumps(ramp.to_json()))) == ramp
+
+
+def test_accumulation_ramps_in_steps_that_both_ends_share():
+    (entry,) = parse_schedule("- {name: set_grad_accum, value: 16, over: 10}", "s.yaml").entries
+    before = start(gradient_accumulation_steps=4)
+    ramp = Ramp.between(entry, before, entry.operation.plan(before), start_iter=0)
+    values = [ramp.at(i)["grad_accum"] for i in range(11)]
+    assert values[0] == 4 and values[-1] == 16 and all(value % 4 == 0 for value in values) and len(set(values)) == 4
+
+
+def test_schedule_file_is_never_written(tmp_path):
+    path = Path(tmp_path / "s.yaml")
+    path.write_text(INTERFACE)
+    before = path.stat()
+    read_schedule(path)
+    assert path.read_text() == INTERFACE and path.stat().st_mtime_ns == before.st_mtime_ns
