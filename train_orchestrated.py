@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     device = setup.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # TF32 where tensors are float32; a CPU stays exact
     ranks = Ranks(device.type, config.backend)
     run = setup.open_run(config, resumed, schedule, ranks)
     run.check_ranks_agree("the start")

@@ -41,6 +41,8 @@ class Position:
     round_open: bool = False
     round_iter: int = -1
     """Iteration of the latest round; a resumed run does not hold the same round again."""
+    owes_measure: bool = False
+    """A signal cut short the evaluation after an operation; a resume makes it."""
     skipped: tuple[int, ...] = ()
 
 
@@ -104,6 +106,8 @@ class Orchestrator:
             look_at_clock: whether waits in seconds are looked at now; the same on every rank.
         """
         position = self.position
+        if position.owes_measure:
+            position.owes_measure = self.measure("after an operation") is None
         if position.round_iter == self.run.progress.iter and not position.round_open:
             return
         position.round_iter = self.run.progress.iter
@@ -177,6 +181,7 @@ class Orchestrator:
         self._advance()
         seconds = time.perf_counter() - started
         loss_after = self.measure("after an operation") if entry.reevaluate else None
+        self.position.owes_measure = entry.reevaluate and loss_after is None
         settings_before, settings_after = differences(before, self._settled())
         total, trainable = run.parameter_counts()
         journal.event(

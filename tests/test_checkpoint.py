@@ -1,0 +1,98 @@
+"""Checkpoint folders: whole or absent, verified on reading, pruned, and never unpickled."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import events
+
+from training import checkpoint
+from training.errors import Refused
+
+
+def save(root, iteration: int, loss: float | None = None, keep_last: int = 2, keep_best: int = 1):
+    progress = {"iter": iteration, "last_val_loss": loss, "last_eval_iter": -1 if loss is None else iteration}
+    model = {"a": torch.full((2, 3), float(iteration)), "b|c": torch.arange(3)}
+    optimizer = {"a": {"exp_avg": torch.ones(2, 3), "step": torch.tensor(float(iteration))}}
+    return checkpoint.save(
+        root, {"progress": progress}, model, optimizer, keep_last=keep_last, keep_best=keep_best
+    )
+
+
+def names(root) -> list[str]:
+    return sorted(path.name for path in (root / "checkpoints").iterdir())
+
+
+def test_round_trip(tmp_path):
+    path = save(tmp_path, 7, 1.5)
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded.model["a"], torch.full((2, 3), 7.0)) and loaded.state["progress"]["iter"] == 7
+    assert loaded.optimizer["a"]["step"] == 7 and list(loaded.optimizer["a"]) == ["exp_avg", "step"]
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["files"]["model.safetensors"]["bytes"] == (path / "model.safetensors").stat().st_size
+
+
+def test_latest_and_best_are_kept_and_linked(tmp_path):
+    for iteration, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)]:
+        save(tmp_path, iteration, loss)
+    assert names(tmp_path) == ["best", "iter_000000002", "iter_000000004", "iter_000000005", "latest"]
+    root = tmp_path / "checkpoints"
+    assert (root / "latest").resolve().name == "iter_000000005"
+    assert (root / "best").resolve().name == "iter_000000002"
+    assert [path.name for path in checkpoint.find(tmp_path)][0] == "iter_000000005"
+
+
+def test_saving_the_same_iteration_again_replaces_it(tmp_path):
+    save(tmp_path, 1, 3.0)
+    save(tmp_path, 1, 2.0)
+    assert names(tmp_path) == ["best", "iter_000000001", "latest"]
+    assert json.loads((tmp_path / "checkpoints/latest/manifest.json").read_text())["val_loss"] == 2.0
+
+
+def test_a_save_that_dies_leaves_the_previous_one_and_no_litter(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, 2)
+    assert [path.name for path in checkpoint.find(tmp_path)] == ["iter_000000001"]
+    checkpoint.load(tmp_path / "checkpoints" / "latest")
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["iter_000000001", "iter_000000003", "latest"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove"])
+def test_damage_is_named(tmp_path, file, harm):
+    path = save(tmp_path, 1) / file
+    raw = bytearray(path.read_bytes())
+    if harm == "flip":
+        raw[len(raw) // 2] ^= 1
+    path.unlink() if harm == "remove" else path.write_bytes(raw if harm == "flip" else raw[:5] if harm == "cut" else b"")
+    with pytest.raises(Refused, match=f"{file} is (damaged|missing)"):
+        checkpoint.load(path.parent)
+
+
+def test_without_a_manifest_it_is_no_checkpoint(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "manifest.json").write_text("{")
+    assert checkpoint.find(tmp_path) == []
+    with pytest.raises(Refused, match="never completed"):
+        checkpoint.load(path)
+    manifest = {"format": 99, "iter": 1, "files": {}}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Refused, match="format 99"):
+        checkpoint.load(path)
+
+
+def test_a_damaged_latest_is_passed_over_and_said(tiny, resume, capsys):
+    _, out_dir = tiny(max_iters=8)
+    latest = out_dir / "checkpoints/latest/model.safetensors"
+    latest.write_bytes(latest.read_bytes()[:100])
+    assert resume(out_dir, max_iters=10) == 0
+    (event,) = events(out_dir, "resume")
+    assert event["checkpoint"].endswith("iter_000000004") and "model.safetensors is damaged" in event["set_aside"][0]
+    assert "passed over" in capsys.readouterr().out

@@ -1,0 +1,263 @@
+"""Two gloo processes: equal decisions from unequal losses, no parameter that DDP misses, the same global batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, arguments, assert_same_tensors, events, lines, on_ranks, tensors
+
+import train_orchestrated
+
+SCHEDULE = [
+    {"name": "set_lr", "value": 5e-3, "at_iter": 1, "over": 3},
+    {"name": "set_attn_lora_rank", "value": 2, "trigger_loss": 99.0, "reevaluate": True},
+    {"name": "freeze_layer", "value": "mlp.0", "max_wait_iters": 1},
+    {"name": "set_layer_lora_rank", "value": ["attn.*", 3], "max_wait_iters": 2},
+    {"name": "set_batch_size", "value": 6, "max_wait_seconds": 0.0},
+    {"name": "merge_lora_weights", "max_wait_iters": 2},
+    {"name": "unfreeze_layer", "value": "mlp.0", "max_wait_iters": 1},
+]
+
+
+def make_run(data: str, **keys):
+    from training.config import TrainConfig
+    from training.distributed import Ranks
+    from training.schedule import Schedule
+    from training.setup import open_run
+
+    config = TrainConfig(**{**TINY, "dataset": data, **keys})
+    return open_run(config, None, Schedule(), Ranks("cpu"))
+
+
+def change(run, name: str, value=None) -> None:
+    from training.operations import make
+
+    operation = make(name, {} if value is None else {"value": value})
+    run.adopt(operation.plan(run.settings), operation.reshape)
+
+
+def gradients(run) -> dict[str, np.ndarray]:
+    """Gradients of one backward pass through the wrapped module; each rank has its own batch."""
+    x, y = run._batch(run.ranks.rank * 4, 4)
+    run.wrapped(x, y)[1].backward()
+    found = {n: p.grad.clone().numpy() for n, p in run.model.named_parameters() if p.grad is not None}
+    run.optimizer.zero_grad()
+    return found
+
+
+# Every change after which a module that stays wrapped would let the ranks drift apart, or fail.
+CHANGES = [
+    [("freeze_layer", "attn.0")],
+    [("freeze_layer", ["block.0", "wte"]), ("unfreeze_layer", "block.0")],
+    [("set_attn_lora_rank", 2)],
+    [("set_attn_lora_rank", 2), ("set_layer_lora_rank", ["attn.1", 4])],
+    [("set_attn_lora_rank", 4), ("set_layer_lora_rank", ["attn.*", 2])],
+    [("set_attn_lora_rank", 2), ("merge_lora_weights", None)],
+    [("set_embedding_lora_rank", 4), ("set_lora_alpha", 2.0)],
+]
+
+
+def _equal_gradients_after_changes(rank: int, data: str):
+    run = make_run(data)
+    found = []
+    for changes in CHANGES:
+        for name, value in changes:
+            run.step()
+            change(run, name, value)
+            run.check_ranks_agree(name)
+        grads = gradients(run)
+        found.append(({n: g for n, g in grads.items()}, [n for n, p in run.model.named_parameters() if p.requires_grad]))
+        for name in ("merge_lora_weights", "unfreeze_layer"):  # back to the start for the next change
+            if name == "unfreeze_layer" or run.settings.model.lora:
+                change(run, name, "*" if name == "unfreeze_layer" else None)
+    run.ranks.close()
+    return found
+
+
+def test_gradients_are_equal_after_every_change(data):
+    one, other = on_ranks(_equal_gradients_after_changes, str(data))
+    for changes, (first, trains), (second, _) in zip(CHANGES, one, other, strict=True):
+        assert list(first) == list(second) == trains, changes
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name], err_msg=f"{changes} {name}")
+        assert any(np.abs(g).max() > 0 for g in first.values())
+
+
+def _unequal_clocks(rank: int, data: str, out: str, schedule: str):
+    """Rank 1's clock runs backwards: waits in seconds must be rank 0's."""
+    from training.session import Session
+
+    tick = Session.tick
+
+    def skewed(session):
+        tick(session)
+        session.run.progress.seconds -= 5.0 * rank
+
+    Session.tick = skewed
+    return train_orchestrated.main(arguments(data, out, schedule=schedule))
+
+
+def test_a_whole_run_with_every_kind_of_change(data, tmp_path):
+    """After each operation both ranks compare the bits of all weights and moments, so an end is an agreement."""
+    schedule = tmp_path / "s.json"
+    schedule.write_text(json.dumps(SCHEDULE))
+    assert on_ranks(_unequal_clocks, str(data), str(tmp_path / "run"), str(schedule)) == [0, 0]
+    assert [e["entry"] for e in events(tmp_path / "run", "operation")] == list(range(1, 8))
+
+
+def _losses_and_decisions(rank: int, data: str):
+    """Losses that differ by rank reach the orchestrator as rank 0's decision alone."""
+    from training.orchestrator import Orchestrator
+    from training.schedule import parse_schedule
+
+    run = make_run(data)
+    text = json.dumps([{"name": "set_lr", "value": 1e-4, "trigger_loss": 3.0}, {"name": "set_attn_lora_rank", "value": 2}])
+
+    class Journal:
+        events = []
+
+        def event(self, kind, **fields):
+            self.events.append((kind, fields.get("reason")))
+
+    orchestrator = Orchestrator(parse_schedule(text, "s.json"), run, Journal(), lambda why: 1.0, lambda why: None)
+    run.step()
+    orchestrator.consult(2.5 + 0.1 * rank, look_at_clock=False)
+    run.step()
+    run.check_ranks_agree("steps")
+    print_ = run.fingerprint()
+    run.ranks.close()
+    return print_, Journal.events, run.settings.learning_rate
+
+
+def test_a_decision_is_rank_0s(data):
+    one, other = on_ranks(_losses_and_decisions, str(data))
+    assert one == other and ("decision", "val loss 2.5000 <= 3") in one[1]
+
+
+def _drifted(rank: int, data: str):
+    from training.errors import OperationFailed, RanksDisagree
+
+    run = make_run(data)
+    run.step()
+    settings = run.settings
+    if rank == 1:
+        with torch.no_grad():
+            run.model.transformer["wte"].weight[0, 0] += 1e-6
+    try:
+        run.check_ranks_agree("a step")
+        said = ""
+    except RanksDisagree as error:
+        said = str(error)
+    from training.operations import make
+
+    operation = make("set_attn_lora_rank", {"value": 2})
+
+    def fails_on_rank_1(model, target, generator):
+        if rank == 1:
+            raise MemoryError("only here")
+        return operation.reshape(model, target, generator)
+
+    try:
+        run.adopt(operation.plan(settings), fails_on_rank_1)
+        failed = ""
+    except OperationFailed as error:
+        failed = str(error)
+    assert run.settings is settings and not run.model.config.lora
+    run.step()  # both ranks can go on
+    run.ranks.close()
+    return said, failed
+
+
+def test_a_difference_is_seen_and_a_failure_on_one_rank_is_everybodys(data):
+    one, other = on_ranks(_drifted, str(data))
+    assert "the ranks differ after a step at iteration 1" in one[0] and one[0] == other[0]
+    assert one[1] == other[1] == "rank 1: MemoryError: only here"
+
+
+def _batches(rank: int, data: str):
+    """(global sample index of every micro-step) -> tokens, over changes of the batch."""
+    run = make_run(data, gradient_accumulation_steps=4)
+    seen = []
+    load = run._load
+
+    def record(first, count, block_size):
+        x, y = load(first, count, block_size)
+        seen.append((first, x.tolist(), y.tolist()))
+        return x, y
+
+    run._load = record
+    losses = []
+    for name, value in [(None, None), ("set_batch_size", 6), ("set_grad_accum", 2), ("set_dropout", 0.3)]:
+        if name:
+            change(run, name, value)
+        for _ in range(2):
+            result = run.step()
+            losses.append(float(run.ranks.sum(np.array([result.loss.item()]))[0]) / run.ranks.world_size)
+    weights = {n: p.detach().numpy() for n, p in run.model.named_parameters()}
+    run.ranks.close()
+    return seen, losses, weights
+
+
+def test_one_process_and_two_see_the_same_global_batches(data):
+    ((alone, losses, weights),) = on_ranks(_batches, str(data), world_size=1)
+    (one, two_losses, two_weights), (other, _, _) = on_ranks(_batches, str(data))
+    together = sorted(one + other)
+    assert together == sorted(alone)
+    firsts = [(first, len(x)) for first, x, _ in together]
+    assert all(a + n == b for (a, n), (b, _) in zip(firsts, firsts[1:], strict=False)), "no gap, no repeat"
+    np.testing.assert_allclose(losses, two_losses, rtol=2e-5)
+    for name, value in weights.items():
+        np.testing.assert_allclose(value, two_weights[name], atol=2e-4, err_msg=name)
+
+
+# ---------------------------------------------------------------------------------------------- through torchrun
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def torchrun(*args: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args]
+
+
+@pytest.mark.timeout(240)
+def test_torchrun_stopped_by_sigterm_and_resumed_is_the_run_that_never_stopped(data, tmp_path):
+    schedule = tmp_path / "s.json"
+    # no seconds in it: a wait by the clock is the one thing that no two runs share
+    schedule.write_text(json.dumps([{k: v for k, v in e.items() if k != "max_wait_seconds"} for e in SCHEDULE]))
+    script = str(ROOT / "train_orchestrated.py")
+    keys = dict(schedule=schedule, max_iters=40, eval_interval=5)
+    whole = torchrun(script, *arguments(data, tmp_path / "whole", **keys))
+    subprocess.run(whole, env=ENVIRONMENT, cwd=ROOT, check=True, timeout=100, capture_output=True)
+
+    job = subprocess.Popen(
+        torchrun(script, *arguments(data, tmp_path / "part", **keys)), env=ENVIRONMENT, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        metrics = tmp_path / "part" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=60)
+    finally:
+        job.kill()
+    (signalled,) = events(tmp_path / "part", "signal")
+    assert signalled["signal"] == signal.SIGTERM and 0 < signalled["iter"] < 40
+    again = torchrun(script, "--init_from=resume", f"--out_dir={tmp_path / 'part'}")
+    subprocess.run(again, env=ENVIRONMENT, cwd=ROOT, check=True, timeout=100, capture_output=True)
+    assert_same_tensors(tensors(tmp_path / "part"), tensors(tmp_path / "whole"))
+    losses = [
+        [(r["kind"], r["iter"], r.get("loss"), r.get("val_loss")) for r in lines(tmp_path / name / "metrics.jsonl")]
+        for name in ("part", "whole")
+    ]
+    assert losses[0] == losses[1]

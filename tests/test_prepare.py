@@ -1,0 +1,118 @@
+"""The data sets' own scripts, run as a user runs them, on small texts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiktoken
+from conftest import ROOT, TEXT
+
+from data.prepare import prepare_bpe
+from data.stream import TokenFile, open_data, read_meta
+from data.tokenizer import BpeTokenizer, CharTokenizer, RemappedTokenizer, tokenizer_of
+
+
+def script(name: str, *arguments, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, arguments)],
+        capture_output=True, text=True, timeout=100, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def small_encoding() -> BpeTokenizer:
+    """Bytes and one special token: an encoding that needs no download."""
+    ranks = {bytes([i]): i for i in range(256)}
+    return BpeTokenizer(tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}))
+
+
+def test_python_docs_needs_no_download(tmp_path):
+    said = script("python_docs", "--out", tmp_path)
+    assert "characters, vocabulary of" in said
+    data = open_data(str(tmp_path), 64)
+    total = len(data.train) + len(data.val)
+    assert total > 300_000 and len(data.train) == int(total * 0.9)
+    assert "statement" in tokenizer_of(data.meta).decode(data.train.tokens[:2000].tolist())
+
+
+def test_shakespeare_char_from_a_local_text(tmp_path):
+    (tmp_path / "in.txt").write_text(TEXT)
+    said = script("shakespeare_char", "--input", tmp_path / "in.txt", "--out", tmp_path / "d")
+    assert "not the original text" in said
+    data = open_data(str(tmp_path / "d"), 16)
+    tokenizer = tokenizer_of(data.meta)
+    text = tokenizer.decode(data.train.tokens.tolist() + data.val.tokens.tolist())
+    assert text == TEXT and sorted(p.name for p in (tmp_path / "d").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare", "openwebtext"])
+def test_bad_input_is_one_message(name, tmp_path):
+    said = script(name, "--input", tmp_path / "none.txt", "--out", tmp_path / "d", code=2)
+    assert said.startswith("error: ") or "\nerror: " in said
+    assert not (tmp_path / "d" / "train.bin").exists()
+
+
+def test_byte_pair_encoding(tmp_path):
+    prepare_bpe(TEXT, tmp_path, small_encoding())
+    ids = np.concatenate([TokenFile(tmp_path / f"{part}.bin").tokens for part in ("train", "val")])
+    assert small_encoding().decode(ids.tolist()) == TEXT and read_meta(tmp_path).tokenizer == "gpt2"
+
+
+def test_openwebtext_is_resumable_and_ends_every_document(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("prepare_owt", ROOT / "data/openwebtext/prepare.py")
+    owt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(owt)
+    monkeypatch.setitem(sys.modules, "prepare_owt", owt)
+    documents = [f"document {i} says {'x' * (i % 7)}" for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    loaded = owt.load("", [tmp_path / "d.jsonl"], 1)
+
+    class Here:  # a pool in this process, so that an interruption is exact
+        def __init__(self, *_): ...
+        def __enter__(self):
+            return self
+        def __exit__(self, *_): ...
+        def imap(self, work, items):
+            return map(work, items)
+
+    monkeypatch.setattr(owt.multiprocessing, "get_context", lambda _: type("C", (), {"Pool": Here}))
+    owt.prepare(loaded, tmp_path / "whole", 1, 5, small_encoding)
+    real, calls = owt.encode_shard, []
+
+    def interrupted(index, **keys):
+        calls.append(index)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(index, **keys)
+
+    monkeypatch.setattr(owt, "encode_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        owt.prepare(loaded, tmp_path / "part", 1, 5, small_encoding)
+    assert len(list((tmp_path / "part/shards").iterdir())) == 2 and not (tmp_path / "part/train.bin").exists()
+    monkeypatch.setattr(owt, "encode_shard", real)
+    owt.prepare(loaded, tmp_path / "part", 1, 5, small_encoding)
+    for part in ("train", "val"):
+        assert (tmp_path / "part" / f"{part}.bin").read_bytes() == (tmp_path / "whole" / f"{part}.bin").read_bytes()
+    ids = np.concatenate([TokenFile(tmp_path / "whole" / f"{part}.bin").tokens for part in ("train", "val")])
+    texts = small_encoding().decode(ids.tolist()).split("<|endoftext|>")
+    assert sorted(texts[:-1]) == sorted(documents) and texts[-1] == ""
+    assert not (tmp_path / "part/shards").exists()
+
+
+def test_tokenizers():
+    tokenizer = CharTokenizer.of("hello")
+    assert tokenizer.decode(tokenizer.encode("hole")) == "hole" and tokenizer.decode([99]) == "\ufffd"
+    with pytest.raises(ValueError, match="character 'z' \\(position 2\\)"):
+        tokenizer.encode("hoz")
+    bpe = small_encoding()
+    assert bpe.decode([104, 105, 999, 33]) == "hi\ufffd!" and bpe.encode("a<|endoftext|>") == [97, 256]
+    assert len(bpe.encode_plain("<|endoftext|>")) == 13
+    shrunk = RemappedTokenizer(tokenizer, np.array([0, 1, 2, 2]))  # e h l o -> l and o share an id
+    assert shrunk.encode("helo") == [1, 0, 2, 2] and shrunk.decode([1, 0, 2]) == "hel"
