@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 
+from training import checkpoint, plan, setup
 from training import config as configuration
-from training import plan, setup
 from training.config import TrainConfig
 from training.distributed import Ranks
 from training.errors import Refused
 from training.loop import train
 from training.reporting import Reporter, Silent, rewind, start_wandb
+from training.run import Run
+from training.schedule import Schedule
 from training.session import Session
 from training.stopping import SignalWatch
 
@@ -64,14 +66,41 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, str], bool]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Plan or train; returns the exit code. Raises Refused for bad input, before anything is written."""
     config, given, plan_only = parse(arguments)
-    if plan_only:
-        print(plan.describe(config, given, int(os.environ.get("WORLD_SIZE", 1))))
-        return 0
+    try:
+        if plan_only:
+            print(plan.describe(config, given, int(os.environ.get("WORLD_SIZE", 1))))
+            return 0
+        resumed, schedule, run = prepare(config, given)
+    except ValueError as error:
+        raise as_refused(error) from error
+    config, ranks = run.config, run.ranks
 
-    # Everything that can be refused is refused before the processes meet and before anything is written.
-    resumed = setup.resume(config, given) if config.init_from == "resume" else None
-    if resumed is not None:
+    watch = SignalWatch(ranks)
+    with watch.installed():
+        reporter: Silent = Silent()
+        wandb_id = resumed.loaded.state["wandb_id"] if resumed else None
+        if ranks.is_first:
+            reporter, wandb_id = open_reporter(config, run, resumed, wandb_id)
+        session = Session(config, run, schedule, reporter, watch, wandb_id)
+        if resumed is not None:
+            session.orchestrator.load_state(resumed.loaded.state["orchestrator"])
+        announce(session, resumed)
+        code = 1
+        try:
+            code = train(session)
+        finally:
+            reporter.close(code)
+    ranks.close()
+    return code
+
+
+def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[setup.Resumed | None, Schedule, Run]:
+    """Everything that can be refused, before anything is written."""
+    resumed = None
+    if config.init_from == "resume":
+        resumed = setup.resume(config, given)
         config, schedule = resumed.config, resumed.schedule
     else:
         schedule = setup.the_schedule(config)
@@ -83,30 +112,11 @@ def main(arguments: Sequence[str]) -> int:
     ranks = Ranks(device.type, config.backend)
     run = setup.open_run(config, resumed, schedule, ranks)
     run.check_ranks_agree("the start")
-
-    watch = SignalWatch(ranks)
-    with watch.installed():
-        reporter: Silent = Silent()
-        wandb_id = resumed.loaded.state["wandb_id"] if resumed else None
-        if ranks.is_first:
-            reporter, wandb_id = open_reporter(config, run, resumed, wandb_id)
-        session = Session(config, run, schedule, reporter, watch, wandb_id)
-        if resumed is not None:
-            session.orchestrator.load_state(resumed.loaded.state["orchestrator"])
-        announce(session, resumed, given)
-        code = 1
-        try:
-            code = train(session)
-        finally:
-            reporter.close(code)
-    ranks.close()
-    return code
+    return resumed, schedule, run
 
 
 def refuse_to_overwrite(config: TrainConfig) -> None:
     """A new run never starts over the checkpoints of another."""
-    from training import checkpoint
-
     if not config.eval_only and checkpoint.find(config.out_dir):
         raise Refused(
             f"out_dir {config.out_dir} holds the checkpoints of a run: go on with it (--init_from=resume), "
@@ -114,7 +124,9 @@ def refuse_to_overwrite(config: TrainConfig) -> None:
         )
 
 
-def open_reporter(config: TrainConfig, run, resumed, wandb_id: str | None) -> tuple[Reporter, str | None]:
+def open_reporter(
+    config: TrainConfig, run: Run, resumed: setup.Resumed | None, wandb_id: str | None
+) -> tuple[Reporter, str | None]:
     """Make the run folder and everything that writes to it (rank 0)."""
     out_dir = Path(config.out_dir)
     if config.eval_only:
@@ -134,7 +146,7 @@ def open_reporter(config: TrainConfig, run, resumed, wandb_id: str | None) -> tu
     return Reporter(out_dir, config.max_iters, run.progress.iter, log_file, wandb_run), wandb_id
 
 
-def announce(session: Session, resumed, given: dict[str, str]) -> None:
+def announce(session: Session, resumed: setup.Resumed | None) -> None:
     """Write down and say how this start begins."""
     config, run = session.config, session.run
     total, trainable = run.parameter_counts()
@@ -176,16 +188,21 @@ def announce(session: Session, resumed, given: dict[str, str]) -> None:
     )
 
 
-def refused(problems: Sequence[str]) -> int:
-    """Tell a person what was wrong; exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-    return 2
+def as_refused(error: ValueError) -> Refused:
+    """What a person is told about input that data/ or model/ did not accept."""
+    return error if isinstance(error, Refused) else Refused(str(error))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """main, with refusals as messages on standard error and exit code 2."""
+    try:
+        return main(arguments)
+    except Refused as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except Refused as error:
-        sys.exit(refused(error.problems))
+    sys.exit(run(sys.argv[1:]))

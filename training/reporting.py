@@ -234,7 +234,7 @@ def start_wandb(project: str, name: str, run_id: str | None, config: Mapping[str
     return wandb.init(
         project=project,
         name=name,
-        id=run_id or wandb.util.generate_id(),
+        id=run_id,
         resume="allow",
         config=dict(config),
         dir=str(folder),

@@ -1,0 +1,198 @@
+"""The commands as a user types them: exit codes, messages without traceback, the run folder, samples, W&B offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, arguments, events, lines
+
+import sample
+import train_orchestrated
+from training.errors import Refused
+
+
+def command(script: str, *args, **keys) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True, timeout=100, cwd=ROOT, **keys
+    )
+
+
+SCHEDULE = [
+    {"name": "set_lr", "value": 5e-3, "at_iter": 2, "desc": "lower"},
+    {"name": "set_attn_lora_rank", "value": 2, "trigger_loss": 99.0, "reevaluate": True},
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "s.json").write_text(json.dumps(SCHEDULE))
+    given = arguments(data, folder / "run", schedule=folder / "s.json", file_logging=True)
+    assert train_orchestrated.main(given) == 0
+    return folder / "run"
+
+
+def test_exit_code_2_without_a_traceback(data, tmp_path):
+    (tmp_path / "s.yaml").write_text("- {name: set_lrr, value: 1}\n- {name: stop, trigger_los: 1}\n")
+    for args, expected in [
+        (["--n_layers=3", "--dropout=2"], ["unknown key n_layers; did you mean n_layer?", "dropout must be less than 1"]),
+        ([f"--schedule={tmp_path / 's.yaml'}"], ["s.yaml:1: entry 1", "s.yaml:2: entry 2"]),
+        (["--init_from=resume", f"--out_dir={tmp_path}"], ["no complete checkpoint"]),
+    ]:
+        done = command("train_orchestrated.py", *args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+        assert all(text in done.stderr for text in expected), done.stderr
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"dataset": "nowhere"}, "no train.bin and val.bin"),
+        ({"n_embd": 15}, "multiple of n_head"),
+        ({"device": "tpu"}, "device: got 'tpu'"),
+        ({"device": "cuda"}, "sees no CUDA device") if not torch.cuda.is_available() else ({"device": "x"}, "device"),
+        ({"init_from": "gpt3"}, "gpt3"),
+        ({"block_size": 9999}, "too few for block_size"),
+        ({"attn_lora_rank": 99}, "LoRA rank of attn.0 must be from 1 to 16"),
+        ({"schedule": "none.yaml"}, "cannot be read"),
+        ({"backend": "nccl2"}, None),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, keys, message):
+    given = arguments(data, tmp_path / "run", **keys)
+    if message is None:
+        assert train_orchestrated.main([*given, "--max_iters=1"]) == 0  # one process needs no backend
+        return
+    with pytest.raises(Refused, match=message):
+        try:
+            train_orchestrated.main(given)
+        except ValueError as error:  # what the entry script turns into exit code 2
+            raise train_orchestrated.as_refused(error) from error
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_trains_nothing(data, tmp_path, capsys):
+    (tmp_path / "s.json").write_text(json.dumps([*SCHEDULE, {"name": "freeze_layer", "value": "mlp.*"}]))
+    code = train_orchestrated.main([*arguments(data, tmp_path / "run", schedule=tmp_path / "s.json"), "--plan"])
+    shown = capsys.readouterr().out
+    assert code == 0 and not (tmp_path / "run").exists()
+    assert "3 entries, no errors" in shown and "learning_rate 0.01 -> 0.005" in shown and "trigger_loss 99" in shown
+    (tmp_path / "s.json").write_text('[{"name": "freeze_layer", "value": "mlp.9"}]')
+    with pytest.raises(Refused, match="mlp.9"):
+        train_orchestrated.main([*arguments(data, tmp_path / "run", schedule=tmp_path / "s.json"), "--plan"])
+
+
+def test_the_run_folder(trained):
+    assert {"config.json", "schedule.yaml", "metrics.jsonl", "events.jsonl", "checkpoints"} <= {p.name for p in trained.iterdir()}
+    assert json.loads((trained / "config.json").read_text())["n_layer"] == 2
+    assert json.loads((trained / "schedule.yaml").read_text()) == SCHEDULE
+    metrics = lines(trained / "metrics.jsonl")
+    train = [record for record in metrics if record["kind"] == "train"]
+    assert [record["iter"] for record in train] == list(range(1, 13))
+    for field in ("tokens", "seconds", "loss", "lr", "batch_size", "grad_accum", "tokens_per_second", "coverage", "machine"):
+        assert field in train[0], field
+    parts = {"data", "forward_backward", "optimizer", "eval", "operation", "checkpoint"}
+    assert set(train[0]["seconds_by_part"]) == parts and train[-1]["tokens"] == 12 * 8 * 16
+    evals = [record for record in metrics if record["kind"] == "eval"]
+    assert [(r["iter"], r.get("why")) for r in evals] == [(0, None), (4, None), (4, "after an operation"), (8, None), (12, None)]
+    assert evals[1]["val_loss"] == pytest.approx(evals[2]["val_loss"], abs=1e-5)
+    first, second = events(trained, "operation")
+    assert first | {"name": "set_lr", "value": 5e-3, "iter": 2, "reason": "iteration 2 (at_iter 2)", "desc": "lower",
+                    "settings_before": {"learning_rate": 0.01}, "settings_after": {"learning_rate": 0.005}} == first  # fmt: skip
+    assert second["val_loss_before"] == evals[1]["val_loss"] and second["val_loss_after"] == evals[2]["val_loss"]
+    assert second["parameters_trainable"] < second["parameters_total"]
+    kinds = [record["kind"] for record in lines(trained / "events.jsonl")]
+    assert kinds[0] == "start" and kinds[-1] == "end" and "NaN" not in (trained / "metrics.jsonl").read_text()
+    assert "val loss" in (trained / "run.log").read_text()
+
+
+def test_plain_lines_name_what_is_next(data, tmp_path, capsys):
+    (tmp_path / "s.json").write_text(json.dumps([{"name": "set_lr", "value": 1e-3, "at_iter": 99}]))
+    train_orchestrated.main(arguments(data, tmp_path / "run", schedule=tmp_path / "s.json", max_iters=2))
+    out = capsys.readouterr().out
+    assert "iter 1: loss " in out and "tok/s" in out and "next [1] set_lr 0.001" in out
+
+
+def test_sample(trained, capsys, tmp_path):
+    args = [f"--out_dir={trained}", "--num_samples=2", "--max_new_tokens=20", "--start=To be", "--device=cpu"]
+    assert sample.main(args) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("To be") and first.count("---------------") == 2
+    assert sample.main(args) == 0 and capsys.readouterr().out == first
+    assert sample.main([*args, "--seed=7"]) == 0 and capsys.readouterr().out != first
+    (tmp_path / "p.txt").write_text("that is")
+    assert sample.main([*args, f"--start=FILE:{tmp_path / 'p.txt'}", "--checkpoint=best", "--temperature=0"]) == 0
+    assert capsys.readouterr().out.startswith("that is")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--start=§"], "character '§'"),
+        (["--num_samples=0"], "num_samples: must be at least 1"),
+        (["--start="], "prompt is empty"),
+        (["--out_dir=nowhere"], "no complete checkpoint"),
+        (["--init_from=nothing"], "nothing"),
+        (["--checkpoint=iter_9"], "never completed"),
+    ],
+)
+def test_sample_refuses_with_a_message(trained, args, message):
+    with pytest.raises(ValueError, match=message):
+        sample.main([f"--out_dir={trained}", "--device=cpu", *args])
+
+
+def test_sample_command_exits_with_2(trained):
+    done = command("sample.py", f"--out_dir={trained}", "--start=§")
+    assert done.returncode == 2 and done.stderr.startswith("error: the character") and "Traceback" not in done.stderr
+
+
+def test_shrunken_vocabulary(data, tmp_path, capsys):
+    import numpy as np
+
+    meta = json.loads((data / "meta.json").read_text())
+    np.save(tmp_path / "r.npy", np.minimum(np.arange(meta["vocab_size"]), 9))
+    keys = dict(shrunken_vocab_size=10, vocab_remapping_file=tmp_path / "r.npy", max_iters=3)
+    assert train_orchestrated.main(arguments(data, tmp_path / "run", **keys)) == 0
+    assert events(tmp_path / "run", "start")[0]["settings"]["model"]["vocab_size"] == 10
+    assert sample.main([f"--out_dir={tmp_path / 'run'}", "--start=T", "--num_samples=1", "--max_new_tokens=5"]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_with_128_plus_n(data, tmp_path, number):
+    args = arguments(data, tmp_path / "run", max_iters=100000, eval_interval=50000)
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_orchestrated.py"), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.02)
+        os.kill(job.pid, number)
+        _, stderr = job.communicate(timeout=30)
+    finally:
+        job.kill()
+    assert job.returncode == 128 + number and b"Traceback" not in stderr
+    saved = events(tmp_path / "run", "checkpoint")[-1]
+    assert saved["reason"] == f"signal {int(number)}" and (tmp_path / "run" / saved["path"] / "manifest.json").exists()
+
+
+def test_wandb_offline_continues_the_same_run(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    keys = dict(wandb_log=True, wandb_project="test", wandb_run_name="tiny", max_iters=4)
+    assert train_orchestrated.main(arguments(data, tmp_path / "run", **keys)) == 0
+    first = json.loads((tmp_path / "run/checkpoints/latest/state.json").read_text())["wandb_id"]
+    assert train_orchestrated.main(["--init_from=resume", f"--out_dir={tmp_path / 'run'}", "--max_iters=6"]) == 0
+    second = json.loads((tmp_path / "run/checkpoints/latest/state.json").read_text())["wandb_id"]
+    assert first and first == second
+    folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert folders and all(name.endswith(first) for name in folders)
