@@ -43,21 +43,13 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, str], bool]:
         allow_abbrev=False,
         usage="train_orchestrated.py [CONFIG.py ...] [--schedule FILE] [--plan] [--KEY=VALUE | --KEY VALUE ...]",
     )
-    parser.add_argument(
-        "files", nargs="*", metavar="CONFIG.py", help="files of plain assignments, later ones win"
-    )
-    parser.add_argument(
-        "--plan", action="store_true", help="check everything, print the stages, train nothing"
-    )
+    parser.add_argument("files", nargs="*", metavar="CONFIG.py", help="files of plain assignments, later ones win")
+    parser.add_argument("--plan", action="store_true", help="check everything, print the stages, train nothing")
     for key in (*configuration.KEYS, *configuration.ALIASES):
         # nargs="?" lets a switch such as --compile stand for --compile=True.
         parser.add_argument(f"--{key}", nargs="?", const="True", action="append", help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_intermixed_args(arguments)
-    given = [
-        (key, text)
-        for key in (*configuration.KEYS, *configuration.ALIASES)
-        for text in getattr(known, key) or []
-    ]
+    given = [(key, text) for key in (*configuration.KEYS, *configuration.ALIASES) for text in getattr(known, key) or []]
     for text in unknown:
         key, _, value = text.removeprefix("--").partition("=")
         given.append((key, value))
@@ -136,9 +128,7 @@ def open_reporter(
         rewind(out_dir, resumed.loaded.state["log_sizes"])
     wandb_run = None
     if config.wandb_log:
-        wandb_run = start_wandb(
-            config.wandb_project, config.wandb_run_name, wandb_id, config.model_dump(), out_dir
-        )
+        wandb_run = start_wandb(config.wandb_project, config.wandb_run_name, wandb_id, config.model_dump(), out_dir)
         wandb_id = wandb_run.id
     log_file = None
     if config.file_logging:

@@ -104,7 +104,9 @@ def ours(run: Run, pending: int) -> Callable[[], None]:
     return step
 
 
-def measure(contenders: dict[str, Callable[[], None]], rounds: int, steps: int, device: torch.device) -> dict[str, list[float]]:
+def measure(
+    contenders: dict[str, Callable[[], None]], rounds: int, steps: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds per step of each, a list over the rounds; the order turns from round to round."""
 
     def wait() -> None:
@@ -162,7 +164,10 @@ def main(arguments: Sequence[str]) -> None:
 
     base = statistics.median(seconds["this project"])
     where = torch.cuda.get_device_name() if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {where}, {run.dtype}, compile {config.compile}, {run.settings.tokens_per_iter} tokens/iter")
+    print(
+        f"torch {torch.__version__}, {where}, {run.dtype}, compile {config.compile}, "
+        f"{run.settings.tokens_per_iter} tokens/iter"
+    )
     print(f"{'':28}{'ms/step':>10}{'tokens/s':>12}{'speed':>8}   spread of rounds (ms)")
     for name, values in seconds.items():
         median = statistics.median(values)

@@ -45,9 +45,7 @@ class TokenFile:
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
         if size == 0 or size % self.dtype.itemsize:
-            raise ValueError(
-                f"{path}: {size} bytes are not a whole number of {self.dtype} tokens (at least 1)"
-            )
+            raise ValueError(f"{path}: {size} bytes are not a whole number of {self.dtype} tokens (at least 1)")
         self.tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
 
     def __len__(self) -> int:
@@ -185,9 +183,7 @@ def read_remap(path: str | Path, old_size: int | None, new_size: int) -> np.ndar
         else:
             array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"vocab_remapping_file {path}: not a readable .npy or .json array ({error})"
-        ) from None
+        raise ValueError(f"vocab_remapping_file {path}: not a readable .npy or .json array ({error})") from None
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
         raise ValueError(f"vocab_remapping_file {path}: must be one list of whole numbers")
     if array.min() < 0 or array.max() >= new_size:

@@ -95,8 +95,8 @@ def gpt2_tokenizer() -> BpeTokenizer:
         return BpeTokenizer(tiktoken.get_encoding("gpt2"))
     except Exception as error:  # whatever tiktoken's download raises
         raise ValueError(
-            f"the GPT-2 vocabulary cannot be had ({type(error).__name__}): tiktoken downloads it once; without network, "
-            "copy its cache from another machine and name it in TIKTOKEN_CACHE_DIR"
+            f"the GPT-2 vocabulary cannot be had ({type(error).__name__}): tiktoken downloads it once; without "
+            "network, copy its cache from another machine and name it in TIKTOKEN_CACHE_DIR"
         ) from None
 
 

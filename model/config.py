@@ -106,13 +106,9 @@ class ModelConfig:
         for name, spec in self.lora.items():
             limit = self._largest_rank(name)
             if not limit:
-                problems.append(
-                    f"{name} cannot carry a LoRA adapter; attn.N, mlp.N, wte and an untied lm_head can"
-                )
+                problems.append(f"{name} cannot carry a LoRA adapter; attn.N, mlp.N, wte and an untied lm_head can")
             elif not 1 <= spec.rank <= limit:
-                problems.append(
-                    f"LoRA rank of {name} must be from 1 to {limit} (0 removes it), got {spec.rank}"
-                )
+                problems.append(f"LoRA rank of {name} must be from 1 to {limit} (0 removes it), got {spec.rank}")
             elif not spec.alpha > 0:
                 problems.append(f"LoRA alpha of {name} must be positive, got {spec.alpha}")
         if problems:

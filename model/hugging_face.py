@@ -145,9 +145,7 @@ def from_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor
     ours: dict[str, Tensor] = {}
     if not _is_llama(config):
         for name, value in weights.items():
-            if name.endswith((".attn.bias", ".attn.masked_bias")) or (
-                name == "lm_head.weight" and config.tie_weights
-            ):
+            if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config.tie_weights):
                 continue
             matrix = ".c_" in name and name.endswith("weight")
             ours[name] = value.t().contiguous() if matrix else value
@@ -171,9 +169,7 @@ def to_hf(model: GPT) -> dict[str, Tensor]:
     gpt2 = config.position == "learned" and config.norm == "layernorm" and config.bias
     llama = config.position == "rotary" and config.norm == "rmsnorm" and config.activation == "swiglu"
     if config.lora or len(set(config.n_hidden)) > 1 or not (gpt2 or llama):
-        raise ValueError(
-            "only merged models in plain GPT-2 (with biases) or Llama style have a Hugging Face form"
-        )
+        raise ValueError("only merged models in plain GPT-2 (with biases) or Llama style have a Hugging Face form")
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
     theirs: dict[str, Tensor] = {}
     if gpt2:

@@ -37,7 +37,7 @@ Lineage = dict[str, Origin]
 
 
 def follow(old: Tensor, origin: Origin, shape: torch.Size, scale: float | Tensor) -> Tensor:
-    """`old` along the origin's index, times scale; zero where the new parameter is new. A copy unless nothing changes."""
+    """`old` along the origin's index, times scale; zero where it is new. A copy unless nothing changes."""
     new = old
     for dim, index in enumerate(origin.index):
         if index is None:

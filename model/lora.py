@@ -63,7 +63,7 @@ def _factor_names(path: str, embedding: bool) -> tuple[str, str]:
 
 
 def _fresh_right(rank: int, cols: int, embedding: bool, generator: torch.Generator) -> Tensor:
-    """New rows of R, (rank, cols), as peft draws them: uniform in 1/sqrt(cols) for a Linear, normal for an Embedding."""
+    """New rows of R, (rank, cols), drawn as peft does: uniform in 1/sqrt(cols), for an Embedding normal."""
     values = torch.empty(rank, cols)
     if embedding:
         return values.normal_(generator=generator)
@@ -99,9 +99,7 @@ def trainable_parameters(model: GPT, frozen_layers: Iterable[str]) -> set[str]:
     """Names of the parameters that train: none of a frozen layer, none under an adapter."""
     frozen, bases = set(frozen_layers), adapted_base_parameters(model)
     return {
-        name
-        for name, _ in model.named_parameters()
-        if name not in bases and layer_of_parameter(name) not in frozen
+        name for name, _ in model.named_parameters() if name not in bases and layer_of_parameter(name) not in frozen
     }
 
 
@@ -211,9 +209,7 @@ def _change(
     # Same rank or more: the old directions keep their place, and L makes up for the new scaling.
     scale, added = before.scaling / after.scaling, after.rank - before.rank
     index = torch.cat([torch.arange(before.rank), torch.full((added,), -1)])
-    rank_of_left, rank_of_right = (
-        ((index, None), (None, index)) if embedding else ((None, index), (index, None))
-    )
+    rank_of_left, rank_of_right = ((index, None), (None, index)) if embedding else ((None, index), (index, None))
     padded = F.pad(left * scale, (0, added))
     yield (
         left_name,

@@ -30,14 +30,8 @@ def _read(path: str | Path) -> dict[str, Any]:
         KeyError,
         AttributeError,
     ) as error:
-        raise ValueError(
-            f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0]})"
-        ) from None
-    if (
-        not isinstance(loaded, dict)
-        or not isinstance(loaded.get("model"), dict)
-        or "model_args" not in loaded
-    ):
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0]})") from None
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("model"), dict) or "model_args" not in loaded:
         raise ValueError(f"{path}: not a nanoGPT checkpoint (it needs `model` and `model_args`)")
     missing = [name for name in _ARGUMENTS if name not in loaded["model_args"]]
     if missing:
@@ -48,9 +42,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 def config_from_checkpoint(path: str | Path) -> ModelConfig:
     """The configuration of the model in a ckpt.pt. Raises ValueError."""
     arguments = _read(path)["model_args"]
-    return ModelConfig(
-        **{name: arguments[name] for name in _ARGUMENTS}, dropout=float(arguments.get("dropout") or 0.0)
-    )
+    return ModelConfig(**{name: arguments[name] for name in _ARGUMENTS}, dropout=float(arguments.get("dropout") or 0.0))
 
 
 def load_checkpoint(path: str | Path) -> GPT:
@@ -59,8 +51,6 @@ def load_checkpoint(path: str | Path) -> GPT:
     weights = {name.removeprefix(_COMPILED): value for name, value in loaded["model"].items()}
     # The head is tied to the embedding and stored twice; old checkpoints also hold the causal mask.
     weights = {
-        name: value
-        for name, value in weights.items()
-        if name != "lm_head.weight" and not name.endswith(".attn.bias")
+        name: value for name, value in weights.items() if name != "lm_head.weight" and not name.endswith(".attn.bias")
     }
     return from_weights(config_from_checkpoint(path), weights)

@@ -15,8 +15,8 @@ ROOMS = ("model", "data", "training")
 # Inside training: a file may import only files of a lower floor (docs/architecture.md).
 FLOORS = [
     {"errors", "values"},
-    {"records", "config", "learning_rate", "distributed", "optimizer"},
-    {"triggers", "checkpoint", "stopping", "evaluation"},
+    {"records", "config", "distributed", "optimizer"},
+    {"learning_rate", "triggers", "checkpoint", "stopping", "evaluation"},
     {"operations"},
     {"schedule"},
     {"run"},
@@ -68,7 +68,11 @@ def test_imports_in_training_go_down(path):
 @pytest.mark.parametrize(
     "what, pattern, allowed",
     [
-        ("torch.distributed", r"torch\.distributed|DistributedDataParallel", {"training/distributed.py"}),
+        (
+            "torch.distributed",
+            r"import torch\.distributed|from torch\.distributed|DistributedDataParallel",
+            {"training/distributed.py"},
+        ),
         ("print", r"^\s*print\(", {"training/reporting.py", "train_orchestrated.py", "sample.py"}),
         ("save_file", r"save_file|torch\.save\(", {"training/checkpoint.py"}),
         ("requires_grad_", r"requires_grad_\(", {"training/run.py"}),
@@ -99,9 +103,11 @@ def test_every_file_says_what_it_is():
 
 def test_documents_name_files_and_operations_that_exist():
     text = "".join(path.read_text("utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    for name in set(re.findall(r"\b(?:training|model|data|config|schedules|docs|tests|bench)/[\w/]+\.(?:py|md|yaml|json)\b", text)):
+    for name in set(
+        re.findall(r"\b(?:training|model|data|config|schedules|docs|tests|bench)/[\w/]+\.(?:py|md|yaml|json)\b", text)
+    ):
         assert (ROOT / name).exists(), name
-    tree = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+    tree = re.search(r"## Files\s+```text\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
     for path in [*files("training"), *files("model"), *files("data")]:
         if "operations" not in path.parts and path.name != "prepare.py":
             assert path.name in tree, f"{path.name} is missing from the README's file tree"

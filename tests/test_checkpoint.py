@@ -16,9 +16,7 @@ def save(root, iteration: int, loss: float | None = None, keep_last: int = 2, ke
     progress = {"iter": iteration, "last_val_loss": loss, "last_eval_iter": -1 if loss is None else iteration}
     model = {"a": torch.full((2, 3), float(iteration)), "b|c": torch.arange(3)}
     optimizer = {"a": {"exp_avg": torch.ones(2, 3), "step": torch.tensor(float(iteration))}}
-    return checkpoint.save(
-        root, {"progress": progress}, model, optimizer, keep_last=keep_last, keep_best=keep_best
-    )
+    return checkpoint.save(root, {"progress": progress}, model, optimizer, keep_last=keep_last, keep_best=keep_best)
 
 
 def names(root) -> list[str]:
@@ -71,7 +69,9 @@ def test_damage_is_named(tmp_path, file, harm):
     raw = bytearray(path.read_bytes())
     if harm == "flip":
         raw[len(raw) // 2] ^= 1
-    path.unlink() if harm == "remove" else path.write_bytes(raw if harm == "flip" else raw[:5] if harm == "cut" else b"")
+    path.unlink() if harm == "remove" else path.write_bytes(
+        raw if harm == "flip" else raw[:5] if harm == "cut" else b""
+    )
     with pytest.raises(Refused, match=f"{file} is (damaged|missing)"):
         checkpoint.load(path.parent)
 

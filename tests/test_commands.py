@@ -20,7 +20,12 @@ from training.errors import Refused
 
 def command(script: str, *args, **keys) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True, timeout=100, cwd=ROOT, **keys
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=ROOT,
+        **keys,
     )
 
 
@@ -42,7 +47,10 @@ def trained(tmp_path_factory, data):
 def test_exit_code_2_without_a_traceback(data, tmp_path):
     (tmp_path / "s.yaml").write_text("- {name: set_lrr, value: 1}\n- {name: stop, trigger_los: 1}\n")
     for args, expected in [
-        (["--n_layers=3", "--dropout=2"], ["unknown key n_layers; did you mean n_layer?", "dropout must be less than 1"]),
+        (
+            ["--n_layers=3", "--dropout=2"],
+            ["unknown key n_layers; did you mean n_layer?", "dropout must be less than 1"],
+        ),
         ([f"--schedule={tmp_path / 's.yaml'}"], ["s.yaml:1: entry 1", "s.yaml:2: entry 2"]),
         (["--init_from=resume", f"--out_dir={tmp_path}"], ["no complete checkpoint"]),
     ]:
@@ -90,22 +98,41 @@ def test_plan_trains_nothing(data, tmp_path, capsys):
 
 
 def test_the_run_folder(trained):
-    assert {"config.json", "schedule.yaml", "metrics.jsonl", "events.jsonl", "checkpoints"} <= {p.name for p in trained.iterdir()}
+    assert {"config.json", "schedule.yaml", "metrics.jsonl", "events.jsonl", "checkpoints"} <= {
+        p.name for p in trained.iterdir()
+    }
     assert json.loads((trained / "config.json").read_text())["n_layer"] == 2
     assert json.loads((trained / "schedule.yaml").read_text()) == SCHEDULE
     metrics = lines(trained / "metrics.jsonl")
     train = [record for record in metrics if record["kind"] == "train"]
     assert [record["iter"] for record in train] == list(range(1, 13))
-    for field in ("tokens", "seconds", "loss", "lr", "batch_size", "grad_accum", "tokens_per_second", "coverage", "machine"):
+    for field in (
+        "tokens",
+        "seconds",
+        "loss",
+        "lr",
+        "batch_size",
+        "grad_accum",
+        "tokens_per_second",
+        "coverage",
+        "machine",
+    ):
         assert field in train[0], field
     parts = {"data", "forward_backward", "optimizer", "eval", "operation", "checkpoint"}
     assert set(train[0]["seconds_by_part"]) == parts and train[-1]["tokens"] == 12 * 8 * 16
     evals = [record for record in metrics if record["kind"] == "eval"]
-    assert [(r["iter"], r.get("why")) for r in evals] == [(0, None), (4, None), (4, "after an operation"), (8, None), (12, None)]
+    assert [(r["iter"], r.get("why")) for r in evals] == [
+        (0, None),
+        (4, None),
+        (4, "after an operation"),
+        (8, None),
+        (12, None),
+    ]
     assert evals[1]["val_loss"] == pytest.approx(evals[2]["val_loss"], abs=1e-5)
     first, second = events(trained, "operation")
-    assert first | {"name": "set_lr", "value": 5e-3, "iter": 2, "reason": "iteration 2 (at_iter 2)", "desc": "lower",
-                    "settings_before": {"learning_rate": 0.01}, "settings_after": {"learning_rate": 0.005}} == first  # fmt: skip
+    expected = {"name": "set_lr", "value": 5e-3, "iter": 2, "reason": "iteration 2 (at_iter 2)", "desc": "lower"}
+    expected |= {"settings_before": {"learning_rate": 0.01}, "settings_after": {"learning_rate": 0.005}}
+    assert first | expected == first
     assert second["val_loss_before"] == evals[1]["val_loss"] and second["val_loss_after"] == evals[2]["val_loss"]
     assert second["parameters_trainable"] < second["parameters_total"]
     kinds = [record["kind"] for record in lines(trained / "events.jsonl")]
@@ -168,7 +195,10 @@ def test_shrunken_vocabulary(data, tmp_path, capsys):
 def test_a_signal_saves_and_exits_with_128_plus_n(data, tmp_path, number):
     args = arguments(data, tmp_path / "run", max_iters=100000, eval_interval=50000)
     job = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_orchestrated.py"), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, str(ROOT / "train_orchestrated.py"), *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"

@@ -74,7 +74,9 @@ def _equal_gradients_after_changes(rank: int, data: str):
             change(run, name, value)
             run.check_ranks_agree(name)
         grads = gradients(run)
-        found.append(({n: g for n, g in grads.items()}, [n for n, p in run.model.named_parameters() if p.requires_grad]))
+        found.append(
+            ({n: g for n, g in grads.items()}, [n for n, p in run.model.named_parameters() if p.requires_grad])
+        )
         for name in ("merge_lora_weights", "unfreeze_layer"):  # back to the start for the next change
             if name == "unfreeze_layer" or run.settings.model.lora:
                 change(run, name, "*" if name == "unfreeze_layer" else None)
@@ -119,7 +121,9 @@ def _losses_and_decisions(rank: int, data: str):
     from training.schedule import parse_schedule
 
     run = make_run(data)
-    text = json.dumps([{"name": "set_lr", "value": 1e-4, "trigger_loss": 3.0}, {"name": "set_attn_lora_rank", "value": 2}])
+    text = json.dumps(
+        [{"name": "set_lr", "value": 1e-4, "trigger_loss": 3.0}, {"name": "set_attn_lora_rank", "value": 2}]
+    )
 
     class Journal:
         events = []

@@ -60,7 +60,10 @@ def test_logits_equal_transformers(make, keys, tmp_path):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope scaling of type 'linear'"),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            "rope scaling of type 'linear'",
+        ),
         (LlamaConfig(attention_bias=True, mlp_bias=True), "attention_bias, mlp_bias"),
         (GPT2Config(activation_function="relu"), "activation_function 'relu'"),
         (GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
@@ -98,7 +101,13 @@ def nanogpt_checkpoint(path, **changes) -> GPT:
     weights = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
     weights["_orig_mod.lm_head.weight"] = weights["_orig_mod.transformer.wte.weight"]
     arguments = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=30, dropout=0.0)
-    saved = {"model": weights, "model_args": arguments, "iter_num": 5, "config": {"dataset": "x"}, "best_val_loss": torch.tensor(1.0)}
+    saved = {
+        "model": weights,
+        "model_args": arguments,
+        "iter_num": 5,
+        "config": {"dataset": "x"},
+        "best_val_loss": torch.tensor(1.0),
+    }
     torch.save({**saved, **changes}, path)
     return model
 

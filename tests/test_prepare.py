@@ -30,7 +30,9 @@ def script(name: str, *arguments, code: int = 0) -> str:
 def small_encoding() -> BpeTokenizer:
     """Bytes and one special token: an encoding that needs no download."""
     ranks = {bytes([i]): i for i in range(256)}
-    return BpeTokenizer(tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}))
+    return BpeTokenizer(
+        tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    )
 
 
 def test_python_docs_needs_no_download(tmp_path):
@@ -78,6 +80,7 @@ def test_openwebtext_is_resumable_and_ends_every_document(tmp_path, monkeypatch)
         def __init__(self, *_): ...
         def __enter__(self):
             return self
+
         def __exit__(self, *_): ...
         def imap(self, work, items):
             return map(work, items)

@@ -25,7 +25,12 @@ SCHEDULE = [
     {"name": "set_batch_size", "value": 6, "trigger_loss": 99.0},
     {"name": "set_layer_lora_rank", "value": ["attn.*", 1], "max_wait_iters": 2, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 1},
-    {"name": "unfreeze_layer", "value": "mlp.0", "trigger_plateau": {"evals": 1, "min_delta": 9.0}, "max_wait_iters": 3},
+    {
+        "name": "unfreeze_layer",
+        "value": "mlp.0",
+        "trigger_plateau": {"evals": 1, "min_delta": 9.0},
+        "max_wait_iters": 3,
+    },
 ]
 
 
@@ -297,5 +302,7 @@ def test_signals_are_handled_by_name(tiny):
         code, out_dir = tiny()
     assert code == 128 + signal.SIGTERM
     assert [e["signal"] for e in events(out_dir, "signal")] == [15]
-    assert (out_dir / "checkpoints/latest/manifest.json").exists() and torch.is_tensor(next(iter(tensors(out_dir).values())))
+    assert (out_dir / "checkpoints/latest/manifest.json").exists() and torch.is_tensor(
+        next(iter(tensors(out_dir).values()))
+    )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -43,7 +43,9 @@ def test_the_order_looks_random():
     assert np.histogram(order[:1000], 10, (0, 10000))[0].min() > 60
 
 
-@pytest.mark.parametrize("n_tokens, block_size", [(17, 16), (18, 16), (32, 16), (33, 16), (48, 16), (49, 16), (1000, 16), (65, 1)])
+@pytest.mark.parametrize(
+    "n_tokens, block_size", [(17, 16), (18, 16), (32, 16), (33, 16), (48, 16), (49, 16), (1000, 16), (65, 1)]
+)
 def test_every_window_once_per_pass_and_within_the_file(n_tokens, block_size):
     n = windows_per_pass(n_tokens, block_size)
     for number in range(5):

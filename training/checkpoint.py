@@ -114,9 +114,7 @@ def load(path: str | Path) -> Checkpoint:
         if not (path / name).is_file():
             problems.append(f"checkpoint {path}: {name} is missing")
         elif facts != _facts(path / name):
-            problems.append(
-                f"checkpoint {path}: {name} is damaged (its size or checksum is not the manifest's)"
-            )
+            problems.append(f"checkpoint {path}: {name} is damaged (its size or checksum is not the manifest's)")
     if problems:
         raise Refused(problems)
     optimizer: State = {}
@@ -178,9 +176,7 @@ def _prune(root: Path, keep_last: int, best: list[Path]) -> None:
 def _clear_leftovers(root: Path) -> None:
     """What an interrupted save or removal left behind."""
     for path in root.iterdir():
-        broken = (
-            path.name.startswith(_PREFIX) and not path.is_symlink() and not (path / "manifest.json").exists()
-        )
+        broken = path.name.startswith(_PREFIX) and not path.is_symlink() and not (path / "manifest.json").exists()
         if path.name.startswith(_TEMPORARY) or broken:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -42,14 +42,10 @@ class TrainConfig(BaseModel):
     out_dir: str = _key("out", "the run folder")
     eval_interval: PositiveInt = _key(2000, "iterations between evaluations")
     eval_iters: PositiveInt = _key(200, "batches of one evaluation, the same fixed windows each time")
-    eval_batch_size: NonNegativeInt = _key(
-        0, "sequences in a batch of an evaluation; 0: batch_size at the start"
-    )
+    eval_batch_size: NonNegativeInt = _key(0, "sequences in a batch of an evaluation; 0: batch_size at the start")
     eval_only: bool = _key(False, "evaluate once, write nothing, exit")
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
-    always_save_checkpoint: bool = _key(
-        True, "save at every evaluation, not only when the loss is the best so far"
-    )
+    always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
     keep_last: PositiveInt = _key(2, "how many of the latest checkpoints are kept")
     keep_best: NonNegativeInt = _key(1, "how many of the best checkpoints are kept")
     init_from: str = _key(
@@ -64,9 +60,7 @@ class TrainConfig(BaseModel):
     wandb_run_name: str = _key("gpt2", "W&B run name")
     # data
     dataset: str = _key("openwebtext", "a folder under data/, or a path to one, with train.bin and val.bin")
-    gradient_accumulation_steps: PositiveInt = _key(
-        40, "micro-steps in one iteration, over all ranks together"
-    )
+    gradient_accumulation_steps: PositiveInt = _key(40, "micro-steps in one iteration, over all ranks together")
     batch_size: PositiveInt = _key(12, "sequences in one micro-step on one rank")
     block_size: PositiveInt = _key(1024, "tokens in one sequence")
     shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
@@ -81,9 +75,7 @@ class TrainConfig(BaseModel):
     bias: bool = _key(False, "biases in Linear and LayerNorm")
     norm: Literal["layernorm", "rmsnorm"] = _key("layernorm", "layernorm | rmsnorm")
     norm_eps: PositiveFloat = _key(1e-5, "epsilon of the norms")
-    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = _key(
-        "gelu", "gelu | gelu_tanh | relu2 | swiglu"
-    )
+    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = _key("gelu", "gelu | gelu_tanh | relu2 | swiglu")
     use_rotary_embeddings: bool = _key(False, "rotary positions (RoPE) instead of learned ones")
     rotary_base: PositiveFloat = _key(10000.0, "base of the rotary frequencies")
     tie_weights: bool = _key(True, "token embedding and output head are one matrix")
@@ -106,18 +98,12 @@ class TrainConfig(BaseModel):
     lr_decay_iters: NonNegativeInt = _key(600000, "iteration at which min_lr is reached")
     min_lr: NonNegativeFloat = _key(6e-5, "where the decay ends; never lifts the rate above learning_rate")
     wsd_decay_fraction: PositiveFloat = _key(0.2, "wsd: the share of lr_decay_iters that decays, linearly")
-    early_stopping_patience: NonNegativeInt = _key(
-        0, "evaluations without a gain before the run ends; 0: never"
-    )
-    early_stopping_min_delta: NonNegativeFloat = _key(
-        0.0, "how much lower the loss must be to count as a gain"
-    )
+    early_stopping_patience: NonNegativeInt = _key(0, "evaluations without a gain before the run ends; 0: never")
+    early_stopping_min_delta: NonNegativeFloat = _key(0.0, "how much lower the loss must be to count as a gain")
     # system
     backend: str = _key("auto", "torch.distributed backend; auto: nccl on CUDA, else gloo")
     device: str = _key("auto", "auto | cpu | cuda | cuda:N | mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
-        "auto", "auto | float32 | bfloat16 | float16"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key("auto", "auto | float32 | bfloat16 | float16")
     compile: bool = _key(True, "torch.compile, block by block")
     seed: NonNegativeInt = _key(1337, "of the initial weights, the order of the data and dropout")
 
@@ -174,9 +160,7 @@ def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
             # A power or a repeated text is the one way in which a short line could take forever or fill the memory.
             if isinstance(op, ast.Pow) and (abs(a) > 1e6 or abs(b) > 64):
                 raise ValueError("a power this large is not a setting")
-            if isinstance(op, ast.Mult | ast.Mod) and not (
-                isinstance(a, int | float) and isinstance(b, int | float)
-            ):
+            if isinstance(op, ast.Mult | ast.Mod) and not (isinstance(a, int | float) and isinstance(b, int | float)):
                 raise ValueError("only numbers are multiplied or divided")
             return _BINARY[type(op)](a, b)
         case ast.IfExp(test=test, body=body, orelse=orelse):
@@ -187,9 +171,7 @@ def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
             return "".join(str(_evaluate(value, names)) for value in values)
         case ast.FormattedValue(value=value, conversion=-1, format_spec=None):
             return _evaluate(value, names)
-    raise ValueError(
-        f"`{ast.unparse(node)}` is not a plain value (literals, arithmetic and earlier names are)"
-    )
+    raise ValueError(f"`{ast.unparse(node)}` is not a plain value (literals, arithmetic and earlier names are)")
 
 
 def read_config_file(path: str | Path) -> tuple[dict[str, tuple[Any, str]], list[str]]:
@@ -237,9 +219,7 @@ def read_config_file(path: str | Path) -> tuple[dict[str, tuple[Any, str]], list
     return found, problems
 
 
-def resolve(
-    files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
-) -> tuple[TrainConfig, dict[str, str]]:
+def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]) -> tuple[TrainConfig, dict[str, str]]:
     """Config files in order, then `--KEY=VALUE` pairs as text; later wins.
 
     Returns the configuration and {key: place where it was given}. Raises Refused with every problem found.

@@ -32,7 +32,8 @@ def largest_batch_that_fits(run: Run, target: float, candidates: Sequence[int]) 
         low, high = (probe, high) if fits else (low, probe)
     if low < 0:
         raise ValueError(
-            f"a micro-batch of {candidates[0]} already needs more than {target:g} of {total_memory(run) / 2**30:.1f} GiB"
+            f"a micro-batch of {candidates[0]} already needs more than {target:g} of "
+            f"{total_memory(run) / 2**30:.1f} GiB"
         )
     return candidates[low]
 
@@ -54,15 +55,11 @@ def peak_memory(run: Run, batch_size: int) -> float:
             block_size = run.settings.model.block_size
             x = torch.zeros(batch_size, block_size, dtype=torch.long, device=run.device)
             with run.autocast():
-                _, loss = run.model(
-                    x, x
-                )  # not the DDP wrapper: ranks try different sizes for different times
+                _, loss = run.model(x, x)  # not the DDP wrapper: ranks try different sizes for different times
             run.scaler.scale(loss).backward()
         # AdamW's moments, where the first step has not made them yet, and the gradients are there at the same time.
         missing = sum(
-            p.numel() * p.element_size() * 2
-            for p in run.optimizer.parameters
-            if p not in run.optimizer.inner.state
+            p.numel() * p.element_size() * 2 for p in run.optimizer.parameters if p not in run.optimizer.inner.state
         )
         return meter.peak + missing
     except (torch.OutOfMemoryError, MemoryError):

@@ -28,9 +28,7 @@ class NamedAdamW:
         state: moments by name, taken over without a copy; names that do not train are kept for later.
     """
 
-    def __init__(
-        self, model: nn.Module, trainable: Iterable[str], state: Mapping[str, dict[str, Tensor]]
-    ) -> None:
+    def __init__(self, model: nn.Module, trainable: Iterable[str], state: Mapping[str, dict[str, Tensor]]) -> None:
         wanted = set(trainable)
         everything = dict(model.named_parameters())
         self._parameters = {name: p for name, p in everything.items() if name in wanted}

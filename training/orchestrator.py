@@ -159,9 +159,7 @@ class Orchestrator:
 
     # ------------------------------------------------------------------------------------------ firing
 
-    def _fire(
-        self, entry: Entry, reason: str, measured_now: bool
-    ) -> Literal["next", "round ends", "interrupted"]:
+    def _fire(self, entry: Entry, reason: str, measured_now: bool) -> Literal["next", "round ends", "interrupted"]:
         """Carry out one entry, and say how the round goes on."""
         run, journal = self.run, self.journal
         journal.event("decision", entry=entry.number, name=entry.operation.name, reason=reason)
@@ -242,9 +240,7 @@ class Orchestrator:
             on_error=entry.on_error,
         )
         if not skip:
-            raise OperationFailed(
-                f"entry {entry.number} ({entry}) failed and the run is as before: {error}"
-            ) from error
+            raise OperationFailed(f"entry {entry.number} ({entry}) failed and the run is as before: {error}") from error
         self.position.skipped += (entry.number,)
         self._advance()
 

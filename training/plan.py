@@ -27,18 +27,12 @@ def describe(config: TrainConfig, given: dict[str, str], world_size: int) -> str
         model, notes = setup.planned_model_config(config)
         settings = setup.settings_from(config, model)
     stages = plan_stages(rest, settings, world_size)
-    rows = [
-        ("entry", "when", "operation", "layers", "width", "parameters", "trainable", "tokens/iter", "changes")
-    ]
+    rows = [("entry", "when", "operation", "layers", "width", "parameters", "trainable", "tokens/iter", "changes")]
     rows += [_row(stage, stages[i - 1] if i else None) for i, stage in enumerate(stages)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     guessed = [
-        stage.entry.number
-        for stage in stages
-        if stage.entry and stage.entry.operation.name == "adjust_batch_size"
+        stage.entry.number for stage in stages if stage.entry and stage.entry.operation.name == "adjust_batch_size"
     ]
     if guessed:
         notes.append(f"entries {guessed}: adjust_batch_size is decided on the machine; shown unchanged")

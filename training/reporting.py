@@ -151,18 +151,14 @@ class Reporter(Silent):
             self._lines[EVENTS].sync()
         if self._wandb is not None and kind == "operation":
             shown = {f"operation/{name}": value for name, value in fields["settings_after"].items()}
-            self._wandb.log(
-                {name: v for name, v in shown.items() if isinstance(v, int | float)}, step=fields["iter"]
-            )
+            self._wandb.log({name: v for name, v in shown.items() if isinstance(v, int | float)}, step=fields["iter"])
 
     def metrics(self, kind: str, **fields: Any) -> None:
         if METRICS in self._lines:
             self._lines[METRICS].write({"kind": kind, **fields})
         if self._wandb is not None:
             flat = {name: v for name, v in clean(fields).items() if isinstance(v, int | float)}
-            self._wandb.log(
-                {f"{kind}/{name}": v for name, v in flat.items() if name != "iter"}, step=fields["iter"]
-            )
+            self._wandb.log({f"{kind}/{name}": v for name, v in flat.items() if name != "iter"}, step=fields["iter"])
 
     def say(self, text: str) -> None:
         """One line for a person."""
@@ -176,9 +172,7 @@ class Reporter(Silent):
     def progress(self, iteration: int, **shown: Any) -> None:
         """The state of the run, on the bar of a terminal or as a plain line."""
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                ", ".join(f"{key} {value}" for key, value in shown.items()), refresh=False
-            )
+            self._bar.set_postfix_str(", ".join(f"{key} {value}" for key, value in shown.items()), refresh=False)
             self._bar.update(iteration - self._bar.n)
             if self._log is not None:
                 self._log.write(_line(iteration, shown) + "\n")

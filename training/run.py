@@ -103,9 +103,7 @@ class Run:
         dtype = DTYPES[pick_dtype(config.dtype, device)]
         self.dtype = dtype
         self.autocast: Callable[[], AbstractContextManager] = (
-            nullcontext
-            if dtype == torch.float32
-            else lambda: torch.autocast(device_type=device.type, dtype=dtype)
+            nullcontext if dtype == torch.float32 else lambda: torch.autocast(device_type=device.type, dtype=dtype)
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if scaler_state:
@@ -165,9 +163,7 @@ class Run:
     def _seed_dropout(self, micro: int) -> None:
         """Dropout is a function of (seed, iteration, micro-step): equal after a resume and for any number of ranks."""
         if self.settings.model.dropout > 0:
-            words = np.random.SeedSequence([self.config.seed, self.progress.iter, micro]).generate_state(
-                1, np.uint64
-            )
+            words = np.random.SeedSequence([self.config.seed, self.progress.iter, micro]).generate_state(1, np.uint64)
             torch.manual_seed(int(words[0]) >> 1)
 
     def _batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,9 +277,7 @@ class Run:
         if shape_of(target) != shape_of(self.settings):
             if reshape is None:
                 raise ValueError("the target has another shape and nothing says how to get there")
-            seed = np.random.SeedSequence([self.config.seed, self.progress.iter, 1]).generate_state(
-                1, np.uint64
-            )
+            seed = np.random.SeedSequence([self.config.seed, self.progress.iter, 1]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
             model, lineage = reshape(self.model, target.model, generator)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -101,9 +101,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} is given twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -191,16 +189,12 @@ def parse_schedule(text: str, source: str) -> Schedule:
             if key != "operations":
                 problems.append(f"{source}: unknown key {shown(key)} beside `operations`")
         if "operations" not in document:
-            raise Refused(
-                [*problems, f"{source}: a mapping needs the key `operations` with a list of entries"]
-            )
+            raise Refused([*problems, f"{source}: a mapping needs the key `operations` with a list of entries"])
         document = document["operations"]
     if document is None:
         document = []
     if not isinstance(document, list):
-        raise Refused(
-            f"{source}: a schedule is a list of entries (or {{operations: [...]}}), got {shown(document)}"
-        )
+        raise Refused(f"{source}: a schedule is a list of entries (or {{operations: [...]}}), got {shown(document)}")
 
     entries = []
     for i, given in enumerate(document):
@@ -221,9 +215,7 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         raise ScheduleError(f"an entry is a mapping with `name`, got {shown(given)}")
     if "name" not in given:
         raise ScheduleError(f"has no `name`; got the fields {', '.join(map(str, given)) or 'none'}")
-    problems = [
-        f"unknown field {shown(key)}{nearest(key, ENTRY_FIELDS)}" for key in given if key not in ENTRY_FIELDS
-    ]
+    problems = [f"unknown field {shown(key)}{nearest(key, ENTRY_FIELDS)}" for key in given if key not in ENTRY_FIELDS]
     fields = {
         key: value
         for key, value in given.items()
@@ -248,8 +240,7 @@ def _entry(number: int, line: int, given: Any) -> Entry:
             triggers.append(trigger(value=fields[name]))
         except ValidationError as error:
             problems += [
-                f"{title}{'.'.join([name, *map(str, loc[1:])])} {message}"
-                for loc, message in problems_of(error)
+                f"{title}{'.'.join([name, *map(str, loc[1:])])} {message}" for loc, message in problems_of(error)
             ]
     if operation and common and common.over and not operation.ramps:
         problems.append(f"{title}`over` moves a number gradually; {operation.name} cannot be moved so")
@@ -258,9 +249,7 @@ def _entry(number: int, line: int, given: Any) -> Entry:
     try:
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        problems.append(
-            f"{title}only text, numbers, true, false, null, lists and mappings are allowed in an entry"
-        )
+        problems.append(f"{title}only text, numbers, true, false, null, lists and mappings are allowed in an entry")
     if problems or operation is None or common is None:
         raise ScheduleError(problems)
     return Entry(

@@ -130,9 +130,7 @@ class Session:
         else:
             p.evals_without_gain += 1
         self.metrics("eval", val_loss=loss, best_val_loss=p.best_val_loss)
-        self.reporter.say(
-            f"step {p.iter}: val loss {loss:.4f}" + (" (best)" if p.best_iter == p.iter else "")
-        )
+        self.reporter.say(f"step {p.iter}: val loss {loss:.4f}" + (" (best)" if p.best_iter == p.iter else ""))
         return loss
 
     def _measure_again(self, why: str) -> float | None:

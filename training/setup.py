@@ -105,9 +105,7 @@ def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
             vocab = read_meta(find_folder(config.dataset)).vocab_size
         if not vocab:
             vocab = DEFAULT_VOCAB
-            notes.append(
-                f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed"
-            )
+            notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
         return model_config_from(config, vocab), notes
     if config.init_from in hugging_face.GPT2_MODELS:
         model = hugging_face.gpt2_config(config.init_from)
@@ -205,13 +203,9 @@ def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
         elif key not in ("init_from", "out_dir"):
             if key in IN_SETTINGS:
                 settings = with_field(settings, IN_SETTINGS[key], after)
-            overrides.append(
-                {"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]}
-            )
+            overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
 
-    schedule = parse_schedule(
-        loaded.state["schedule"]["text"], loaded.state["schedule"]["source"] or "schedule"
-    )
+    schedule = parse_schedule(loaded.state["schedule"]["text"], loaded.state["schedule"]["source"] or "schedule")
     if "schedule" in given and config.schedule:
         new = read_schedule(config.schedule)
         fired = loaded.state["orchestrator"]["position"]["fired"]
@@ -279,7 +273,8 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
     vocab = config.shrunken_vocab_size or data.meta.vocab_size
     if vocab and vocab > model_config.vocab_size:
         raise Refused(
-            f"dataset {config.dataset} has {vocab} tokens, more than the {model_config.vocab_size} of {config.init_from}"
+            f"dataset {config.dataset} has a vocabulary of {vocab}, "
+            f"more than the {model_config.vocab_size} of {config.init_from}"
         )
     return Run(config, settings, Progress(), initial_model(config, model_config), data, ranks, device)
 

@@ -116,7 +116,8 @@ class TriggerPlateau(Trigger):
             return None
         before, recent = min(history[:-evals]), min(history[-evals:])
         if recent > before - self.value.min_delta:
-            return f"plateau: {recent:.4f} in {evals} evaluations, {before:.4f} before (min_delta {self.value.min_delta:g})"
+            margin = f"min_delta {self.value.min_delta:g}"
+            return f"plateau: {recent:.4f} in {evals} evaluations, {before:.4f} before ({margin})"
         return None
 
 

@@ -1,7 +1,7 @@
 """Tiny Shakespeare, GPT-2 byte-pair encoding (tiktoken): about 301,966 training tokens.
 
-    python data/shakespeare/prepare.py                   # downloads the text and checks its SHA-256
-    python data/shakespeare/prepare.py --input FILE      # any text of your own
+python data/shakespeare/prepare.py                   # downloads the text and checks its SHA-256
+python data/shakespeare/prepare.py --input FILE      # any text of your own
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Tiny Shakespeare, character level: 1,115,394 characters, 65 different ones.
 
-    python data/shakespeare_char/prepare.py                   # downloads the text and checks its SHA-256
-    python data/shakespeare_char/prepare.py --input FILE      # any text of your own
+python data/shakespeare_char/prepare.py                   # downloads the text and checks its SHA-256
+python data/shakespeare_char/prepare.py --input FILE      # any text of your own
 """
 
 import sys

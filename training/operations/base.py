@@ -89,8 +89,5 @@ def make(name: Any, arguments: dict[str, Any]) -> Operation:
         return cls(**arguments)
     except ValidationError as error:
         raise ScheduleError(
-            [
-                f"{name}: {'.'.join(map(str, location)) or 'value'} {message}"
-                for location, message in problems_of(error)
-            ]
+            [f"{name}: {'.'.join(map(str, location)) or 'value'} {message}" for location, message in problems_of(error)]
         ) from None

@@ -21,9 +21,7 @@ def _scaled(what: str, value: int, factor: float) -> int:
     result = value * factor
     # 1e-9 forgives the rounding of factors such as 1/3; anything more would change the batch silently.
     if round(result) < 1 or abs(result - round(result)) > 1e-9 * max(1.0, result):
-        raise ScheduleError(
-            f"{what} {value} times {factor:g} is {result:g}, which is not a whole number of at least 1"
-        )
+        raise ScheduleError(f"{what} {value} times {factor:g} is {result:g}, which is not a whole number of at least 1")
     return round(result)
 
 
@@ -117,9 +115,7 @@ class AdjustBatchSize(Operation):
 
     def plan(self, settings: Settings) -> Settings:
         if self.wanted.target > 1:
-            raise ScheduleError(
-                f"adjust_batch_size: target must be a share in (0, 1], got {self.wanted.target:g}"
-            )
+            raise ScheduleError(f"adjust_batch_size: target must be a share in (0, 1], got {self.wanted.target:g}")
         return settings
 
     def resolve(self, run: Run) -> Operation:

@@ -113,6 +113,7 @@ class MergeLoraWeights(LoraOperation):
         names = [name for name in named if name in adapted]
         if not names:
             raise ScheduleError(
-                f"merge_lora_weights: no adapter on {self.value or 'any layer'}; adapted: {', '.join(adapted) or 'none'}"
+                f"merge_lora_weights: no adapter on {self.value or 'any layer'}; "
+                f"adapted: {', '.join(adapted) or 'none'}"
             )
         return with_rank(settings, names, 0)
