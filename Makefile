@@ -18,7 +18,7 @@ demo: .venv/.stamp data/python_docs/meta.json
 	$(VENV)/python train_orchestrated.py config/python_docs.py --schedule schedules/demo.yaml --out_dir=out-demo
 	$(VENV)/python sample.py --out_dir=out-demo --start="The " --num_samples=1 --max_new_tokens=300
 	@echo "Look into out-demo: events.jsonl says what the schedule did and why, metrics.jsonl how the loss went,"
-	@echo "checkpoints/latest is where --init_from=resume --out_dir=out-demo --max_iters=1500 goes on."
+	@echo "checkpoints/latest is where --init_from=resume --out_dir=out-demo --max_iters=1200 goes on."
 
 test: .venv/.stamp
 	$(VENV)/ruff format --check .

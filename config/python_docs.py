@@ -18,8 +18,8 @@ gradient_accumulation_steps = 2  # over all processes, so 1 or 2 of them see the
 learning_rate = 1e-3  # a small network can afford it
 min_lr = 1e-4
 warmup_iters = 50
-max_iters = 1200
-lr_decay_iters = 1200
+max_iters = 800
+lr_decay_iters = 800
 beta2 = 0.99  # few tokens an iteration: a longer memory
 
 eval_interval = 100

@@ -11,6 +11,7 @@ from training import setup
 from training.config import TrainConfig
 from training.records import differences
 from training.schedule import Entry, Schedule, Stage, parameter_counts, plan_stages
+from training.values import brief
 
 
 def describe(config: TrainConfig, given: dict[str, str], world_size: int) -> str:
@@ -55,7 +56,7 @@ def _row(stage: Stage, before: Stage | None) -> tuple[str, ...]:
     changes = ""
     if before is not None:
         old, new = differences(before.settings, s)
-        changes = ", ".join(f"{name} {_brief(old[name])} -> {_brief(new[name])}" for name in new)
+        changes = ", ".join(f"{name} {brief(old[name])} -> {brief(new[name])}" for name in new)
         if stage.entry and stage.entry.over:
             changes += f" over {stage.entry.over}"
     return (
@@ -69,14 +70,3 @@ def _row(stage: Stage, before: Stage | None) -> tuple[str, ...]:
         f"{s.tokens_per_iter:,}",
         changes,
     )
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, dict):  # adapters: names and ranks
-        return (
-            "{"
-            + ", ".join(f"{name}: {spec['rank']}" for name, spec in list(value.items())[:4])
-            + (", ...}" if len(value) > 4 else "}")
-        )
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 48 else text[:45] + "..."

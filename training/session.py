@@ -18,6 +18,7 @@ from training.reporting import Silent, machine
 from training.run import Run, StepResult
 from training.schedule import Schedule
 from training.stopping import NoSignals, SignalWatch
+from training.values import brief
 
 
 class Session:
@@ -54,7 +55,7 @@ class Session:
         self.reporter.event(kind, iter=self.run.progress.iter, **fields)
         if kind == "operation":
             moved = ", ".join(
-                f"{name} {_short(old)} -> {_short(fields['settings_after'][name])}"
+                f"{name} {brief(old)} -> {brief(fields['settings_after'][name])}"
                 for name, old in fields["settings_before"].items()
             )
             over = f" over {fields['over']} iterations" if fields["over"] else ""
@@ -226,10 +227,3 @@ class Session:
             self.reporter.say(f"emergency checkpoint at iteration {run.progress.iter}")
         except Exception as second:
             self.event("emergency", saved=False, reason=f"{type(second).__name__}: {second}")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

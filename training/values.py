@@ -38,6 +38,15 @@ def shown(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def brief(value: Any) -> str:
+    """A value of Settings in one short piece of a line; adapters as their names and ranks."""
+    if isinstance(value, dict):
+        ranks = [f"{name}: {spec['rank']}" for name, spec in value.items()]
+        return "{" + ", ".join(ranks[:4]) + (", ...}" if len(ranks) > 4 else "}")
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def problems_of(error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
     """pydantic's errors as (location, 'what is allowed, got what was given') pairs in plain words."""
     found = []

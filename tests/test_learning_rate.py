@@ -1,0 +1,79 @@
+"""The learning rate against the formulas, at the corners of every schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from model.config import ModelConfig
+from training.config import TrainConfig
+from training.learning_rate import learning_rate
+from training.setup import settings_from
+
+CONFIG = dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=110, wsd_decay_fraction=0.2)
+SHAPE = ModelConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8)
+
+
+def rate(iteration: int, **keys) -> float:
+    return learning_rate(settings_from(TrainConfig(**{**CONFIG, **keys}), SHAPE), iteration)
+
+
+def nanogpt(it: int) -> float:
+    """nanoGPT's rule, from its description: linear warmup, cosine to min_lr, min_lr."""
+    if it < 10:
+        return 1e-3 * (it + 1) / 11
+    if it > 110:
+        return 1e-4
+    return 1e-4 + 0.5 * (1 + math.cos(math.pi * (it - 10) / 100)) * 9e-4
+
+
+def test_cosine_is_nanogpts_curve():
+    for iteration in range(130):
+        assert rate(iteration) == pytest.approx(nanogpt(iteration), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "schedule, at, expected",
+    [
+        ("linear", 60, 5.5e-4),
+        ("linear", 110, 1e-4),
+        ("constant", 10_000, 1e-3),
+        ("constant", 4, 1e-3 * 5 / 11),
+        ("wsd", 88, 1e-3),
+        ("wsd", 99, 5.5e-4),
+        ("wsd", 110, 1e-4),
+        ("wsd", 500, 1e-4),
+    ],
+)
+def test_values(schedule, at, expected):
+    assert rate(at, lr_schedule=schedule) == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_decay_the_rate_is_flat_from_the_first_step():
+    assert {rate(i, decay_lr=False) for i in (0, 5, 50, 500)} == {1e-3}
+
+
+def test_no_schedule_leaves_the_band_or_jumps():
+    for schedule in ("cosine", "linear", "wsd"):
+        curve = [rate(i, lr_schedule=schedule) for i in range(200)]
+        assert max(curve) == 1e-3 and min(curve[10:]) == 1e-4
+        assert max(abs(a - b) for a, b in zip(curve, curve[1:], strict=False)) < 1e-4
+
+
+def test_a_floor_above_the_peak_never_lifts_the_rate():
+    assert rate(200, learning_rate=5e-5) == 5e-5
+    assert rate(60, learning_rate=5e-5, lr_schedule="linear") == 5e-5
+
+
+def test_a_decay_that_is_over_before_the_warmup_ends_is_the_floor():
+    assert rate(20, warmup_iters=10, lr_decay_iters=5) == 1e-4
+    assert rate(0, warmup_iters=0, lr_decay_iters=0) == 1e-4
+
+
+def test_a_change_of_settings_moves_the_whole_curve():
+    base = settings_from(TrainConfig(**CONFIG), SHAPE)
+    half = replace(base, learning_rate=5e-4, min_lr=5e-5)
+    for iteration in (3, 50, 105, 200):
+        assert learning_rate(half, iteration) == pytest.approx(learning_rate(base, iteration) / 2)

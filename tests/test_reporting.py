@@ -1,0 +1,61 @@
+"""The JSON lines after a crash, after going back to an earlier checkpoint, and the console."""
+
+from __future__ import annotations
+
+import json
+
+from training.reporting import EVENTS, METRICS, JsonLines, Reporter, clean, rewind
+
+
+def test_nan_and_infinity_become_null():
+    assert clean({"a": float("nan"), "b": [float("inf"), 1.5], 3: (True, None)}) == {
+        "a": None,
+        "b": [None, 1.5],
+        "3": [True, None],
+    }
+
+
+def test_a_piece_of_a_line_that_a_crash_left_is_cut(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"kind": "a"}\n{"kind": "b", "val')
+    lines = JsonLines(path)
+    lines.write({"kind": "c"})
+    lines.close()
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["a", "c"]
+
+
+def test_rewind_cuts_metrics_and_voids_the_course_but_not_what_befell_the_process(tmp_path):
+    reporter = Reporter(tmp_path, 10, 0, None)
+    reporter.metrics("train", iter=1, loss=2.0)
+    reporter.event("operation", iter=1, name="set_lr", settings_after={})
+    sizes = reporter.sizes()
+    reporter.metrics("train", iter=2, loss=1.0)
+    reporter.event("operation", iter=2, name="stop", settings_after={})
+    reporter.event("signal", iter=2, signal=15)
+    reporter.close()
+    with open(tmp_path / EVENTS, "ab") as file:
+        file.write(b'{"kind": "operation", "it')
+
+    rewind(tmp_path, sizes)
+    assert [json.loads(line)["iter"] for line in (tmp_path / METRICS).read_text().splitlines()] == [1]
+    found = [json.loads(line) for line in (tmp_path / EVENTS).read_text().splitlines()]
+    assert [(e["kind"], e["iter"], e.get("void", False)) for e in found] == [
+        ("operation", 1, False),
+        ("operation", 2, True),
+        ("signal", 2, False),
+    ]
+
+
+def test_on_a_terminal_there_is_a_bar_and_elsewhere_plain_lines(tmp_path, monkeypatch, capsys):
+    plain = Reporter(None, 100, 0, tmp_path / "run.log")
+    plain.progress(5, loss="2.5", next="[1] stop")
+    plain.close()
+    assert capsys.readouterr().out == "iter 5: loss 2.5, next [1] stop\n"
+    assert (tmp_path / "run.log").read_text() == "iter 5: loss 2.5, next [1] stop\n"
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    bar = Reporter(None, 100, 0, None)
+    bar.progress(50, loss="1.5", next="[2] set_lr 0.1")
+    bar.close()
+    shown = capsys.readouterr().err
+    assert "50/100" in shown and "loss 1.5, next [2] set_lr 0.1" in shown
