@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
-@torch.compiler.disable
 def _attention_with_dropout(attn: Attention, q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> Tensor:
-    """Outside compiled graphs, because the probability is a constant of the fused kernels' signature."""
+    """Kept out of compiled graphs (compile_blocks): the probability is a constant of the fused kernels' signature."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=attn.dropout_p, is_causal=True, enable_gqa=gqa)
 
 
@@ -62,6 +62,7 @@ class Attention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
         self.dropout_p = config.dropout
         self.dropout_active = config.dropout > 0
+        self.attend_with_dropout = _attention_with_dropout
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None = None
@@ -78,7 +79,7 @@ class Attention(nn.Module):
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         gqa = self.n_head != self.n_kv_head
         if self.training and self.dropout_active:
-            y = _attention_with_dropout(self, q, k, v, gqa)
+            y = self.attend_with_dropout(self, q, k, v, gqa)
         elif past is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         else:
@@ -271,10 +272,15 @@ def set_dropout(model: GPT, p: float) -> None:
             module.dropout_active = p > 0
 
 
-def compile_blocks(model: GPT) -> None:
-    """torch.compile each block by itself, in place: a block of a known shape reuses the graph that is there."""
+def compile_blocks(model: GPT, **options: Any) -> None:
+    """torch.compile each block by itself, in place: a block of a known shape reuses the graph that is there.
+
+    `options` go to torch.compile.
+    """
+    outside = torch.compiler.disable(_attention_with_dropout)
     for block in model.transformer["h"]:
-        block.compile()
+        block.attn.attend_with_dropout = outside
+        block.compile(**options)
 
 
 def crop_block_size(model: GPT, block_size: int) -> GPT:

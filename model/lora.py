@@ -14,8 +14,6 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
-from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 
 from model.config import LoraSpec, ModelConfig, layer_of_parameter
@@ -42,6 +40,10 @@ def _adapted_modules(config: ModelConfig) -> dict[str, LoraSpec]:
 
 def attach(model: GPT) -> None:
     """Wrap the layers that the model's configuration adapts. Values are set by whoever makes or loads the weights."""
+    # Here and not above: importing peft takes seconds, and a run without adapters should not pay for it.
+    from peft import LoraConfig
+    from peft.tuners.lora import layer as peft_layers
+
     for path, spec in _adapted_modules(model.config).items():
         parent, _, child = path.rpartition(".")
         owner = model.get_submodule(parent)
@@ -84,8 +86,8 @@ def init_adapters(model: GPT, generator: torch.Generator) -> None:
             right.copy_(fresh.T if embedding else fresh)
 
 
-def tied_logits(wte: peft_layers.Embedding, x: Tensor) -> Tensor:
-    """Logits of a head tied to an adapted embedding: x @ (W + s * L @ R).T, sharing the factors."""
+def tied_logits(wte: nn.Module, x: Tensor) -> Tensor:
+    """Logits of a head tied to an adapted embedding (peft's Embedding): x @ (W + s * L @ R).T, sharing the factors."""
     left, right = wte.lora_embedding_A[ADAPTER].T, wte.lora_embedding_B[ADAPTER].T
     return F.linear(x, wte.base_layer.weight) + F.linear(F.linear(x, right), left) * wte.scaling[ADAPTER]
 

@@ -265,8 +265,7 @@ def test_compiled_blocks_share_graphs_and_schedules_recompile_nothing():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     model = trained(replace(GPT2, n_layer=3, n_hidden=128)).train()
-    for block in model.transformer["h"]:
-        block.compile(backend=counter)
+    compile_blocks(model, backend=counter)
     model(tokens(), tokens())[1].backward()
     assert counter.frame_count == 1
     model(tokens(5), tokens(5))[1].backward()
