@@ -1,6 +1,6 @@
-"""The demo: a small character-level GPT on the Python language reference, two minutes on 2 CPU cores.
+"""The demo: a small character-level GPT on the Python language reference, two minutes or three on 2 CPU cores.
 
-Data: python data/python_docs/prepare.py (no download). Expect a validation loss of about 1.9 with schedules/demo.yaml.
+Data: python data/python_docs/prepare.py (no download). Expect a validation loss of about 1.30 with schedules/demo.yaml.
 """
 
 out_dir = "out-python-docs"
