@@ -88,14 +88,26 @@ def nanogpt_step(path: Path, run: Run) -> Callable[[], None]:
 
 
 class _Quiet:
+    """A host that is never asked for anything: no entry comes due."""
+
     def event(self, kind: str, **fields) -> None: ...
+
+    def measure(self, why: str) -> float | None: ...
+
+    def save(self, why: str) -> str: ...
+
+    def go_back(self, checkpoint: str) -> dict: ...
+
+    def keep(self, why: str) -> None: ...
 
 
 def ours(run: Run, pending: int) -> Callable[[], None]:
     """One step of the loop: consult, then step, with this many entries waiting."""
     text = "".join(f"- {{name: set_lr, value: 1e-4, at_iter: {10**9 + i}, trigger_loss: 0}}\n" for i in range(pending))
     schedule = parse_schedule(text, "bench.yaml") if pending else Schedule()
-    orchestrator = Orchestrator(schedule, run, _Quiet(), lambda why: None, lambda why: None)
+    orchestrator = Orchestrator(
+        schedule, run, _Quiet(), lambda why: None, lambda why: "", lambda name: {}, lambda why: None
+    )
 
     def step() -> None:
         orchestrator.consult(None, look_at_clock=False)
@@ -152,10 +164,8 @@ def main(arguments: Sequence[str]) -> None:
             contenders["nanoGPT"] = nanogpt_step(options.nanogpt, run)
         seconds = measure(contenders, options.rounds, options.steps, run.device)
 
-        consult = Orchestrator(
-            parse_schedule("- {name: set_lr, value: 1e-4, at_iter: 1000000000}\n" * PENDING, "b.yaml"),
-            run, _Quiet(), lambda why: None, lambda why: None,
-        )  # fmt: skip
+        pending = parse_schedule("- {name: set_lr, value: 1e-4, at_iter: 1000000000}\n" * PENDING, "b.yaml")
+        consult = Orchestrator(pending, run, _Quiet())
         start = time.perf_counter()
         for _ in range(10000):
             consult.position.round_iter = -1

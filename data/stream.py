@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,17 @@ class DataSet:
 
     def fingerprint(self) -> dict[str, str]:
         return {"train": self.train.fingerprint(), "val": self.val.fingerprint()}
+
+    def remapped(self, new_ids: np.ndarray | None) -> DataSet:
+        """The same files read through another map, from the ids that they are read as now to new ones."""
+        if new_ids is None:
+            return self
+
+        def through(file: TokenFile) -> TokenFile:
+            remap = new_ids if file.remap is None else new_ids[file.remap]
+            return TokenFile(file.path, file.dtype.name, remap)
+
+        return replace(self, train=through(self.train), val=through(self.val))
 
 
 def find_folder(name: str) -> Path:
@@ -284,15 +295,41 @@ class Stream:
     tokens: TokenFile
     seed: int
 
-    def batch(self, first: int, count: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples first .. first + count - 1 as (x, y), each (count, block_size) int64."""
-        starts = window_starts(self.seed, first, count, len(self.tokens), block_size)
-        return gather(self.tokens, starts, block_size)
+    def batch(
+        self, first: int, count: int, block_size: int, length: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Samples first .. first + count - 1 as (x, y), each (count, length) int64; length is block_size by default.
 
-    def passes(self, samples: int, block_size: int) -> float:
+        The order is one of windows of block_size tokens; sequences of a smaller length are their pieces in turn, so
+        the tokens of the stream come in the same order whatever the length.
+        """
+        length = length or block_size
+        pieces = block_size // length
+        if pieces == 1:
+            starts = window_starts(self.seed, first, count, len(self.tokens), block_size)
+        else:
+            samples = np.arange(first, first + count, dtype=np.int64)
+            window, piece = samples // pieces, samples % pieces
+            low = int(window[0])
+            starts = window_starts(self.seed, low, int(window[-1]) - low + 1, len(self.tokens), block_size)
+            starts = starts[window - low] + piece * length
+        return gather(self.tokens, starts, length)
+
+    def moved(self, samples: int, before: tuple[int, int], after: tuple[int, int]) -> int:
+        """The index of the next sample when (block_size, length) changes: nothing seen comes again.
+
+        A window that is cut into pieces is finished first, so less than one window is left out. Another block_size
+        has another order of windows: the stream goes on at the same share of the data.
+        """
+        windows = -(-samples // (before[0] // before[1]))
+        if before[0] != after[0]:
+            windows = -(-windows * before[0] // after[0])
+        return windows * (after[0] // after[1])
+
+    def passes(self, samples: int, block_size: int, length: int | None = None) -> float:
         """How often the data set has been seen after so many samples."""
-        return samples / windows_per_pass(len(self.tokens), block_size)
+        return samples / (block_size // (length or block_size)) / windows_per_pass(len(self.tokens), block_size)
 
-    def coverage(self, samples: int, block_size: int) -> float:
+    def coverage(self, samples: int, block_size: int, length: int | None = None) -> float:
         """The share of the data set's windows seen at least once."""
-        return min(1.0, self.passes(samples, block_size))
+        return min(1.0, self.passes(samples, block_size, length))

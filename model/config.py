@@ -36,6 +36,18 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
+class Fade:
+    """A leaf layer whose newest part is being faded in: masked growth.
+
+    The first `known` units (attn: query heads, mlp: hidden units, lm_head: token ids) count in full, the others by
+    `share`, from 0 to 1. With known = 0 it is what the whole layer adds to the residual stream.
+    """
+
+    known: int
+    share: float
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a GPT. GPT-2 (124M, without biases) by default; Llama by norm, activation, position and tying.
 
@@ -60,9 +72,13 @@ class ModelConfig:
     activation: str = "gelu"
     position: str = "learned"
     rotary_base: float = 10000.0
+    rotary_scale: float = 1.0
+    """Rotary positions are divided by it (position interpolation, Chen et al. 2023, arXiv:2306.15595)."""
     tie_weights: bool = True
     lora: dict[str, LoraSpec] = field(default_factory=dict)
     """Leaf layer name -> adapter, for attn.N, mlp.N, wte and (untied) lm_head."""
+    fading: dict[str, Fade] = field(default_factory=dict)
+    """attn.N, mlp.N or lm_head (tied or not) -> how far its newest part is faded in. Empty but for a while."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -95,6 +111,8 @@ class ModelConfig:
         problems += [f"n_hidden must be at least 1, got {width!r}" for width in self.n_hidden if width < 1]
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             problems.append(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if not self.rotary_scale > 0:
+            problems.append(f"rotary_scale must be positive, got {self.rotary_scale}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -131,7 +149,8 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         lora = {name: {"rank": spec.rank, "alpha": spec.alpha} for name, spec in self.lora.items()}
-        return {**values, "n_hidden": list(self.n_hidden), "lora": lora}
+        fading = {name: {"known": fade.known, "share": fade.share} for name, fade in self.fading.items()}
+        return {**values, "n_hidden": list(self.n_hidden), "lora": lora, "fading": fading}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ModelConfig:
@@ -141,7 +160,8 @@ class ModelConfig:
         if unknown:
             raise ValueError(f"model configuration: unknown fields {', '.join(unknown)}")
         lora = {name: LoraSpec(**spec) for name, spec in values.get("lora", {}).items()}
-        return cls(**{**values, "lora": lora})
+        fading = {name: Fade(**fade) for name, fade in values.get("fading", {}).items()}
+        return cls(**{**values, "lora": lora, "fading": fading})
 
 
 def layer_names(config: ModelConfig) -> list[str]:

@@ -8,6 +8,7 @@ knows no optimizer, no data and no schedule.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import Fade, ModelConfig
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of the positions seen, one pair a block, each (batch, n_kv_head, positions, head_size)."""
@@ -50,7 +51,37 @@ def _attention_with_dropout(attn: Attention, q: Tensor, k: Tensor, v: Tensor, gq
     return F.scaled_dot_product_attention(q, k, v, dropout_p=attn.dropout_p, is_causal=True, enable_gqa=gqa)
 
 
-class Attention(nn.Module):
+class _Fading(nn.Module):
+    """What attention and MLP share: masks that fade new units, or all that the layer adds, in (ModelConfig.fading).
+
+    Masks are buffers: their values may change while compiled blocks stay compiled.
+    """
+
+    fade_units: Tensor | None
+    fade_output: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fade_units", None, persistent=False)
+        self.register_buffer("fade_output", None, persistent=False)
+
+    def set_fade(self, fade: Fade | None, unit_size: int, device: torch.device) -> None:
+        """Mask as `fade` says; a unit is `unit_size` columns of the layer's output projection."""
+        units = output = None
+        if fade is not None and fade.known == 0:
+            output = torch.tensor(fade.share, device=device)
+        elif fade is not None:
+            units = torch.ones(self.c_proj.in_features, device=device)
+            units[fade.known * unit_size :] = fade.share
+        for name, mask in (("fade_units", units), ("fade_output", output)):
+            old = getattr(self, name)
+            if mask is not None and old is not None and old.shape == mask.shape and old.device == mask.device:
+                old.copy_(mask)
+            else:
+                setattr(self, name, mask)
+
+
+class Attention(_Fading):
     """Causal self-attention; c_attn makes query, key and value in this order, c_proj brings the heads back."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -87,10 +118,13 @@ class Attention(nn.Module):
             mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - time)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
         y = y.transpose(1, 2).reshape(batch, time, self.widths[0])
-        return self.resid_dropout(self.c_proj(y)), (k, v)
+        if self.fade_units is not None:
+            y = y * self.fade_units
+        y = self.resid_dropout(self.c_proj(y))
+        return (y if self.fade_output is None else y * self.fade_output), (k, v)
 
 
-class MLP(nn.Module):
+class MLP(_Fading):
     """n_embd -> n_hidden -> n_embd with GELU, squared ReLU (So et al. 2021, arXiv:2109.08668) or SwiGLU."""
 
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
@@ -112,7 +146,10 @@ class MLP(nn.Module):
             h = F.relu(h).square()
         else:
             h = F.silu(self.c_gate(x)) * h
-        return self.dropout(self.c_proj(h))
+        if self.fade_units is not None:
+            h = h * self.fade_units
+        y = self.dropout(self.c_proj(h))
+        return y if self.fade_output is None else y * self.fade_output
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -157,6 +194,7 @@ class GPT(nn.Module):
         # Tables made of the configuration alone: not saved, and made again after construction on the meta device.
         self.register_buffer("rope_cos", torch.empty(0), persistent=False)
         self.register_buffer("rope_sin", torch.empty(0), persistent=False)
+        self.register_buffer("fade_logits", None, persistent=False)
         self.reset_buffers(self.transformer["wte"].weight.device)
         if config.lora:
             from model.lora import attach  # peft's layers wrap what is built here
@@ -164,12 +202,13 @@ class GPT(nn.Module):
             attach(self)
 
     def reset_buffers(self, device: torch.device) -> None:
-        """Make the buffers (rotary tables, dropout) anew on a device: for a model that was built on meta."""
+        """Make the buffers (rotary tables, dropout, masks) anew on a device: for a model that was built on meta."""
         config = self.config
         if config.position == "rotary":
             half = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device) / config.head_size
             angles = torch.outer(
-                torch.arange(config.block_size, dtype=torch.float32, device=device), config.rotary_base**-half
+                torch.arange(config.block_size, dtype=torch.float32, device=device) / config.rotary_scale,
+                config.rotary_base**-half,
             ).repeat(1, 2)
             self.rope_cos, self.rope_sin = angles.cos(), angles.sin()
         else:
@@ -177,6 +216,20 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Dropout):
                 module.keep = torch.tensor(1.0 - config.dropout, device=device)
+        self.set_fading(config.fading)
+
+    def set_fading(self, fading: dict[str, Fade]) -> None:
+        """Follow other shares of what fades in, in place; compiled blocks stay compiled while only shares move."""
+        self.config = replace(self.config, fading=fading)
+        device = self.transformer["wte"].weight.device
+        for n, block in enumerate(self.transformer["h"]):
+            block.attn.set_fade(fading.get(f"attn.{n}"), self.config.head_size, device)
+            block.mlp.set_fade(fading.get(f"mlp.{n}"), 1, device)
+        self.fade_logits = None
+        if fade := fading.get("lm_head"):
+            # A new word counts by `share` in the softmax; at share 0 by 1e-13, nothing in float32 but finite.
+            self.fade_logits = torch.zeros(self.config.vocab_size, device=device)
+            self.fade_logits[fade.known :] = math.log(max(fade.share, 1e-13))
 
     def _hidden(self, idx: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
         """The normed residual stream (batch, time, n_embd) of tokens that follow what `past` has seen."""
@@ -197,6 +250,10 @@ class GPT(nn.Module):
         return self.transformer["ln_f"](x), present
 
     def _head(self, x: Tensor) -> Tensor:
+        logits = self._full_logits(x)
+        return logits if self.fade_logits is None else logits + self.fade_logits
+
+    def _full_logits(self, x: Tensor) -> Tensor:
         if not self.config.tie_weights:
             return self.lm_head(x)
         if "wte" in self.config.lora:
@@ -242,22 +299,28 @@ def init_weights(model: GPT, seed: int) -> None:
     the CPU. Adapters start so that they add nothing.
     """
     generator = torch.Generator().manual_seed(seed)
-    std = 0.02 * math.sqrt(768 / model.config.n_embd)
-    residual = std / math.sqrt(2 * model.config.n_layer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                continue
-            if parameter.dim() < 2:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                values = torch.empty(parameter.shape)
-                values.normal_(0.0, residual if "c_proj" in name else std, generator=generator)
-                parameter.copy_(values)
+            if "lora_" not in name:
+                parameter.copy_(initial_value(name, parameter.shape, model.config, generator))
         if model.config.lora:
             from model.lora import init_adapters
 
             init_adapters(model, generator)
+
+
+def initial_value(
+    name: str, shape: Sequence[int], config: ModelConfig, generator: torch.Generator, device: str | torch.device = "cpu"
+) -> Tensor:
+    """A parameter's fresh value by the rule of `init_weights`, drawn on the CPU; on the meta device only its shape."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, device="meta")
+    if len(shape) < 2:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
+    std = 0.02 * math.sqrt(768 / config.n_embd)
+    if "c_proj" in name:
+        std /= math.sqrt(2 * config.n_layer)
+    return torch.empty(shape).normal_(0.0, std, generator=generator).to(device)
 
 
 def set_dropout(model: GPT, p: float) -> None:

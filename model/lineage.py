@@ -2,6 +2,12 @@
 
 Moments follow the scale of the GRADIENT, not of the weight: where an unchanged function is written with a weight that
 is c times what it was, the gradient is 1/c of what it was. exp_avg scales with it, exp_avg_sq with its square.
+
+What is new has no moments. Left at zero beside a step count that says they are long settled, Adam would divide a first
+gradient by the root of almost nothing: with beta2 = 0.999 the update is 3 times the learning rate at once and 6 times
+it ten steps later; counted from step 0 it is a full learning rate for every element, however small its gradient. So a
+new element starts with exp_avg 0 and with the exp_avg_sq of its kin (the mean over what is known of the same parameter,
+or of `prior`): its update is as large as its gradient is beside theirs, and warms up as 1 - beta1^t.
 """
 
 from __future__ import annotations
@@ -18,17 +24,23 @@ class Origin:
     """Where one parameter of the new model came from.
 
     Attributes:
-        name: the old parameter, or None where there is no exact image (the moments start afresh).
+        name: the old parameter, or None where there is no image (the moments start afresh).
         index: per dimension, the old index of each new one (-1: new), or None for all as they were; () for the same
             shape throughout.
         weight_scale, grad_scale: new = old * scale, for the value and for its gradient.
-        note: why there is no image, or what the mapping leaves out.
+        prior: without `name`, the old parameter whose mean exp_avg_sq the new one starts with; None for Adam's own
+            start at step 0.
+        exact: whether the moments are those that the new model would have had. Where they are not, what is carried
+            is an approximation, and `note` says of what.
+        note: why there is no exact image, or what the mapping leaves out.
     """
 
     name: str | None
     index: tuple[Tensor | None, ...] = ()
     weight_scale: float | Tensor = 1.0
     grad_scale: float | Tensor = 1.0
+    prior: str | None = None
+    exact: bool = True
     note: str = ""
 
 
@@ -40,28 +52,46 @@ def follow(old: Tensor, origin: Origin, shape: torch.Size, scale: float | Tensor
     """`old` along the origin's index, times scale; zero where it is new. A copy unless nothing changes."""
     new = old
     for dim, index in enumerate(origin.index):
-        if index is None:
-            continue
-        index = index.to(old.device)
-        new = new.index_select(dim, index.clamp(min=0))
-        known = (index >= 0).view([-1 if d == dim else 1 for d in range(new.dim())])
-        new = torch.where(known, new, torch.zeros((), dtype=new.dtype, device=new.device))
+        if index is not None:
+            new = new.index_select(dim, index.clamp(min=0).to(old.device))
+    mask = known(origin, old.device)
+    if mask is not None:
+        new = torch.where(mask, new, torch.zeros((), dtype=new.dtype, device=new.device))
     assert new.shape == shape, (origin, tuple(new.shape), tuple(shape))
-    return new if isinstance(scale, float) and scale == 1.0 else new * scale
+    if isinstance(scale, Tensor):
+        return new * scale.to(device=new.device, dtype=new.dtype)
+    return new if scale == 1.0 else new * scale
+
+
+def known(origin: Origin, device: torch.device) -> Tensor | None:
+    """Where the new parameter has an image in the old one, broadcastable to its shape; None for everywhere."""
+    mask = None
+    for dim, index in enumerate(origin.index):
+        if index is not None and bool((index < 0).any()):
+            here = (index >= 0).to(device).view([-1 if d == dim else 1 for d in range(len(origin.index))])
+            mask = here if mask is None else mask & here
+    return mask
 
 
 def carry(
     state: Mapping[str, Mapping[str, Tensor]], lineage: Lineage, shapes: Mapping[str, torch.Size]
 ) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state for the new model. Parameters without an image, or without state before, have none after."""
+    """AdamW's state for the new model. A parameter with neither image nor prior has none after."""
     carried: dict[str, dict[str, Tensor]] = {}
     for name, origin in lineage.items():
-        old = state.get(origin.name) if origin.name is not None else None
+        source = origin.name if origin.name is not None else origin.prior
+        old = state.get(source) if source is not None else None
         if old is None:
             continue
-        carried[name] = {
-            "exp_avg": follow(old["exp_avg"], origin, shapes[name], origin.grad_scale),
-            "exp_avg_sq": follow(old["exp_avg_sq"], origin, shapes[name], origin.grad_scale**2),
-            "step": old["step"],
-        }
+        first, second = old["exp_avg"], old["exp_avg_sq"]
+        if origin.name is None:
+            first, second = first.new_zeros(shapes[name]), second.mean().expand(shapes[name]).clone()
+        else:
+            mask = known(origin, second.device)
+            kin = second.mean()
+            first = follow(first, origin, shapes[name], origin.grad_scale)
+            second = follow(second, origin, shapes[name], origin.grad_scale**2)
+            if mask is not None:
+                second = torch.where(mask, second, kin)
+        carried[name] = {"exp_avg": first, "exp_avg_sq": second, "step": old["step"].clone()}
     return carried

@@ -145,6 +145,16 @@ def reshape_lora(model: GPT, target: ModelConfig, generator: torch.Generator) ->
     return new_model, lineage
 
 
+def restart_adapters(model: GPT, layers: Iterable[str], generator: torch.Generator) -> tuple[GPT, Lineage]:
+    """Merge the adapters of these layers into their bases and start new ones of the same ranks in their place."""
+    config, again = model.config, set(layers)
+    without = replace(config, lora={name: spec for name, spec in config.lora.items() if name not in again})
+    merged, first = reshape_lora(model, without, generator)
+    restarted, second = reshape_lora(merged, config, generator)
+    # The second step only adds adapters, so what has an image in it is unchanged there.
+    return restarted, {name: o if o.name is None else first[o.name] for name, o in second.items()}
+
+
 def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, parameter)

@@ -131,7 +131,7 @@ def _losses_and_decisions(rank: int, data: str):
         def event(self, kind, **fields):
             self.events.append((kind, fields.get("reason")))
 
-    orchestrator = Orchestrator(parse_schedule(text, "s.json"), run, Journal(), lambda why: 1.0, lambda why: None)
+    orchestrator = Orchestrator(parse_schedule(text, "s.json"), run, Journal())
     run.step()
     orchestrator.consult(2.5 + 0.1 * rank, look_at_clock=False)
     run.step()

@@ -94,7 +94,7 @@ def test_empty_schedules():
         ("- {name: set_lr, value: 1, over: 0}", "over must be greater than 0"),
         ("- {name: set_lr, value: 1, over: 5, style: cubic}", "style must be 'linear' or 'cosine'"),
         ("- {name: set_lr, value: 1, style: cosine}", "there is no `over`"),
-        ("- {name: stop, over: 5}", "`over` moves a number gradually; stop cannot"),
+        ("- {name: stop, over: 5}", "`over` moves a number or fades new weights in; stop does neither"),
         ("- {name: set_lr, value: 1, on_error: hope}", "on_error must be 'stop' or 'skip'"),
         ("- {name: set_lr, name: stop}", "name is given twice"),
         ("- {name: [}", "line 1: not YAML"),

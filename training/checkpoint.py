@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,14 @@ def save(
     *,
     keep_last: int,
     keep_best: int,
+    pinned: Set[str] = frozenset(),
 ) -> Path:
     """Write a checkpoint of state["progress"]["iter"] and remove what need not be kept. Returns its folder.
 
     A second save at the same iteration replaces the first.
+
+    Args:
+        pinned: names of checkpoints that are kept in any case.
     """
     root = folder(out_dir)
     root.mkdir(parents=True, exist_ok=True)
@@ -88,11 +92,19 @@ def save(
     _sync_folder(root)
     shutil.rmtree(aside, ignore_errors=True)
     _link(root, "latest", name)
-    ranked = sorted((loss, -iteration, path) for path, iteration, loss in _listing(root) if loss is not None)
-    if ranked:
-        _link(root, "best", ranked[0][2].name)
-    _prune(root, keep_last, [path for _, _, path in ranked[:keep_best]])
+    ranked = _link_best(root)
+    _prune({*ranked[:keep_best], *find(out_dir)[:keep_last], *(root / name for name in pinned)}, find(out_dir))
     return final
+
+
+def remove_after(out_dir: str | Path, iteration: int) -> None:
+    """Remove checkpoints of later iterations: the run has gone back and they are not on its way any more."""
+    root = folder(out_dir)
+    _prune(set(), [path for path, at, _ in _listing(root) if at > iteration])
+    left = find(out_dir)
+    if left:
+        _link(root, "latest", left[0].name)
+    _link_best(root)
 
 
 def find(out_dir: str | Path) -> list[Path]:
@@ -164,9 +176,16 @@ def _listing(root: Path) -> Iterable[tuple[Path, int, float | None]]:
             yield path, manifest["iter"], manifest["val_loss"]
 
 
-def _prune(root: Path, keep_last: int, best: list[Path]) -> None:
-    kept = {*best, *find(root.parent)[:keep_last]}
-    for path, _, _ in list(_listing(root)):
+def _link_best(root: Path) -> list[Path]:
+    """Point `best` at the lowest validation loss; all that have one, best first."""
+    ranked = sorted((loss, -iteration, path) for path, iteration, loss in _listing(root) if loss is not None)
+    if ranked:
+        _link(root, "best", ranked[0][2].name)
+    return [path for _, _, path in ranked]
+
+
+def _prune(kept: Set[Path], among: Iterable[Path]) -> None:
+    for path in among:
         if path not in kept:
             # Without its manifest it is no checkpoint any more, so a crash while deleting leaves no half of one.
             (path / "manifest.json").unlink()

@@ -7,11 +7,12 @@ import math
 from training.records import Settings
 
 
-def learning_rate(settings: Settings, iters_since_start: int) -> float:
+def learning_rate(settings: Settings, iters_since_start: int, iters_since_rewarm: int | None = None) -> float:
     """The rate of the next optimizer step.
 
     Args:
         iters_since_start: optimizer steps done since the learning-rate schedule (re)started; 0 for its first step.
+        iters_since_rewarm: since the latest rewarming, which climbs linearly back to the curve; None without one.
 
     Linear warmup to `learning_rate` over warmup_iters, then by lr_schedule to `min_lr` at lr_decay_iters, then
     min_lr: cosine (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts), linear, constant, or wsd (warmup,
@@ -19,7 +20,14 @@ def learning_rate(settings: Settings, iters_since_start: int) -> float:
     wsd_decay_fraction. Without decay_lr the rate is `learning_rate` throughout. min_lr above the peak counts as the
     peak: a floor never lifts the rate.
     """
-    s, it, peak = settings, iters_since_start, settings.learning_rate
+    rate = _curve(settings, iters_since_start)
+    if iters_since_rewarm is not None and iters_since_rewarm < settings.rewarm_iters:
+        rate *= (iters_since_rewarm + 1) / (settings.rewarm_iters + 1)
+    return rate
+
+
+def _curve(s: Settings, it: int) -> float:
+    peak = s.learning_rate
     if not s.decay_lr:
         return peak
     if it < s.warmup_iters:

@@ -8,8 +8,8 @@ Everything it knows is in `state()`, so a resumed run waits on as if it had neve
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -19,10 +19,37 @@ from training.run import Run
 from training.schedule import Entry, Ramp, Schedule, check_settings
 
 
-class Journal(Protocol):
-    """Where events go (training/reporting.py)."""
+class Host(Protocol):
+    """What the orchestrator asks of the session that it works for (training/session.py)."""
 
-    def event(self, kind: str, **fields: Any) -> None: ...
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record an event."""
+
+    def measure(self, why: str) -> float | None:
+        """Make and record an evaluation now; None where a signal cut it short."""
+
+    def save(self, why: str) -> str:
+        """Save a checkpoint and return its name."""
+
+    def go_back(self, checkpoint: str) -> dict[str, Any]:
+        """Become the state of a checkpoint, all but the place in the stream of samples; returns its `state()`."""
+
+    def keep(self, why: str) -> None:
+        """After going back, when it is decided how to go on: save that, and drop the way that was left."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """An entry that has fired and is watched by its guard."""
+
+    entry: int
+    name: str
+    loss_before: float
+    limit: float
+    until_iter: int
+    then: str
+    checkpoint: str
+    """Name of the checkpoint of the state just before it; empty where there is no going back."""
 
 
 @dataclass
@@ -44,33 +71,26 @@ class Position:
     owes_measure: bool = False
     """A signal cut short the evaluation after an operation; a resume makes it."""
     skipped: tuple[int, ...] = ()
+    reverted: tuple[int, ...] = ()
+    watches: tuple[Watch, ...] = ()
 
 
 class Orchestrator:
-    """Fires the entries of a schedule on a run.
+    """Fires the entries of a schedule on a run."""
 
-    Args:
-        measure: makes and records an evaluation now (None where a signal cut it short).
-        save: saves a checkpoint; called with why when an entry asks for one.
-    """
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        run: Run,
-        journal: Journal,
-        measure: Callable[[str], float | None],
-        save: Callable[[str], None],
-    ) -> None:
+    def __init__(self, schedule: Schedule, run: Run, host: Host) -> None:
         self.schedule = schedule
         self.run = run
-        self.journal = journal
-        self.measure = measure
-        self.save = save
+        self.host = host
         self.position = Position()
         self.ramps: list[Ramp] = []
 
     # ------------------------------------------------------------------------------------------ state
+
+    @property
+    def pinned(self) -> set[str]:
+        """Checkpoints that a guard may go back to."""
+        return {watch.checkpoint for watch in self.position.watches if watch.checkpoint}
 
     @property
     def head(self) -> Entry | None:
@@ -79,21 +99,12 @@ class Orchestrator:
         return entries[self.position.fired] if self.position.fired < len(entries) else None
 
     def state(self) -> dict[str, Any]:
-        position = {**self.position.__dict__}
-        return {
-            "position": {
-                **position,
-                "losses": list(position["losses"]),
-                "skipped": list(position["skipped"]),
-            },
-            "ramps": [ramp.to_json() for ramp in self.ramps],
-        }
+        return {"position": dataclasses.asdict(self.position), "ramps": [ramp.to_json() for ramp in self.ramps]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        position = state["position"]
-        self.position = Position(
-            **{**position, "losses": tuple(position["losses"]), "skipped": tuple(position["skipped"])}
-        )
+        position = {name: tuple(v) if isinstance(v, list) else v for name, v in state["position"].items()}
+        watches = tuple(Watch(**watch) for watch in position["watches"])
+        self.position = Position(**{**position, "watches": watches})
         self.ramps = [Ramp.from_json(ramp) for ramp in state["ramps"]]
 
     # ------------------------------------------------------------------------------------------ a boundary
@@ -107,8 +118,10 @@ class Orchestrator:
         """
         position = self.position
         if position.owes_measure:
-            position.owes_measure = self.measure("after an operation") is None
+            position.owes_measure = self.host.measure("after an operation") is None
         if position.round_iter == self.run.progress.iter and not position.round_open:
+            return
+        if self.position.watches and not position.round_open and self._look_at_guards(val_loss):
             return
         position.round_iter = self.run.progress.iter
         self._move_ramps()
@@ -133,6 +146,8 @@ class Orchestrator:
 
     def _due(self, entry: Entry, look_at_clock: bool) -> str | None:
         """Why the entry fires now, or None; the same answer on every rank."""
+        if entry.operation.renumbers and self.run.settings.model.fading:
+            return None  # layers keep their numbers and sizes while one of them is fading in
         if not entry.triggers:
             return "no trigger: at once"
         measured = Measured(self.position.round_loss, self.position.losses)
@@ -161,13 +176,16 @@ class Orchestrator:
 
     def _fire(self, entry: Entry, reason: str, measured_now: bool) -> Literal["next", "round ends", "interrupted"]:
         """Carry out one entry, and say how the round goes on."""
-        run, journal = self.run, self.journal
-        journal.event("decision", entry=entry.number, name=entry.operation.name, reason=reason)
+        run, host = self.run, self.host
+        host.event("decision", entry=entry.number, name=entry.operation.name, reason=reason)
         loss_before = self.position.round_loss if measured_now else None
-        if entry.reevaluate and not measured_now:
-            loss_before = self.measure("before an operation")
+        if (entry.reevaluate or entry.guard) and not measured_now:
+            loss_before = self.host.measure("before an operation")
             if loss_before is None:
                 return "interrupted"  # by a signal: the entry stays at the head
+        snapshot = ""
+        if entry.guard and entry.guard.then == "revert":
+            snapshot = self.host.save(f"before entry {entry.number}, which has a guard")
         before, started = run.settings, time.perf_counter()
         try:
             with run.stopwatch.part("operation"):
@@ -177,12 +195,19 @@ class Orchestrator:
             return "next"
         run.check_ranks_agree(str(entry))
         self._advance()
+        if entry.guard:
+            assert loss_before is not None
+            limit, until = loss_before + entry.guard.max_increase, run.progress.iter + entry.guard.within_iters
+            watch = Watch(
+                entry.number, entry.operation.name, loss_before, limit, until, entry.guard.then, snapshot
+            )  # fmt: skip
+            self.position.watches += (watch,)
         seconds = time.perf_counter() - started
-        loss_after = self.measure("after an operation") if entry.reevaluate else None
+        loss_after = self.host.measure("after an operation") if entry.reevaluate else None
         self.position.owes_measure = entry.reevaluate and loss_after is None
         settings_before, settings_after = differences(before, self._settled())
         total, trainable = run.parameter_counts()
-        journal.event(
+        host.event(
             "operation",
             entry=entry.number,
             name=entry.operation.name,
@@ -202,8 +227,68 @@ class Orchestrator:
         round_ends = entry.reevaluate or run.settings.stops_asked != before.stops_asked
         if run.settings.checkpoints_asked != before.checkpoints_asked:
             self.position.round_open = not round_ends
-            self.save("asked for by the schedule")
+            self.host.save("asked for by the schedule")
         return "round ends" if round_ends else "next"
+
+    # ------------------------------------------------------------------------------------------ guards
+
+    def _look_at_guards(self, val_loss: float | None) -> bool:
+        """Compare the loss with what the guards allow. True ends the round: the run went back, or a signal came."""
+        position, iteration = self.position, self.run.progress.iter
+        due = [watch for watch in position.watches if iteration >= watch.until_iter]
+        if due and val_loss is None:
+            val_loss = self.host.measure(f"the end of the guard of entry {due[0].entry}")
+            if val_loss is None:
+                return True
+        if val_loss is None:
+            return False
+        for watch in position.watches:
+            if val_loss > watch.limit or val_loss != val_loss:
+                if watch.then == "revert":
+                    self._revert(watch, val_loss)
+                    return True
+                self._end_watch(watch, val_loss, "the loss is beyond the limit")
+                if watch.then == "stop":
+                    stops = self.run.settings.stops_asked + 1
+                    self.run.adopt(dataclasses.replace(self.run.settings, stops_asked=stops))
+            elif iteration >= watch.until_iter:
+                self._end_watch(watch, val_loss, "the loss stayed within the limit")
+        return False
+
+    def _end_watch(self, watch: Watch, val_loss: float, outcome: str) -> None:
+        self.position.watches = tuple(other for other in self.position.watches if other != watch)
+        self.host.event(
+            "decision",
+            entry=watch.entry,
+            name=watch.name,
+            reason=f"guard: {outcome} ({watch.then})",
+            val_loss_before=watch.loss_before,
+            val_loss=val_loss,
+            limit=watch.limit,
+        )
+
+    def _revert(self, watch: Watch, val_loss: float) -> None:
+        """Go back to just before the entry, mark it as reverted, and go on with the samples that come next."""
+        from_iter = self.run.progress.iter
+        self.load_state(self.host.go_back(watch.checkpoint))
+        position = self.position
+        if position.fired < watch.entry:
+            position.reverted += (watch.entry,)
+            self._advance()
+        position.round_open, position.round_loss, position.owes_measure = False, None, False
+        position.round_iter = self.run.progress.iter
+        self.run.check_ranks_agree(f"going back before entry {watch.entry}")
+        self.host.event(
+            "rollback",
+            entry=watch.entry,
+            name=watch.name,
+            reason=f"guard: val loss {val_loss:.4f} > {watch.limit:.4f}",
+            from_iter=from_iter,
+            checkpoint=watch.checkpoint,
+            val_loss_before=watch.loss_before,
+            val_loss=val_loss,
+        )
+        self.host.keep(f"entry {watch.entry} reverted")
 
     def _apply(self, entry: Entry) -> None:
         """Plan, check and adopt. Raises ScheduleError or OperationFailed with the run as it was."""
@@ -221,7 +306,12 @@ class Orchestrator:
         target = operation.plan(run.settings)
         check_settings(target, run.ranks.world_size)
         overridden = set(operation.touches)
-        if entry.over:
+        if entry.over and operation.fades:
+            target = operation.fade(run.settings, target)
+            run.adopt(target, operation.reshape)
+            self._drop_from_ramps(overridden)
+            self.ramps.append(Ramp.between(entry, run.settings, target, run.progress.iter))
+        elif entry.over:
             ramp = Ramp.between(entry, run.settings, target, run.progress.iter)
             self._drop_from_ramps(overridden)
             self.ramps.append(ramp)
@@ -232,7 +322,7 @@ class Orchestrator:
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         skip = entry.on_error == "skip"
-        self.journal.event(
+        self.host.event(
             "error",
             entry=entry.number,
             name=entry.operation.name,
@@ -262,7 +352,7 @@ class Orchestrator:
             for name, value in ramp.at(iteration).items():
                 settings = with_field(settings, name, value)
             if ramp.done(iteration):
-                self.journal.event(
+                self.host.event(
                     "decision",
                     entry=ramp.entry,
                     name=ramp.name,
@@ -279,7 +369,7 @@ class Orchestrator:
             for name in ended:
                 del ramp.fields[name]
             if ended:
-                self.journal.event(
+                self.host.event(
                     "decision",
                     entry=ramp.entry,
                     name=ramp.name,

@@ -40,14 +40,28 @@ class Settings:
     log_interval: int
     lora_alpha: float
     """Alpha given to adapters that are added from now on."""
+    sequence_length: int = 0
+    """Tokens in one training sequence, at most (and 0 for) model.block_size."""
     frozen: tuple[str, ...] = ()
     """Leaf layer names (attn.0, ln_f, ...) in model order whose parameters do not train."""
     lr_restarts: int = 0
     """Counter: each increase starts the learning-rate schedule anew."""
+    rewarm_iters: int = 0
+    """Iterations over which the rate climbs back from 0 after a rewarming."""
+    rewarms: int = 0
+    """Counter: each increase starts a rewarming."""
+    moment_resets: int = 0
+    """Counter: each increase is a change of optimizer state alone, e.g. moments that are forgotten."""
+    vocabulary_map: tuple[int, ...] = ()
+    """New token id of each id in the data files; () where they are the same."""
     checkpoints_asked: int = 0
     """Counter: each increase asks for a checkpoint at this boundary."""
     stops_asked: int = 0
     """Counter: each increase ends the run at this boundary."""
+
+    def __post_init__(self) -> None:
+        if not self.sequence_length:
+            object.__setattr__(self, "sequence_length", self.model.block_size)
 
     @property
     def samples_per_iter(self) -> int:
@@ -55,11 +69,12 @@ class Settings:
 
     @property
     def tokens_per_iter(self) -> int:
-        return self.samples_per_iter * self.model.block_size
+        return self.samples_per_iter * self.sequence_length
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "model": self.model.to_json(), "frozen": list(self.frozen)}
+        lists = {"frozen": list(self.frozen), "vocabulary_map": list(self.vocabulary_map)}
+        return {**values, "model": self.model.to_json(), **lists}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Settings:
@@ -68,12 +83,22 @@ class Settings:
                 **values,
                 "model": ModelConfig.from_json(values["model"]),
                 "frozen": tuple(values["frozen"]),
+                "vocabulary_map": tuple(values["vocabulary_map"]),
             }
         )
 
 
+_FADING = "model.fading."
+
+
 def get_field(settings: Settings, name: str) -> Any:
-    """The value of a field by its dotted name, e.g. `learning_rate` or `model.dropout`."""
+    """The value of a field by its dotted name, e.g. `learning_rate`, `model.dropout` or `model.fading.mlp.3`.
+
+    The last is the share of what is being faded in, 1.0 where nothing is.
+    """
+    if name.startswith(_FADING):
+        fade = settings.model.fading.get(name.removeprefix(_FADING))
+        return 1.0 if fade is None else fade.share
     value: Any = settings
     for part in name.split("."):
         value = getattr(value, part)
@@ -81,7 +106,14 @@ def get_field(settings: Settings, name: str) -> Any:
 
 
 def with_field(settings: Settings, name: str, value: Any) -> Settings:
-    """A copy of the settings with one field, by its dotted name, replaced."""
+    """A copy of the settings with one field, by its dotted name, replaced. What has faded in fully is plain again."""
+    if name.startswith(_FADING):
+        fading, layer = dict(settings.model.fading), name.removeprefix(_FADING)
+        if value >= 1.0:
+            fading.pop(layer, None)
+        else:
+            fading[layer] = replace(fading[layer], share=value)
+        return replace(settings, model=replace(settings.model, fading=fading))
     if name.startswith("model."):
         return replace(settings, model=replace(settings.model, **{name[6:]: value}))
     return replace(settings, **{name: value})
@@ -107,12 +139,14 @@ class Progress:
     iter: int = 0
     """Optimizer steps done."""
     samples: int = 0
-    """Windows of the training stream consumed, over all ranks: the index of the next one."""
+    """Sequences of the training stream consumed, over all ranks: the index of the next one."""
     tokens: int = 0
     seconds: float = 0.0
     """Wall-clock seconds spent in this run, over all its starts."""
     lr_start_iter: int = 0
     """Where the learning-rate schedule last (re)started."""
+    rewarm_start_iter: int = 0
+    """Where the latest rewarming started."""
     best_val_loss: float | None = None
     best_iter: int | None = None
     last_val_loss: float | None = None

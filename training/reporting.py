@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -80,22 +80,26 @@ def rewind(out_dir: Path, sizes: Mapping[str, int]) -> None:
     metrics = out_dir / METRICS
     if metrics.exists() and metrics.stat().st_size > sizes.get(METRICS, 0):
         os.truncate(metrics, sizes.get(METRICS, 0))
-    events = out_dir / EVENTS
-    if not events.exists():
+    _mark_void(out_dir / EVENTS, sizes.get(EVENTS, 0), _COURSE)
+
+
+def _mark_void(path: Path, size: int, kinds: Container[str]) -> None:
+    """Mark the lines of these kinds that come after the first `size` bytes."""
+    if not path.exists():
         return
-    data = events.read_bytes()
-    kept, tail = data[: sizes.get(EVENTS, 0)], data[sizes.get(EVENTS, 0) :]
+    data = path.read_bytes()
+    kept, tail = data[:size], data[size:]
     lines = []
     for line in tail.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # the piece of a line that a crash left
-        if record.get("kind") in _COURSE:
+        if record.get("kind") in kinds:
             record["void"] = True
         lines.append(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
     if tail:
-        _replace_text(events, kept + b"".join(lines))
+        _replace_text(path, kept + b"".join(lines))
 
 
 class Silent:
@@ -111,6 +115,8 @@ class Silent:
 
     def sizes(self) -> dict[str, int]:
         return {}
+
+    def void_since(self, sizes: Mapping[str, int]) -> None: ...
 
     def close(self, exit_code: int = 0) -> None: ...
 
@@ -173,7 +179,8 @@ class Reporter(Silent):
         """The state of the run, on the bar of a terminal or as a plain line."""
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(f"{key} {value}" for key, value in shown.items()), refresh=False)
-            self._bar.update(iteration - self._bar.n)
+            self._bar.n = iteration  # set, not added to: a run can go back
+            self._bar.refresh()
             if self._log is not None:
                 self._log.write(_line(iteration, shown) + "\n")
         else:
@@ -183,6 +190,13 @@ class Reporter(Silent):
         for lines in self._lines.values():
             lines.sync()
         return {name: lines.size() for name, lines in self._lines.items()}
+
+    def void_since(self, sizes: Mapping[str, int]) -> None:
+        """Mark what was measured and decided after a checkpoint as void: the run has gone back to it."""
+        for name, lines in list(self._lines.items()):
+            lines.close()
+            _mark_void(lines.path, sizes.get(name, 0), ("train", "eval") if name == METRICS else _COURSE)
+            self._lines[name] = JsonLines(lines.path)
 
     def close(self, exit_code: int = 0) -> None:
         if self._bar is not None:

@@ -91,10 +91,13 @@ class Run:
         self.config = config
         self.settings = settings
         self.progress = progress
+        self.source = data
+        """The data set as it was opened; `data` is what is read, through the settings' vocabulary map."""
         self.data = data
         self.ranks = ranks
         self.device = device
         self.stream = Stream(data.train, config.seed)
+        self._prefetched: tuple[tuple[int, ...], Any] | None = None
         self.eval_batch_size = config.eval_batch_size or config.batch_size
         self.stopwatch = Stopwatch()
         self.consistent = True
@@ -109,7 +112,8 @@ class Run:
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
 
-        self._prefetched: tuple[tuple[int, int, int], Any] | None = None
+        if settings.vocabulary_map:
+            self._map_vocabulary(settings.vocabulary_map)
         self.model = model.to(device)
         trainable = trainable_parameters(model, settings.frozen)
         optimizer = NamedAdamW(self.model, trainable, optimizer_state or {})
@@ -167,7 +171,7 @@ class Run:
             torch.manual_seed(int(words[0]) >> 1)
 
     def _batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        key = (first, count, self.settings.model.block_size)
+        key = (first, count, self.settings.model.block_size, self.settings.sequence_length)
         if self._prefetched is not None and self._prefetched[0] == key:
             batch, self._prefetched = self._prefetched[1], None
             return batch
@@ -175,11 +179,11 @@ class Run:
 
     def _prefetch(self, first: int, count: int) -> None:
         """Copy a batch to the GPU while it computes; a change of settings simply makes it unused."""
-        key = (first, count, self.settings.model.block_size)
+        key = (first, count, self.settings.model.block_size, self.settings.sequence_length)
         self._prefetched = (key, self._load(*key))
 
-    def _load(self, first: int, count: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = (torch.from_numpy(a) for a in self.stream.batch(first, count, block_size))
+    def _load(self, first: int, count: int, block_size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (torch.from_numpy(a) for a in self.stream.batch(first, count, block_size, length))
         if self.device.type == "cuda":
             return (
                 x.pin_memory().to(self.device, non_blocking=True),
@@ -206,7 +210,9 @@ class Run:
 
     def current_lr(self) -> float:
         """The rate that the next step will use."""
-        return learning_rate(self.settings, self.progress.iter - self.progress.lr_start_iter)
+        s, p = self.settings, self.progress
+        rewarm = p.iter - p.rewarm_start_iter if s.rewarms else None
+        return learning_rate(s, p.iter - p.lr_start_iter, rewarm)
 
     def parameter_counts(self) -> tuple[int, int]:
         """(total, trainable)."""
@@ -259,22 +265,61 @@ class Run:
             told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
             raise OperationFailed(told) from error
 
-        assert prepared is not None or error is None
-        if target.lr_restarts != self.settings.lr_restarts:
-            self.progress.lr_start_iter = self.progress.iter
-        if target.model.dropout != self.settings.model.dropout:
-            set_dropout(self.model, target.model.dropout)
+        before, p = self.settings, self.progress
+        if target.lr_restarts != before.lr_restarts:
+            p.lr_start_iter = p.iter
+        if target.rewarms != before.rewarms:
+            p.rewarm_start_iter = p.iter
+        lengths = [(s.model.block_size, s.sequence_length) for s in (before, target)]
+        if lengths[0] != lengths[1]:
+            p.samples = self.stream.moved(p.samples, *lengths)
+        if target.vocabulary_map != before.vocabulary_map:
+            self._map_vocabulary(target.vocabulary_map)
         if prepared is not None:
             self._install(*prepared)
+        if target.model.dropout != self.model.config.dropout:
             set_dropout(self.model, target.model.dropout)
+        if target.model.fading != self.model.config.fading:
+            self.model.set_fading(target.model.fading)
         self.settings = target
+
+    def _map_vocabulary(self, new_ids: tuple[int, ...]) -> None:
+        """Read every token of the data files as its new id, from here on."""
+        self.data = self.source.remapped(np.array(new_ids, dtype=np.int64) if new_ids else None)
+        self.stream = Stream(self.data.train, self.config.seed)
+        self._prefetched = None
+
+    def restore(
+        self,
+        settings: Settings,
+        progress: Progress,
+        model: GPT,
+        optimizer_state: State,
+        scaler_state: dict[str, Any],
+    ) -> None:
+        """Become an earlier state of this run, but for its place in the stream of samples and its clock."""
+        lengths = [(s.model.block_size, s.sequence_length) for s in (self.settings, settings)]
+        samples = self.progress.samples
+        if lengths[0] != lengths[1]:
+            samples = self.stream.moved(samples, *lengths)
+        seconds = self.progress.seconds
+        self.progress.__dict__.update(progress.__dict__, samples=samples, seconds=seconds)
+        if settings.vocabulary_map != self.settings.vocabulary_map:
+            self._map_vocabulary(settings.vocabulary_map)
+        self.settings = settings
+        model = model.to(self.device)
+        trainable = set(trainable_parameters(model, settings.frozen))
+        state = {n: {k: v.to(self.device) for k, v in moments.items()} for n, moments in optimizer_state.items()}
+        self._install(model, NamedAdamW(model, trainable, state), trainable)
+        if scaler_state:
+            self.scaler.load_state_dict(scaler_state)
 
     def _prepare(self, target: Settings, reshape: Reshape | None) -> tuple[GPT, NamedAdamW, set[str]] | None:
         """Everything new that the target needs, beside the present run; None where nothing live changes."""
         if not needs_agreement(self.settings, target):
             return None
         model, state = self.model, self.optimizer.state_by_name()
-        if shape_of(target) != shape_of(self.settings):
+        if reshapes(self.settings, target):
             if reshape is None:
                 raise ValueError("the target has another shape and nothing says how to get there")
             seed = np.random.SeedSequence([self.config.seed, self.progress.iter, 1]).generate_state(1, np.uint64)
@@ -282,6 +327,7 @@ class Run:
             model, lineage = reshape(self.model, target.model, generator)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
+            assert shape_of(model.config) == shape_of(target.model), "the reshaped model is not the target's"
             state = carry(state, lineage, shapes)
         trainable = set(trainable_parameters(model, target.frozen))
         return model, NamedAdamW(model, trainable, state), trainable
@@ -301,14 +347,19 @@ class Run:
         self.wrapped = self.ranks.wrap(model, self.device)
 
 
-def shape_of(settings: Settings) -> ModelConfig:
-    """The model's configuration less what can change without another model."""
-    return replace(settings.model, dropout=0.0)
+def shape_of(config: ModelConfig) -> ModelConfig:
+    """A model's configuration less what can change without another model."""
+    return replace(config, dropout=0.0, fading={})
+
+
+def reshapes(before: Settings, after: Settings) -> bool:
+    """Whether parameters or their moments differ between the two."""
+    return shape_of(before.model) != shape_of(after.model) or before.moment_resets != after.moment_resets
 
 
 def needs_agreement(before: Settings, after: Settings) -> bool:
-    """Whether parameters, or which of them train, differ between the two."""
-    return shape_of(before) != shape_of(after) or before.frozen != after.frozen
+    """Whether parameters, their moments, or which of them train, differ between the two."""
+    return reshapes(before, after) or before.frozen != after.frozen
 
 
 def _bit_sums(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,17 @@ from training.errors import Refused, ScheduleError
 from training.operations import Operation, make
 from training.records import Settings, get_field
 from training.triggers import TRIGGERS, Trigger
-from training.values import PositiveInt, nearest, problems_of, shown
+from training.values import NonNegativeFloat, PositiveInt, nearest, problems_of, shown
+
+
+class Guard(BaseModel):
+    """What to do when an entry hurts: looked at on every evaluation in the iterations after it."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    max_increase: NonNegativeFloat = 0.05
+    """How much worse, in nats, the validation loss may be than right before the entry."""
+    within_iters: PositiveInt = 200
+    then: Literal["revert", "keep", "stop"] = "revert"
 
 
 class _EntryFields(BaseModel):
@@ -41,11 +51,12 @@ class _EntryFields(BaseModel):
     over: PositiveInt | None = None
     style: Literal["linear", "cosine"] = "linear"
     on_error: Literal["stop", "skip"] = "stop"
+    guard: Guard | None = None
 
 
 ENTRY_FIELDS = ("name", "value", *TRIGGERS, *[f for f in _EntryFields.model_fields if f != "name"])
 # What stands for "not given" in a file: a person writes `trigger_loss: null` for no trigger.
-_MAY_BE_NULL = {*TRIGGERS, "desc", "over", "style", "on_error", "reevaluate"}
+_MAY_BE_NULL = {*TRIGGERS, "desc", "over", "style", "on_error", "reevaluate", "guard"}
 
 
 @dataclass(frozen=True)
@@ -63,12 +74,20 @@ class Entry:
     over: int | None
     style: str
     on_error: str
+    guard: Guard | None
     given: Mapping[str, Any]
     """As it was written, for the log and to recognise it after a resume."""
 
     @property
     def value(self) -> Any:
         return self.given.get("value")
+
+    def plan(self, settings: Settings) -> Settings:
+        """The settings after this entry, once any ramp of it has arrived. Pure. Raises ScheduleError."""
+        after = self.operation.plan(settings)
+        if self.over and self.operation.fades:
+            self.operation.fade(settings, after)  # raises where it cannot be faded in
+        return after
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" {json.dumps(self.value)}"
@@ -231,7 +250,9 @@ def _entry(number: int, line: int, given: Any) -> Entry:
     try:
         common = _EntryFields(**{key: fields[key] for key in _EntryFields.model_fields if key in fields})
     except ValidationError as error:
-        problems += [f"{title}{loc[0]} {message}" for loc, message in problems_of(error) if loc[0] != "name"]
+        problems += [
+            f"{title}{'.'.join(map(str, loc))} {message}" for loc, message in problems_of(error) if loc[0] != "name"
+        ]
     triggers = []
     for name, trigger in TRIGGERS.items():
         if name not in fields:
@@ -242,8 +263,8 @@ def _entry(number: int, line: int, given: Any) -> Entry:
             problems += [
                 f"{title}{'.'.join([name, *map(str, loc[1:])])} {message}" for loc, message in problems_of(error)
             ]
-    if operation and common and common.over and not operation.ramps:
-        problems.append(f"{title}`over` moves a number gradually; {operation.name} cannot be moved so")
+    if operation and common and common.over and not (operation.ramps or operation.fades):
+        problems.append(f"{title}`over` moves a number or fades new weights in; {operation.name} does neither")
     if "style" in fields and "over" not in fields:
         problems.append(f"{title}`style` says how `over` moves a number, and there is no `over`")
     try:
@@ -262,6 +283,7 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         over=common.over,
         style=common.style,
         on_error=common.on_error,
+        guard=common.guard,
         given=given,
     )
 
@@ -285,6 +307,11 @@ def check_settings(settings: Settings, world_size: int) -> None:
             f"grad_accum {settings.grad_accum} (micro-steps over all ranks) must be a multiple of the "
             f"{world_size} processes"
         )
+    if settings.model.block_size % settings.sequence_length:
+        problems.append(
+            f"sequence_length {settings.sequence_length} must divide block_size {settings.model.block_size}, "
+            "so that windows are cut into whole sequences"
+        )
     if not trainable_names(settings.model, settings.frozen):
         problems.append("nothing would be left to train: every parameter is frozen")
     if problems:
@@ -300,7 +327,7 @@ def plan_stages(schedule: Schedule, settings: Settings, world_size: int) -> list
         problems += error.problems
     for entry in schedule.entries:
         try:
-            after = entry.operation.plan(stages[-1].settings)
+            after = entry.plan(stages[-1].settings)
             check_settings(after, world_size)
         except ScheduleError as error:
             place = f"{schedule.source}:{entry.line}" if entry.line else schedule.source
@@ -313,7 +340,7 @@ def plan_stages(schedule: Schedule, settings: Settings, world_size: int) -> list
 
 
 def _shape_key(config: ModelConfig) -> str:
-    return json.dumps(replace(config, dropout=0.0).to_json(), sort_keys=True)
+    return json.dumps(replace(config, dropout=0.0, fading={}).to_json(), sort_keys=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -353,7 +380,10 @@ class Ramp:
     @classmethod
     def between(cls, entry: Entry, before: Settings, after: Settings, start_iter: int) -> Ramp:
         assert entry.over
-        fields = {name: (get_field(before, name), get_field(after, name)) for name in entry.operation.touches}
+        if entry.operation.fades:
+            fields = {f"model.fading.{layer}": (0.0, 1.0) for layer in after.model.fading}
+        else:
+            fields = {name: (get_field(before, name), get_field(after, name)) for name in entry.operation.touches}
         return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields)
 
     def done(self, iteration: int) -> bool:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from model.gpt import from_weights
 from training import checkpoint
 from training.config import TrainConfig
 from training.orchestrator import Orchestrator
+from training.records import Progress, Settings
 from training.reporting import Silent, machine
 from training.run import Run, StepResult
 from training.schedule import Schedule
@@ -42,7 +44,7 @@ class Session:
         self.reporter = reporter
         self.signals = signals
         self.wandb_id = wandb_id
-        self.orchestrator = Orchestrator(schedule, run, self, self._measure_again, self.save)
+        self.orchestrator = Orchestrator(schedule, run, self)
         self._saved: tuple[int, ...] = ()
         self.stops_seen = run.settings.stops_asked
         self._clock = time.perf_counter()
@@ -66,6 +68,11 @@ class Session:
             self.reporter.say(
                 f"[{fields['entry']}] {fields['name']}{desc}: {moved or 'no change'}{over} [{fields['reason']}]{losses}"
             )
+        elif kind == "rollback":
+            self.reporter.say(
+                f"back to iteration {self.run.progress.iter} from {fields['from_iter']}: {fields['reason']}; "
+                f"entry {fields['entry']} ({fields['name']}) will not fire again"
+            )
 
     def metrics(self, kind: str, **fields: Any) -> None:
         run, s, p = self.run, self.run.settings, self.run.progress
@@ -78,8 +85,8 @@ class Session:
             lr=run.current_lr(),
             batch_size=s.batch_size,
             grad_accum=s.grad_accum,
-            passes=run.stream.passes(p.samples, s.model.block_size),
-            coverage=run.stream.coverage(p.samples, s.model.block_size),
+            passes=run.stream.passes(p.samples, s.model.block_size, s.sequence_length),
+            coverage=run.stream.coverage(p.samples, s.model.block_size, s.sequence_length),
         )
 
     def tick(self) -> None:
@@ -134,7 +141,7 @@ class Session:
         self.reporter.say(f"step {p.iter}: val loss {loss:.4f}" + (" (best)" if p.best_iter == p.iter else ""))
         return loss
 
-    def _measure_again(self, why: str) -> float | None:
+    def measure(self, why: str) -> float | None:
         """An extra evaluation around an operation; it neither counts as best nor for early stopping."""
         loss = self.run.evaluate(self.signals.poll)
         if loss is not None:
@@ -156,25 +163,51 @@ class Session:
             "scaler": run.scaler.state_dict(),
             "wandb_id": self.wandb_id,
             "log_sizes": self.reporter.sizes(),
-            "data": run.data.fingerprint(),
+            "data": run.source.fingerprint(),
             "tokenizer": run.data.meta.to_json(),
             "world_size": run.ranks.world_size,
         }
 
-    def save(self, why: str) -> None:
-        """Save a checkpoint on rank 0. Raises on every rank when it could not be written."""
-        run, error = self.run, None
+    def save(self, why: str) -> str:
+        """Save a checkpoint on rank 0 and return its name. Raises on every rank when it could not be written."""
+        run, name, error = self.run, "", None
         self.tick()
         with run.stopwatch.part("checkpoint"):
             if run.ranks.is_first:
                 try:
-                    self._write(why)
+                    name = self._write(why)
                 except OSError as caught:
                     error = f"checkpoint at iteration {run.progress.iter} could not be written: {caught}"
-            error = run.ranks.broadcast(error)
+            name, error = run.ranks.broadcast((name, error))
         if error:
             raise RuntimeError(error)
         self._saved = self._moment()
+        return name
+
+    def go_back(self, name: str) -> dict[str, Any]:
+        """Become the state of a checkpoint of this run, on every rank; what was logged since is marked void."""
+        run, loaded, error = self.run, None, None
+        try:
+            loaded = checkpoint.load(checkpoint.folder(self.config.out_dir) / name)
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
+            error = f"{type(caught).__name__}: {caught}"
+        failures = [text for text in run.ranks.gather(error) if text]
+        if failures or loaded is None:
+            raise RuntimeError(f"cannot go back to checkpoint {name}: {failures[0]}")
+        state = loaded.state
+        settings = Settings.from_json(state["settings"])
+        model = from_weights(settings.model, loaded.model)
+        run.restore(settings, Progress.from_json(state["progress"]), model, loaded.optimizer, state["scaler"])
+        self.stops_seen = run.settings.stops_asked
+        self._logged_tokens = run.progress.tokens
+        self.reporter.void_since(state["log_sizes"])
+        return state["orchestrator"]
+
+    def keep(self, why: str) -> None:
+        """Save what the run went back to, and only then remove the checkpoints of the way that was left."""
+        self.save(why)
+        if self.run.ranks.is_first:
+            checkpoint.remove_after(self.config.out_dir, self.run.progress.iter)
 
     def save_unless_saved(self, why: str) -> None:
         """Save unless this very state of the run is on the disk."""
@@ -186,10 +219,10 @@ class Session:
         p, position = self.run.progress, self.orchestrator.position
         return p.iter, p.last_eval_iter, position.fired, position.round_open, position.round_iter
 
-    def why_end(self, ends: bool, evaluated: bool) -> str:
+    def why_end(self, evaluated: bool) -> str:
         """Why the run ends at this boundary, or nothing."""
         patience, p = self.config.early_stopping_patience, self.run.progress
-        if ends:
+        if p.iter >= self.config.max_iters:
             return "max_iters"
         if self.run.settings.stops_asked != self.stops_seen:
             return "stopped by the schedule"
@@ -197,7 +230,7 @@ class Session:
             return f"early stop: no gain in {p.evals_without_gain} evaluations"
         return ""
 
-    def _write(self, why: str, kind: str = "checkpoint") -> None:
+    def _write(self, why: str, kind: str = "checkpoint") -> str:
         run, started = self.run, time.perf_counter()
         path = checkpoint.save(
             self.config.out_dir,
@@ -206,9 +239,11 @@ class Session:
             run.optimizer.state_by_name(),
             keep_last=self.config.keep_last,
             keep_best=self.config.keep_best,
+            pinned=self.orchestrator.pinned,
         )
         name = str(path.relative_to(Path(self.config.out_dir)))
         self.event(kind, path=name, reason=why, seconds=time.perf_counter() - started)
+        return path.name
 
     def emergency(self, error: BaseException) -> None:
         """After an exception: save what there is, on rank 0 alone and without talking to the other ranks."""

@@ -18,8 +18,8 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-PositiveInt = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-NonNegativeInt = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
+NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -36,12 +36,27 @@ class Operation(BaseModel):
     """The fields of Settings, by dotted name, that `plan` may change."""
     ramps: ClassVar[bool] = False
     """Whether `over: N` may move the touched numbers gradually."""
-    keeps_function: ClassVar[bool] = True
-    """Whether the model computes the same function right after (up to float rounding)."""
+    keeps: ClassVar[str] = "the function; every parameter and its moments"
+    """What stays as it was, for docs/operations.md."""
+    source: ClassVar[str] = ""
+    """The paper or project that a method comes from."""
+    fades: ClassVar[bool] = False
+    """Whether `over: N` may fade what is new in from zero (masked growth)."""
+    renumbers: ClassVar[bool] = False
+    """Whether layers change their number or size: such an entry waits until nothing is fading in."""
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether the model computes the same function right after (up to float rounding)."""
+        return True
 
     def plan(self, settings: Settings) -> Settings:
         """The settings after this operation. Pure. Raises ScheduleError where it cannot be applied."""
         raise NotImplementedError
+
+    def fade(self, before: Settings, after: Settings) -> Settings:
+        """`after` with what is new in it masked, for an entry with `over`. Raises ScheduleError where it cannot be."""
+        raise NotImplementedError(f"{self.name} has nothing to fade in")
 
     def resolve(self, run: Run) -> Operation:
         """The operation with everything settled that only the live machine can tell (e.g. free memory).

@@ -1,14 +1,19 @@
-"""Operations on the learning rate, the optimizer's numbers and dropout: none touches a tensor of the model."""
+"""Operations on the learning rate, the optimizer's numbers and dropout: none touches a weight."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Strict
 
+from model.config import ModelConfig, layer_of_parameter
+from model.gpt import GPT
+from model.lineage import Lineage, Origin
 from training.errors import ScheduleError
 from training.operations.base import Operation, operation
+from training.operations.layers import LayerNames, layers
 from training.records import Settings
 from training.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -156,3 +161,35 @@ class SetDropout(Operation):
 
     def plan(self, settings: Settings) -> Settings:
         return replace(settings, model=replace(settings.model, dropout=self.value))
+
+
+@operation("rewarm_lr")
+class RewarmLearningRate(Operation):
+    """Let the rate climb back from 0 to its curve over so many iterations; the curve itself goes on."""
+
+    touches: ClassVar = ("rewarm_iters", "rewarms")
+    value: NonNegativeInt
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, rewarm_iters=self.value, rewarms=settings.rewarms + 1)
+
+
+@operation("reset_moments")
+class ResetMoments(Operation):
+    """Forget AdamW's moments of the named layers (a name, a glob, a list), or of all without a value."""
+
+    keeps: ClassVar = "the function; the moments of the layers that are not named"
+    touches: ClassVar = ("moment_resets",)
+    value: LayerNames | None = None
+
+    def plan(self, settings: Settings) -> Settings:
+        if self.value is not None:
+            layers(settings.model, self.value)  # raises for a name that is not there
+        return replace(settings, moment_resets=settings.moment_resets + 1)
+
+    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
+        names = [name for name, _ in model.named_parameters()]
+        gone = set(layers(target, "*" if self.value is None else self.value))
+        return model, {
+            name: Origin(None, note="reset") if layer_of_parameter(name) in gone else Origin(name) for name in names
+        }

@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Strict
+from pydantic import BaseModel, ConfigDict, Strict
 
 from model.config import LoraSpec, ModelConfig
 from model.gpt import GPT
 from model.lineage import Lineage
-from model.lora import reshape_lora
+from model.lora import reshape_lora, restart_adapters
 from training.errors import ScheduleError
 from training.operations.base import Operation, operation
 from training.operations.layers import LayerNames, layers
@@ -51,6 +51,8 @@ class LoraOperation(Operation):
     """What the operations on adapters share: the reshape follows from the target's ranks and alphas alone."""
 
     touches: ClassVar = ("model.lora",)
+    keeps: ClassVar = "the function; moments of all that is not cut (a smaller rank mixes directions and starts anew)"
+    source: ClassVar = "Hu et al. 2021 (LoRA, arXiv:2106.09685)"
 
     def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
         return reshape_lora(model, target, generator)
@@ -117,3 +119,44 @@ class MergeLoraWeights(LoraOperation):
                 f"adapted: {', '.join(adapted) or 'none'}"
             )
         return with_rank(settings, names, 0)
+
+
+class Relora(BaseModel):
+    """Which adapters start anew, and how the learning rate recovers."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    layers: LayerNames | None = None
+    """All adapted ones by default."""
+    warmup_iters: NonNegativeInt = 50
+
+
+@operation("relora")
+class ReloraOperation(LoraOperation):
+    """Merge the adapters, start their factors and moments anew, and rewarm the rate: {layers, warmup_iters}.
+
+    Repeated, a sum of low ranks becomes a high one. Without a value all adapters, with 50 iterations of rewarming.
+    """
+
+    keeps: ClassVar = "the function; moments of everything but the factors"
+    source: ClassVar = "Lialin et al. 2023 (ReLoRA, arXiv:2307.05695)"
+    touches: ClassVar = ("moment_resets", "rewarm_iters", "rewarms")
+    value: Relora | None = None
+
+    def names(self, config: ModelConfig) -> list[str]:
+        """The adapters that start anew."""
+        wanted = (self.value or Relora()).layers
+        named = list(config.lora) if wanted is None else layers(config, wanted)
+        return [name for name in named if name in config.lora]
+
+    def plan(self, settings: Settings) -> Settings:
+        if not self.names(settings.model):
+            raise ScheduleError(f"relora: no adapter to restart; adapted: {', '.join(settings.model.lora) or 'none'}")
+        return replace(
+            settings,
+            moment_resets=settings.moment_resets + 1,
+            rewarm_iters=(self.value or Relora()).warmup_iters,
+            rewarms=settings.rewarms + 1,
+        )
+
+    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
+        return restart_adapters(model, self.names(model.config), generator)

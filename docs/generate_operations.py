@@ -1,0 +1,106 @@
+"""Writes docs/operations.md from the operations' own classes: python docs/generate_operations.py
+
+A test compares the page with what this makes, so a new operation is documented or the tests are red.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from training.operations import OPERATIONS, Operation  # noqa: E402
+from training.triggers import TRIGGERS  # noqa: E402
+
+HEAD = """# Operations
+
+Written by docs/generate_operations.py from the classes in training/operations/; do not edit by hand.
+
+An entry's `value` is the operation's argument. `over: N` moves a number there in N iterations
+(`style: linear | cosine`) where it says *over: moves*, and fades new weights in where it says *over: fades*.
+"""
+ROOMS = {
+    "hyperparameters": "Learning rate, optimizer, dropout",
+    "batch": "Batch",
+    "freezing": "Freezing",
+    "lora": "LoRA adapters",
+    "growth": "Growth",
+    "control": "The run's rhythm",
+}
+
+
+def kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """A JSON schema in a few words."""
+    if "$ref" in schema:
+        body = definitions[schema["$ref"].rsplit("/", 1)[-1]]
+        fields = []
+        for name, field in body["properties"].items():
+            optional = "" if name in body.get("required", []) else f" = {default(field.get('default'))}"
+            fields.append(f"{name}: {kind(field, definitions)}{optional}")
+        return "{" + ", ".join(fields) + "}"
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(kind(part, definitions) for part in schema["anyOf"]))
+    if "enum" in schema:
+        return " | ".join(map(str, schema["enum"]))
+    match schema.get("type"):
+        case "null":
+            return "nothing"
+        case "string":
+            return "text"
+        case "boolean":
+            return "true | false"
+        case "array":
+            items = schema.get("prefixItems")
+            if items:
+                return "[" + ", ".join(kind(item, definitions) for item in items) + "]"
+            return f"list of {kind(schema['items'], definitions)}"
+        case "integer" | "number" as name:
+            limits = {
+                "minimum": ">=",
+                "exclusiveMinimum": ">",
+                "maximum": "<=",
+                "exclusiveMaximum": "<",
+            }
+            bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
+            return " ".join(["whole number" if name == "integer" else "number", *bounds])
+    return "anything"
+
+
+def default(value: Any) -> str:
+    return {None: "nothing", True: "true", False: "false"}.get(value, str(value))
+
+
+def section(cls: type[Operation]) -> str:
+    """One operation: what it does, its argument, what it keeps, where it comes from."""
+    schema = cls.model_json_schema()
+    value = schema["properties"].get("value") if "properties" in schema else None
+    argument = "none" if value is None else kind(value, schema.get("$defs", {}))
+    lines = [f"### `{cls.name}`", "", inspect.cleandoc(cls.__doc__ or ""), "", f"- value: {argument}"]
+    if cls.ramps or cls.fades:
+        lines.append("- over: moves the number" if cls.ramps else "- over: fades new weights in")
+    lines.append(f"- changes: {', '.join(f'`{name}`' for name in cls.touches)}")
+    lines.append(f"- keeps: {cls.keeps}")
+    if cls.source:
+        lines.append(f"- source: {cls.source}")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The whole of docs/operations.md."""
+    parts = [HEAD]
+    for room, title in ROOMS.items():
+        parts.append(f"## {title}\n")
+        parts += [section(cls) + "\n" for cls in OPERATIONS.values() if cls.__module__.endswith(f".{room}")]
+    parts.append("## Triggers\n")
+    for name, trigger in TRIGGERS.items():
+        schema = trigger.model_json_schema()
+        parts.append(f"- `{name}`: {kind(schema['properties']['value'], schema.get('$defs', {}))}. {trigger.__doc__}")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "operations.md").write_text(page(), "utf-8")

@@ -1,0 +1,541 @@
+"""Growing a model: deeper, wider, more heads, more words, longer; and where every parameter of the result came from.
+
+Each function takes a model and the configuration of the grown one, and returns the new model with its lineage; the old
+model is left as it is, and what does not change is shared. A growth is written once, as what happens to the two axes
+of each matrix (`Axis`): weights, adapters, biases and moments all follow from that. It also runs on the meta device,
+where it checks shapes and allocates nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from model.config import BLOCK_LAYERS, Fade, ModelConfig
+from model.gpt import GPT, initial_value
+from model.lineage import Lineage, Origin, follow, known
+from model.lora import ADAPTER
+
+Grown = tuple[GPT, Lineage]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How one axis of a parameter changes.
+
+    Attributes:
+        index: the old index of each new one, -1 where it is new; (new size,) int64.
+        weight, grad: scales of the values and of their gradients along the axis, (new size,) or 1.0.
+        exact: whether `grad` is the exact scale.
+    """
+
+    index: Tensor
+    weight: Tensor | float = 1.0
+    grad: Tensor | float = 1.0
+    exact: bool = True
+    note: str = ""
+
+
+Axes = Mapping[str, tuple[Axis | None, Axis | None]]
+"""Path of a module in the NEW model -> (rows, columns) of its weight; of a norm only rows. Absent: unchanged."""
+
+
+@dataclass(frozen=True)
+class New:
+    """A module without a source in the old model: its path there whose moments are its kin, and how it starts."""
+
+    kin: str
+
+
+_LEAF = re.compile(
+    rf"^(?P<path>.*?)\.(?P<leaf>(?:base_layer\.)?(?:weight|bias)|lora_[AB]\.{ADAPTER}\.weight"
+    rf"|lora_embedding_[AB]\.{ADAPTER})$"
+)
+
+
+def _roles(leaf: str, dims: int, rows: Axis | None, columns: Axis | None) -> tuple[Axis | None, ...]:
+    """The axis of each dimension of a parameter: of a weight, a bias, or a LoRA factor."""
+    match leaf.split(".")[0]:
+        case "lora_A":
+            return (None, columns)
+        case "lora_B":
+            return (rows, None)
+        case "lora_embedding_A":
+            return (None, rows)
+        case "lora_embedding_B":
+            return (columns, None)
+    return (rows, columns)[:dims] if dims < 3 else ()
+
+
+def _product(axes: Sequence[Axis | None], what: Callable[[Axis], Tensor | float]) -> Tensor | float:
+    """Scales of all dimensions multiplied, broadcastable to the parameter."""
+    result: Tensor | float = 1.0
+    for dim, axis in enumerate(axes):
+        scale = 1.0 if axis is None else what(axis)
+        if isinstance(scale, Tensor):
+            scale = scale.view([-1 if d == dim else 1 for d in range(len(axes))])
+        elif scale == 1.0:
+            continue
+        result = scale * result
+    return result
+
+
+def transform(
+    model: GPT,
+    target: ModelConfig,
+    generator: torch.Generator,
+    axes: Axes | None = None,
+    renamed: Callable[[str], str | New] = lambda path: path,
+    fresh: Callable[[str, Tensor, Origin], Tensor | None] = lambda name, value, origin: None,
+    origins: Mapping[str, Origin] | None = None,
+) -> Grown:
+    """A model of the target's shape whose parameters follow the old ones along `axes`.
+
+    Args:
+        generator: seeded alike on every rank; fresh values come from it alone.
+        renamed: the old path of a new module, or New.
+        fresh: what stands where a parameter has no image, given its name, its value with zeros there, and its origin;
+            None leaves the zeros.
+        origins: of parameters (by new name) that `axes` cannot express.
+
+    Adapter factors are never given fresh values: a new row of an adapted matrix starts without an adapter's part.
+    """
+    axes, origins = axes or {}, origins or {}
+    old = dict(model.named_parameters())
+    with torch.device("meta"):
+        grown = GPT(replace(target, fading={}))
+    lineage: Lineage = {}
+    for name, parameter in list(grown.named_parameters()):
+        match = _LEAF.match(name)
+        assert match, name
+        path, leaf = match["path"], match["leaf"]
+        source = renamed(path)
+        if isinstance(source, New):
+            kin = next((n for n in (f"{source.kin}.{leaf}", f"{source.kin}.base_layer.{leaf}") if n in old), None)
+            origin = Origin(None, prior=kin, note="new")
+            device, dtype = next(iter(old.values())).device, next(iter(old.values())).dtype
+            value = initial_value(name, parameter.shape, target, generator, device).to(dtype)
+            value = _or(fresh(name, value, origin), value)
+        else:
+            roles = _roles(leaf, parameter.dim(), *axes.get(path, (None, None)))
+            origin = origins.get(name) or Origin(
+                f"{source}.{leaf}",
+                tuple(axis.index if axis else None for axis in roles) if any(roles) else (),
+                _product(roles, lambda axis: axis.weight),
+                _product(roles, lambda axis: axis.grad),
+                exact=all(axis.exact for axis in roles if axis),
+                note="; ".join(sorted({axis.note for axis in roles if axis and axis.note})),
+            )
+            assert origin.name is not None
+            before = old[origin.name]
+            if not origin.index and isinstance(origin.weight_scale, float) and origin.weight_scale == 1.0:
+                lineage[name] = origin
+                _put(grown, name, before)
+                continue
+            value = follow(before.detach(), origin, parameter.shape, origin.weight_scale)
+            mask = known(origin, value.device)
+            if mask is not None and "lora_" not in leaf:
+                drawn = fresh(name, value, origin)
+                if drawn is not None:
+                    value = torch.where(mask, value, drawn.to(device=value.device, dtype=value.dtype))
+        lineage[name] = origin
+        _put(grown, name, nn.Parameter(value.contiguous()))
+    grown.config = target
+    grown.reset_buffers(next(iter(old.values())).device)
+    return grown, lineage
+
+
+def _or(value: Tensor | None, default: Tensor) -> Tensor:
+    return default if value is None else value.to(device=default.device, dtype=default.dtype)
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, parameter)
+
+
+def _split(index: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Factors of copies that add up to 1 over the copies of each source; (len(index),) float64.
+
+    Equal for noise 0; otherwise each is drawn within +-noise of equal, so that copies can drift apart: under Adam,
+    copies with equal factors get equal updates forever.
+    """
+    factors = 1.0 + noise * (2.0 * torch.rand(len(index), generator=generator, dtype=torch.float64) - 1.0)
+    total = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, factors)
+    return factors / total[index]
+
+
+def _append(old: int, new: int, copies: bool) -> Tensor:
+    """Index of an axis that grows at its end: by copies in turn, or by new elements; (new,) int64."""
+    added = torch.arange(old, new) % old if copies else torch.full((new - old,), -1)
+    return torch.cat([torch.arange(old), added])
+
+
+# ---------------------------------------------------------------------------------------------- deeper
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block of the new model: the old block it is, or is a copy of; or a new one beside the old block `kin`."""
+
+    source: int | None
+    kin: int
+
+
+def stack(model: GPT, target: ModelConfig, layers: Sequence[Layer], zero: bool, generator: torch.Generator) -> Grown:
+    """The blocks `layers` in their order. New blocks are fresh, with zero output projections where `zero`.
+
+    With zero output projections a new block adds nothing to the residual stream: the function is kept exactly, and so
+    are all gradients of what was there (Chen et al. 2016, arXiv:1511.05641 for the idea of identity layers).
+    """
+    seen: set[int] = set()
+    first = [layer.source is not None and not (layer.source in seen or seen.add(layer.source)) for layer in layers]
+    added = [n for n, kept in enumerate(first) if not kept]
+    silent = all((zero and layers[n].source is None) or f"attn.{n}" in target.fading for n in added)
+    same = silent and [layer.source for n, layer in enumerate(layers) if first[n]] == list(range(model.config.n_layer))
+
+    def renamed(path: str) -> str | New:
+        if match := re.match(r"transformer\.h\.(\d+)\.(.*)", path):
+            layer = layers[int(match[1])]
+            if layer.source is None:
+                return New(f"transformer.h.{layer.kin}.{match[2]}")
+            return f"transformer.h.{layer.source}.{match[2]}"
+        return path
+
+    def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
+        return torch.zeros_like(value) if zero and ".c_proj." in name else None
+
+    grown, lineage = transform(model, target, generator, renamed=renamed, fresh=fresh)
+    note = "" if same else "the function has changed: the moments are those of the layer that this one was"
+    copies = tuple(f"transformer.h.{n}." for n in added)
+    for name, origin in lineage.items():
+        if origin.name is not None and (not same or name.startswith(copies)):
+            lineage[name] = replace(origin, exact=False, note=note or "a copy, with the moments of its source")
+    # A block that stands twice must not share its parameters.
+    for n in added:
+        if layers[n].source is not None:
+            for name, parameter in list(grown.transformer["h"][n].named_parameters()):
+                _put(grown.transformer["h"][n], name, nn.Parameter(parameter.detach().clone()))
+    return grown, lineage
+
+
+def rename_layers(names: Mapping[str, object] | Sequence[str], layers: Sequence[Layer]) -> list[tuple[str, str]]:
+    """(new leaf layer, old one) for every name under the new numbering; copies have all that their source has."""
+    pairs = [(name, name) for name in names if name.split(".")[0] not in BLOCK_LAYERS]
+    for n, layer in enumerate(layers):
+        if layer.source is not None:
+            pairs += [(f"{kind}.{n}", f"{kind}.{layer.source}") for kind in BLOCK_LAYERS]
+    return [(new, old) for new, old in pairs if old in names]
+
+
+# ---------------------------------------------------------------------------------------------- wider MLPs
+
+
+def widen_mlp(model: GPT, target: ModelConfig, how: str, noise: float, generator: torch.Generator) -> Grown:
+    """MLPs as wide as the target's.
+
+    duplicate: new hidden units are copies of old ones; what a unit wrote is split among its copies by unequal factors
+        (Net2WiderNet, Chen et al. 2016, arXiv:1511.05641). Exact for every activation, since copies compute alike.
+    zero: new units are fresh and write zeros. random: fresh throughout, to be masked while they fade in.
+    """
+    axes: dict[str, tuple[Axis | None, Axis | None]] = {}
+    for n, (before, after) in enumerate(zip(model.config.n_hidden, target.n_hidden, strict=True)):
+        if before == after:
+            continue
+        index = _append(before, after, how == "duplicate")
+        share = _split(index, noise, generator) if how == "duplicate" else 1.0
+        units = Axis(index, 1.0, share)
+        axes[f"transformer.h.{n}.mlp.c_fc"] = axes[f"transformer.h.{n}.mlp.c_gate"] = (units, None)
+        axes[f"transformer.h.{n}.mlp.c_proj"] = (None, Axis(index, share, 1.0))
+    return transform(model, target, generator, axes, fresh=_fresh_units(target, how, generator))
+
+
+def _fresh_units(target: ModelConfig, how: str, generator: torch.Generator) -> Callable:
+    """New units read at random, and write zeros unless `how` is random."""
+
+    def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
+        if ".c_proj." in name and how != "random":
+            return None
+        return initial_value(name, value.shape, target, generator, value.device)
+
+    return fresh
+
+
+# ---------------------------------------------------------------------------------------------- more heads
+
+
+def _heads(rows: Tensor, size: int) -> Tensor:
+    """An index over heads as one over their features."""
+    features = rows[:, None] * size + torch.arange(size)
+    return torch.where(rows[:, None] < 0, torch.full_like(features, -1), features).reshape(-1)
+
+
+def _attention_axes(
+    config: ModelConfig, queries: Tensor, keys: Tensor, share: Tensor | float, embd: tuple[Axis | None, Axis | None]
+) -> dict[str, tuple[Axis | None, Axis | None]]:
+    """Axes of one attention whose heads are these old ones.
+
+    Args:
+        queries, keys: the old head of each new query head, and of each new key/value head; -1 where it is new.
+        share: what each new query head writes of what its source wrote.
+        embd: how the residual stream changes for who reads it, and for who writes it.
+    """
+    c, reads, writes = config, embd[0], embd[1]
+    parts = [_heads(queries, c.head_size)]
+    for offset in (c.n_head, c.n_head + c.n_kv_head):
+        index = _heads(keys, c.head_size)
+        parts.append(torch.where(index < 0, index, index + offset * c.head_size))
+    grad: Tensor | float = 1.0
+    if isinstance(share, Tensor):
+        # Copies of a key/value head serve copies of its query heads, so its gradient is split as theirs is.
+        group = len(queries) // len(keys)
+        by_key = torch.zeros(len(keys), dtype=torch.float64)
+        for m in range(len(keys)):
+            first = queries[m * group]
+            by_key[m] = share[m * group : (m + 1) * group][queries[m * group : (m + 1) * group] == first].sum()
+        grad = torch.cat([share.repeat_interleave(c.head_size), *[by_key.repeat_interleave(c.head_size)] * 2])
+        share = share.repeat_interleave(c.head_size)
+    return {
+        "c_attn": (Axis(torch.cat(parts), 1.0, grad), reads),
+        "c_proj": (writes, Axis(parts[0], share, 1.0)),
+    }
+
+
+def head_sources(config: ModelConfig, n_head: int, n_kv_head: int, copies: bool) -> tuple[Tensor, Tensor]:
+    """The old query head and key/value head of each new one (-1: new), every query beside its own key.
+
+    Groups of query heads that share a key keep together; a larger group takes new query heads at its end.
+    """
+    group, old_group = n_head // n_kv_head, config.n_head // config.n_kv_head
+    keys = _append(config.n_kv_head, n_kv_head, copies)
+    queries = []
+    for key in keys.tolist():
+        for j in range(group):
+            if key < 0 or (j >= old_group and not copies):
+                queries.append(-1)
+            else:
+                queries.append(key * old_group + j % old_group)
+    return torch.tensor(queries), keys
+
+
+def _head_shares(queries: Tensor, keys: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """What each copy of a query head writes, adding up to 1; the same factor for a whole group of copies."""
+    group = len(queries) // len(keys)
+    by_group = _split(keys, noise, generator)
+    shares = torch.ones(len(queries), dtype=torch.float64)
+    for m in range(len(keys)):
+        here = slice(m * group, (m + 1) * group)
+        shares[here] = by_group[m] * _split(queries[here], noise, generator)
+    return shares
+
+
+def add_heads(model: GPT, target: ModelConfig, how: str, noise: float, generator: torch.Generator) -> Grown:
+    """Attention with the target's head counts: copies that share what they write, or new heads that write zeros."""
+    axes: dict[str, tuple[Axis | None, Axis | None]] = {}
+    for n in range(target.n_layer):
+        queries, keys = head_sources(model.config, target.n_head, target.n_kv_head, how == "duplicate")
+        share = _head_shares(queries, keys, noise, generator) if how == "duplicate" else 1.0
+        for part, pair in _attention_axes(model.config, queries, keys, share, (None, None)).items():
+            axes[f"transformer.h.{n}.attn.{part}"] = pair
+    return transform(model, target, generator, axes, fresh=_fresh_units(target, how, generator))
+
+
+# ---------------------------------------------------------------------------------------------- a wider stream
+
+
+def widen_embd(model: GPT, target: ModelConfig, noise: float, generator: torch.Generator) -> Grown:
+    """A residual stream of k times the width, made of k copies side by side; heads as the target says.
+
+    Copies have the mean and variance of the original, so LayerNorm and RMSNorm see what they saw. Who writes to the
+    stream writes every copy alike; who reads it reads with weights split among the copies. A tied head reads with the
+    embedding itself, so there the last norm is split instead. With unequal factors (noise > 0) copies drift apart;
+    the gradients of who writes then have no exact image (the norms mix the copies), and 1/k is carried. With noise 0
+    all moments are exact, and the copies stay copies.
+
+    A larger head size (same head count) puts every old feature where the rotary frequency is the old one, and scales
+    the queries by the root of k to make up for the softmax's 1/sqrt(head_size).
+    """
+    config, c = model.config, target
+    k = c.n_embd // config.n_embd
+    index = torch.arange(config.n_embd).repeat(k)
+    note = "the norms mix unequal copies: 1/k is near the gradient's scale, not equal to it" if noise else ""
+    writes = Axis(index, 1.0, 1.0 / k, exact=noise == 0, note=note)
+
+    def reads() -> Axis:
+        return Axis(index, _split(index, noise, generator), 1.0)
+
+    axes: dict[str, tuple[Axis | None, Axis | None]] = {"transformer.wte": (None, writes)}
+    if config.position == "learned":
+        axes["transformer.wpe"] = (None, writes)
+
+    def norm(reader: Axis) -> Axis:
+        """Each copy of a norm feeds readers whose weights are split: its gradient is split alike."""
+        return Axis(index, 1.0, reader.weight)
+
+    for n in range(c.n_layer):
+        base = f"transformer.h.{n}"
+        attention, mlp = reads(), reads()
+        axes[f"{base}.ln_1"], axes[f"{base}.ln_2"] = (norm(attention), None), (norm(mlp), None)
+        if c.head_size == config.head_size:
+            queries, keys = head_sources(config, c.n_head, c.n_kv_head, copies=True)
+            share: Tensor | float = _head_shares(queries, keys, noise, generator) if c.n_head > config.n_head else 1.0
+            pairs = _attention_axes(config, queries, keys, share, (attention, writes))
+        else:
+            pairs = _larger_heads(config, c, (attention, writes))
+        axes.update({f"{base}.attn.{part}": pair for part, pair in pairs.items()})
+        axes[f"{base}.mlp.c_fc"] = axes[f"{base}.mlp.c_gate"] = (None, mlp)
+        axes[f"{base}.mlp.c_proj"] = (writes, None)
+    last = reads()
+    if config.tie_weights:
+        axes["transformer.ln_f"] = (Axis(index, last.weight, 1.0), None)
+    else:
+        axes["transformer.ln_f"], axes["lm_head"] = (norm(last), None), (None, last)
+
+    features = c.head_size
+
+    def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
+        # Larger heads: new features of keys and of what is written are zero, of queries and values random.
+        if ".c_proj." in name or value.dim() < 2:
+            return None
+        drawn = initial_value(name, value.shape, target, generator, value.device)
+        drawn[c.n_head * features : (c.n_head + c.n_kv_head) * features] = 0.0
+        return drawn
+
+    return transform(model, target, generator, axes, fresh=fresh)
+
+
+def _larger_heads(
+    config: ModelConfig, target: ModelConfig, embd: tuple[Axis, Axis]
+) -> dict[str, tuple[Axis | None, Axis | None]]:
+    """Axes of an attention whose heads have k times the features."""
+    k, size = target.head_size // config.head_size, config.head_size
+    place = torch.full((target.head_size,), -1)
+    half = size // 2
+    if config.position == "rotary":
+        # Frequency i of the old head is frequency k * i of the new one; its two features stand half a head apart.
+        for i in range(half):
+            place[k * i], place[target.head_size // 2 + k * i] = i, half + i
+    else:
+        place[:size] = torch.arange(size)
+
+    def over(heads: int) -> Tensor:
+        index = torch.arange(heads)[:, None] * size + place
+        return torch.where(place < 0, torch.full_like(index, -1), index).reshape(-1)
+
+    queries, keys = over(config.n_head), over(config.n_kv_head)
+    parts = [queries]
+    for offset in (config.n_head, config.n_head + config.n_kv_head):
+        parts.append(torch.where(keys < 0, keys, keys + offset * size))
+    weight = torch.ones(sum(len(part) for part in parts), dtype=torch.float64)
+    weight[: len(queries)] = math.sqrt(k)
+    return {
+        "c_attn": (Axis(torch.cat(parts), weight, 1.0 / weight), embd[0]),
+        "c_proj": (embd[1], Axis(queries)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- words and positions
+
+
+def resize_vocabulary(
+    model: GPT,
+    target: ModelConfig,
+    init: str | tuple[str, int],
+    noise: float,
+    old_ids: Sequence[int] | None,
+    generator: torch.Generator,
+) -> Grown:
+    """A vocabulary of another size. Old ids keep their rows, and so their logits.
+
+    Args:
+        init: new rows are the "mean" of the old ones, ("copy", id), or "zero"; plus noise.
+        noise: standard deviation of what is added to a new row, as a share of that of the old rows.
+        old_ids: when it shrinks, the old id whose row each new id takes.
+    """
+    before, after = model.config.vocab_size, target.vocab_size
+    index = torch.tensor(old_ids) if old_ids is not None else _append(before, after, copies=False)
+    note = "" if old_ids is None else "the words that are gone no longer share in the softmax"
+    rows = Axis(index, exact=False, note=note or "new words share in the softmax: near the gradient, not equal to it")
+
+    def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
+        assert origin.name is not None
+        old = dict(model.named_parameters())[origin.name].detach()
+        row = torch.zeros_like(old[0])
+        if init == "mean":
+            row = old.mean(0)
+        elif isinstance(init, tuple):
+            row = old[init[1]]
+        drawn = row.expand_as(value).clone()
+        if noise and value.device.type != "meta":
+            drawn += noise * old.std() * torch.randn(value.shape, generator=generator).to(drawn)
+        return drawn
+
+    axes = {path: (rows, None) for path in ("transformer.wte", "lm_head")}
+    return transform(model, target, generator, axes, fresh=fresh)
+
+
+def extend_context(model: GPT, target: ModelConfig, how: str, generator: torch.Generator) -> Grown:
+    """Room for longer sequences; with rotary positions the tables follow from the target's configuration.
+
+    extend: learned positions keep their rows and new ones are fresh. interpolate: the table is stretched linearly
+    over the new length, so what a position meant is now spread out: not function-preserving.
+    """
+    if model.config.position != "learned":
+        return transform(model, target, generator)
+    before, after = model.config.block_size, target.block_size
+    path = "transformer.wpe"
+    if how == "extend":
+        rows = Axis(_append(before, after, copies=False))
+
+        def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
+            return initial_value(name, value.shape, target, generator, value.device)
+
+        return transform(model, target, generator, {path: (rows, None)}, fresh=fresh)
+    index = (torch.arange(after) * before) // after
+    rows = Axis(index, exact=False, note="interpolated positions: the moments are those of the old position below")
+    grown, lineage = transform(model, target, generator, {path: (rows, None)})
+    table = model.get_parameter(f"{path}.weight").detach()
+    stretched = nn.functional.interpolate(table.T[None].float(), size=after, mode="linear", align_corners=True)
+    _put(grown, f"{path}.weight", nn.Parameter(stretched[0].T.to(table.dtype).contiguous()))
+    return grown, lineage
+
+
+def untie(model: GPT, target: ModelConfig, generator: torch.Generator) -> Grown:
+    """An output head of its own, starting as the embedding was (with its adapter folded in)."""
+    old = dict(model.named_parameters())
+    adapted = "wte" in model.config.lora
+    weight = "transformer.wte.base_layer.weight" if adapted else "transformer.wte.weight"
+    note = "the tied gradient was the sum of two: the head's is nearly all of it, the embedding's is less"
+    carried = Origin(weight, exact=False, note=note)
+    origins = {name: replace(carried, name=name) for name in old if name.startswith("transformer.wte.")}
+    grown, lineage = transform(
+        model, target, generator, renamed=lambda path: path, origins={**origins, "lm_head.weight": carried}
+    )
+    value = old[weight].detach().clone()
+    if adapted:
+        spec = model.config.lora["wte"]
+        left = old[f"transformer.wte.lora_embedding_A.{ADAPTER}"].detach()
+        right = old[f"transformer.wte.lora_embedding_B.{ADAPTER}"].detach()
+        value += (spec.scaling * (left.T.double() @ right.T.double())).to(value.dtype)
+        lineage["lm_head.weight"] = Origin(None, note="the adapted embedding did not train: no moments to carry")
+    _put(grown, "lm_head.weight", nn.Parameter(value))
+    return grown, lineage
+
+
+def fading_parts(before: ModelConfig, after: ModelConfig, new_layers: Sequence[int]) -> dict[str, Fade]:
+    """What is new in `after` and can be masked, at share 0: new blocks, hidden units, heads and words."""
+    parts = {f"{kind}.{n}": Fade(0, 0.0) for n in new_layers for kind in ("attn", "mlp")}
+    if before.n_layer == after.n_layer:
+        for n, (old, new) in enumerate(zip(before.n_hidden, after.n_hidden, strict=True)):
+            if new > old:
+                parts[f"mlp.{n}"] = Fade(old, 0.0)
+        if after.n_head > before.n_head:
+            parts.update({f"attn.{n}": Fade(before.n_head, 0.0) for n in range(after.n_layer)})
+    if after.vocab_size > before.vocab_size:
+        parts["lm_head"] = Fade(before.vocab_size, 0.0)
+    return parts

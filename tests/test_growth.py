@@ -1,0 +1,409 @@
+"""Growth: the function that stays, and moments that are those the grown model would have had."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_operations import apply, live_run, logits
+
+from model.config import LoraSpec, ModelConfig, layer_names
+from model.gpt import GPT, init_weights
+from model.lineage import carry, known
+from training.config import TrainConfig
+from training.errors import ScheduleError
+from training.operations import make
+from training.records import Settings
+from training.setup import settings_from
+
+GPT2 = ModelConfig(block_size=12, vocab_size=19, n_layer=3, n_head=2, n_embd=8, bias=True)
+LLAMA = ModelConfig(
+    block_size=12, vocab_size=19, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_hidden=24, norm="rmsnorm",
+    activation="swiglu", position="rotary", tie_weights=False,
+)  # fmt: skip
+OTHER = replace(GPT2, norm="rmsnorm", activation="relu2", bias=False, n_hidden=(20, 32, 16))
+LORA = {"attn.0": LoraSpec(2, 4.0), "mlp.1": LoraSpec(3, 2.0), "wte": LoraSpec(2, 8.0), "attn.1": LoraSpec(1, 1.0)}
+STYLES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "relu2": OTHER,
+    "gpt2 with adapters": replace(GPT2, lora=LORA),
+    "llama with adapters": replace(LLAMA, lora=LORA),
+}
+# Operations that keep the function, and whether all moments have an exact image.
+EXACT = [
+    ("stack_layers", {"n_layer": 5}, True),
+    ("stack_layers", {"n_layer": 7, "where": "interleave"}, True),
+    ("stack_layers", {"n_layer": 4, "where": "bottom"}, True),
+    ("widen_mlp", 48, True),
+    ("widen_mlp", {"width": 33, "layers": ["mlp.0"], "noise": 0.9}, True),
+    ("widen_mlp", {"width": 48, "how": "zero"}, True),
+    ("add_heads", {"n_head": 8}, True),
+    ("add_heads", {"n_head": 8, "how": "zero"}, True),
+    ("widen_embd", {"n_embd": 48, "noise": 0.0}, True),
+    ("widen_embd", {"n_embd": 48, "noise": 0.0, "heads": "larger"}, True),
+    ("widen_embd", {"n_embd": 48, "noise": 0.0, "heads": "keep"}, True),
+    ("widen_embd", {"n_embd": 32}, False),
+    ("widen_embd", {"n_embd": 32, "heads": "larger"}, False),
+    ("untie_head", None, False),
+]
+
+
+def settings_of(config: ModelConfig) -> Settings:
+    return settings_from(TrainConfig(), config)
+
+
+def shaken(config: ModelConfig, seed: int = 0) -> GPT:
+    """A model in float64 with nothing at its initial zero or one."""
+    model = GPT(config)
+    init_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.double()
+
+
+def gradients(model: GPT) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 19, (4, 13), generator=generator)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    named = dict(model.named_parameters())
+    loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)
+    }  # an unused row of an embedding has no gradient
+
+
+def grow(model: GPT, name: str, value, seed: int = 3):
+    operation = make(name, {} if value is None else {"value": value})
+    target = operation.plan(settings_of(model.config)).model
+    return operation, *operation.reshape(model, target, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name, value, exact", EXACT, ids=lambda v: str(v))
+def test_function_and_moments(style, name, value, exact):
+    model = shaken(STYLES[style])
+    if name == "untie_head" and not model.config.tie_weights:
+        pytest.skip("the head is not tied")
+    if name == "widen_mlp" and isinstance(value, dict) and value["width"] < max(model.config.n_hidden):
+        value = {**value, "layers": ["mlp.0"]}
+        if value["width"] < model.config.n_hidden[0]:
+            pytest.skip("wider already")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    idx = torch.arange(12)[None] % 19
+    with torch.no_grad():
+        was = model.logits(idx)
+    operation, grown, lineage = grow(model, name, value)
+    assert operation.keeps_function
+    with torch.no_grad():
+        torch.testing.assert_close(grown.logits(idx), was, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(model.logits(idx), was, atol=0, rtol=0)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "the old model was touched"
+    assert list(lineage) == [n for n, _ in grown.named_parameters()]
+    assert grown.config == operation.plan(settings_of(model.config)).model
+
+    old = gradients(model)
+    state = {n: {"exp_avg": g, "exp_avg_sq": g * g, "step": torch.tensor(7.0)} for n, g in old.items()}
+    carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
+    fresh = gradients(grown)
+    inexact = []
+    for n, gradient in fresh.items():
+        origin = lineage[n]
+        if origin.name is None:
+            continue
+        mask = known(origin, torch.device("cpu"))
+        mask = torch.ones_like(gradient, dtype=torch.bool) if mask is None else mask.expand_as(gradient)
+        if not origin.exact:
+            inexact.append(n)
+            assert origin.note, n
+            continue
+        torch.testing.assert_close(carried[n]["exp_avg"][mask], gradient[mask], atol=1e-8, rtol=1e-5, msg=n)
+        torch.testing.assert_close(carried[n]["exp_avg_sq"][mask], gradient[mask] ** 2, atol=1e-12, rtol=1e-5, msg=n)
+        assert carried[n]["step"] == 7.0
+    assert bool(inexact) != exact, inexact
+
+
+def test_unequal_copies_drift_apart_and_equal_ones_do_not():
+    for noise, drift in ((0.0, False), (0.5, True)):
+        model = shaken(GPT2).float()
+        _, grown, _ = grow(model, "widen_mlp", {"width": 64, "noise": noise})
+        optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-2)
+        for _ in range(5):
+            for p, g in zip(grown.parameters(), gradients(grown).values(), strict=True):
+                p.grad = g
+            optimizer.step()
+        rows = grown.transformer["h"][0].mlp.c_fc.weight
+        assert torch.allclose(rows[:32], rows[32:], atol=1e-5) != drift
+
+
+@pytest.mark.parametrize("style", ["gpt2 with adapters", "llama with adapters", "relu2"])
+def test_growth_after_growth(style):
+    """Everything on top of everything, and the function is still the first one."""
+    model = shaken(STYLES[style])
+    idx = torch.arange(12)[None] % 19
+    with torch.no_grad():
+        was = model.logits(idx)
+        for name, value in (
+            ("stack_layers", {"n_layer": 6, "where": "interleave"}),
+            ("widen_embd", 32),
+            ("widen_mlp", 80),
+            ("add_heads", {"n_head": 16}),
+            ("set_attn_lora_rank", 3),
+            ("widen_embd", {"n_embd": 64, "heads": "larger"}),
+            ("merge_lora_weights", None),
+            ("stack_layers", {"n_layer": 7}),
+        ):
+            _, model, _ = grow(model, name, value)
+        torch.testing.assert_close(model.logits(idx), was, atol=1e-8, rtol=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------- which block is which
+
+
+@pytest.mark.parametrize(
+    "value, sources",
+    [
+        ([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2]),
+        ([2, 0], [2, 0]),
+        ({"n_layer": 6, "how": "cycle"}, [0, 1, 2, 0, 1, 2]),
+        ({"n_layer": 6, "how": "copy", "where": "interleave"}, [0, 0, 1, 1, 2, 2]),
+        ({"n_layer": 5, "how": "copy"}, [0, 1, 2, 2, 2]),
+        ({"n_layer": 5, "how": "copy", "where": "bottom"}, [0, 0, 0, 1, 2]),
+        ({"n_layer": 5, "how": "identity", "where": "interleave"}, [0, 1, None, 2, None]),
+        ({"n_layer": 4, "how": "random", "where": "bottom"}, [None, 0, 1, 2]),
+    ],
+)
+def test_which_block_comes_from_which(value, sources):
+    operation = make("stack_layers", {"value": value})
+    config = replace(OTHER, lora={"mlp.0": LoraSpec(2, 4.0), "attn.2": LoraSpec(1, 4.0)})
+    assert [layer.source for layer in operation.layers(config)] == sources
+    settings = replace(settings_of(config), frozen=("attn.0", "ln_f"))
+    planned = operation.plan(settings)
+    assert planned.model.n_layer == len(sources)
+    assert [n for n in planned.frozen if n.startswith("attn")] == [f"attn.{n}" for n, s in enumerate(sources) if s == 0]
+    assert "ln_f" in planned.frozen
+    assert set(planned.model.lora) == {f"mlp.{n}" for n, s in enumerate(sources) if s == 0} | {
+        f"attn.{n}" for n, s in enumerate(sources) if s == 2
+    }
+    model = shaken(config)
+    _, grown, lineage = grow(model, "stack_layers", value)
+    for n, source in enumerate(sources):
+        for name, parameter in grown.transformer["h"][n].named_parameters():
+            origin = lineage[f"transformer.h.{n}.{name}"]
+            if source is None:
+                assert origin.name is None
+            else:
+                assert origin.name == f"transformer.h.{source}.{name}"
+                assert torch.equal(parameter, model.get_parameter(origin.name))
+    pointers = [p.data_ptr() for p in grown.parameters()]
+    assert len(set(pointers)) == len(pointers), "two blocks share a parameter"
+    state = {n: {"exp_avg": p, "exp_avg_sq": p, "step": torch.tensor(1.0)} for n, p in model.named_parameters()}
+    carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
+    steps = [moments["step"].data_ptr() for moments in carried.values()]
+    assert len(set(steps)) == len(steps), "two parameters share a step count"
+
+
+def test_dropped_layers_close_up():
+    operation = make("drop_layers", {"value": [1]})
+    planned = operation.plan(replace(settings_of(OTHER), frozen=("mlp.1", "mlp.2")))
+    assert planned.model.n_hidden == (20, 16) and planned.frozen == ("mlp.1",)
+    assert not operation.keeps_function
+
+
+# ---------------------------------------------------------------------------------------------- words and positions
+
+
+def test_more_words_keep_the_old_logits():
+    for style in ("gpt2 with adapters", "llama with adapters"):
+        model = shaken(STYLES[style])
+        idx = torch.arange(12)[None] % 19
+        for init in ("mean", "zero", {"copy": 3}):
+            _, grown, lineage = grow(model, "resize_vocabulary", {"size": 25, "init": init})
+            with torch.no_grad():
+                torch.testing.assert_close(grown.logits(idx)[..., :19], model.logits(idx), atol=1e-12, rtol=0)
+            head = [n for n in lineage if n.startswith(("lm_head", "transformer.wte"))][0]
+            rows, old = grown.get_parameter(head), model.get_parameter(head)
+            expected = {"mean": old.mean(0), "zero": torch.zeros(len(old[0]))}.get(str(init), old[3])
+            torch.testing.assert_close(rows[19:], expected.double().expand(6, -1), atol=1e-12, rtol=0)
+        _, noisy, _ = grow(model, "resize_vocabulary", {"size": 25, "noise": 0.5})
+        rows = noisy.get_parameter(head)
+        assert not torch.equal(rows[19], rows[20])
+
+
+def test_fewer_words_by_a_map(data):
+    run = live_run(data)
+    ids = [i if i < 20 else 19 for i in range(30)]
+    x, _ = run.stream.batch(run.progress.samples, 2, 16)
+    old = run.model.get_parameter("transformer.wte.weight").detach().clone()
+    apply(run, "resize_vocabulary", {"size": 20, "map": ids})
+    new = run.model.get_parameter("transformer.wte.weight")
+    assert torch.equal(new, old[:20])
+    y, _ = run.stream.batch(run.progress.samples, 2, 16)
+    assert (y == [[ids[i] for i in row] for row in x]).all()
+    assert run.evaluate(lambda: 0) is not None
+    run.step()
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (19, "already"),
+        (10, "needs `map`"),
+        ({"size": 10, "map": [0] * 5}, "each of the 19"),
+        ({"size": 2, "map": [0] * 19}, "every new id"),
+        ({"size": 25, "map": [0] * 19}, "smaller"),
+        ({"size": 25, "init": {"copy": 19}}, "below 19"),
+    ],
+)
+def test_impossible_vocabularies(value, message):
+    with pytest.raises(ScheduleError, match=message):
+        make("resize_vocabulary", {"value": value}).plan(settings_of(GPT2))
+
+
+def test_longer_contexts():
+    idx = torch.arange(12)[None] % 19
+    for config in (GPT2, LLAMA):
+        model = shaken(config)
+        _, grown, _ = grow(model, "extend_context", 24)
+        with torch.no_grad():
+            torch.testing.assert_close(grown.logits(idx), model.logits(idx), atol=1e-12, rtol=0)
+            assert grown.logits(torch.arange(24)[None] % 19).shape == (1, 24, 19)
+    _, grown, lineage = grow(shaken(GPT2), "extend_context", {"block_size": 24, "how": "interpolate"})
+    old, new = shaken(GPT2).get_parameter("transformer.wpe.weight"), grown.get_parameter("transformer.wpe.weight")
+    torch.testing.assert_close(new[0], old[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(new[-1], old[-1], atol=1e-6, rtol=0)
+    assert new.shape == (24, 8) and not lineage["transformer.wpe.weight"].exact
+    _, grown, _ = grow(shaken(LLAMA), "extend_context", {"block_size": 24, "how": "interpolate", "rotary_base": 5e4})
+    assert grown.config.rotary_scale == 2.0 and grown.config.rotary_base == 5e4
+    planned = make("extend_context", {"value": 24}).plan(settings_of(GPT2))
+    assert planned.sequence_length == 24
+    planned = make("extend_context", {"value": 24}).plan(replace(settings_of(GPT2), sequence_length=6))
+    assert planned.sequence_length == 6
+
+
+def test_sequences_of_another_length_are_the_same_stream(data):
+    run = live_run(data, steps=0)
+    whole, _ = run.stream.batch(0, 8, 16)
+    pieces, targets = run.stream.batch(0, 32, 16, 4)
+    assert (pieces.reshape(8, 16) == whole).all()
+    assert (targets[:, :-1] == pieces[:, 1:]).all()
+    run.step()
+    apply(run, "set_sequence_length", 4)
+    assert run.progress.samples == 8 * 4 and run.settings.tokens_per_iter == 8 * 4
+    run.step()
+    assert run.progress.tokens == 8 * 16 + 8 * 4 and run.progress.samples == 40
+    apply(run, "set_sequence_length", 16)
+    assert run.progress.samples == 10
+
+
+# ---------------------------------------------------------------------------------------------- masked growth
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama", "gpt2 with adapters"])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("stack_layers", {"n_layer": 5, "how": "random"}),
+        ("stack_layers", {"n_layer": 6, "how": "cycle"}),
+        ("stack_layers", [0, 0, 1, 1]),
+        ("widen_mlp", {"width": 48, "how": "random"}),
+        ("widen_mlp", 48),
+        ("add_heads", {"n_head": 8, "how": "random"}),
+        ("resize_vocabulary", {"size": 31, "noise": 1.0}),
+    ],
+    ids=lambda v: str(v),
+)
+def test_masked_growth_starts_from_the_old_function(style, name, value):
+    if value == [0, 0, 1, 1] and STYLES[style].n_layer == 3:
+        value = [0, 0, 1, 1, 2, 2]
+    model = shaken(STYLES[style])
+    idx = torch.arange(12)[None] % 19
+    operation = make(name, {"value": value})
+    settings = settings_of(model.config)
+    target = operation.fade(settings, operation.plan(settings)).model
+    grown, lineage = operation.reshape(model, target, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        was = model.logits(idx).log_softmax(-1)
+        torch.testing.assert_close(grown.logits(idx).log_softmax(-1)[..., :19], was, atol=1e-8, rtol=0)
+        grown.set_fading({layer: replace(fade, share=0.5) for layer, fade in target.fading.items()})
+        moved = not torch.allclose(grown.logits(idx).log_softmax(-1)[..., :19], was, atol=1e-6)
+        assert moved != (value == 48), "masked zeros stay zeros; everything else shows at half its strength"
+        grown.set_fading({})
+        plain = operation.reshape(model, operation.plan(settings).model, torch.Generator().manual_seed(3))[0]
+        if name == "stack_layers" or isinstance(value, dict):
+            torch.testing.assert_close(grown.logits(idx), plain.logits(idx), atol=1e-12, rtol=0)
+        grown.set_fading(target.fading)
+    old, new = gradients(model), gradients(grown)
+    for n, origin in lineage.items():
+        if origin.name in old and origin.exact and not origin.index:
+            torch.testing.assert_close(new[n], old[origin.name], atol=1e-8, rtol=1e-4, msg=n)
+
+
+def test_duplicates_cannot_be_masked():
+    settings = settings_of(GPT2)
+    for name, value in (
+        ("widen_mlp", {"width": 64, "how": "duplicate"}),
+        ("add_heads", {"n_head": 4, "how": "duplicate"}),
+    ):
+        operation = make(name, {"value": value})
+        with pytest.raises(ScheduleError, match="cannot start masked"):
+            operation.fade(settings, operation.plan(settings))
+
+
+# ---------------------------------------------------------------------------------------------- moments of what is new
+
+
+def test_what_is_new_starts_with_the_moments_of_its_kin():
+    model = shaken(GPT2)
+    state = {
+        n: {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.full_like(p, 4.0), "step": torch.tensor(9.0)}
+        for n, p in model.named_parameters()
+    }
+    for name, value in (("widen_mlp", {"width": 40, "how": "zero"}), ("stack_layers", {"n_layer": 4})):
+        _, grown, lineage = grow(model, name, value)
+        carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
+        assert set(carried) == set(lineage)
+        for n, moments in carried.items():
+            assert (moments["exp_avg_sq"] == 4.0).all() and moments["step"] == 9.0
+            mask = known(lineage[n], torch.device("cpu"))
+            if lineage[n].name is None:
+                assert (moments["exp_avg"] == 0).all(), n
+            elif mask is not None:
+                assert (moments["exp_avg"][~mask.expand_as(moments["exp_avg"])] == 0).all(), n
+
+
+def test_relora_keeps_the_function_and_starts_the_factors_anew(data):
+    run = live_run(data)
+    apply(run, "set_attn_lora_rank", 2)
+    for _ in range(3):
+        run.step()
+    was, moments = logits(run), run.optimizer.state_by_name()
+    apply(run, "relora", {"layers": "attn.0", "warmup_iters": 4})
+    torch.testing.assert_close(logits(run), was, atol=1e-6, rtol=0)
+    after = run.optimizer.state_by_name()
+    factor = "transformer.h.{}.attn.c_attn.lora_{}.default.weight"
+    assert factor.format(0, "A") not in after and factor.format(1, "A") in after
+    assert (run.model.get_parameter(factor.format(0, "B")) == 0).all()
+    assert torch.equal(after["transformer.wte.weight"]["exp_avg"], moments["transformer.wte.weight"]["exp_avg"])
+    curve = run.current_lr() * 5
+    run.step()
+    assert run.current_lr() == pytest.approx(curve * 2 / 5, rel=0.05)
+
+
+def test_frozen_flags_survive_growth(data):
+    run = live_run(data)
+    apply(run, "freeze_layer", ["mlp.0", "wte"])
+    apply(run, "stack_layers", {"n_layer": 4, "where": "bottom"})
+    apply(run, "widen_embd", 32)
+    apply(run, "untie_head", None)
+    assert set(run.settings.frozen) == {"wte", "mlp.2", "lm_head"}
+    assert run.settings.frozen == tuple(n for n in layer_names(run.settings.model) if n in run.settings.frozen)
+    frozen = {n: p.clone() for n, p in run.model.named_parameters() if not p.requires_grad}
+    assert len(frozen) == 6  # wte, lm_head, and two weights and biases of mlp.2
+    run.step()
+    assert all(torch.equal(run.model.get_parameter(n), p) for n, p in frozen.items())
