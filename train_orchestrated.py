@@ -33,36 +33,52 @@ from training.session import Session
 from training.stopping import SignalWatch
 
 
-def parse(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, str], bool]:
-    """The configuration, where each key was given, and whether only a plan is wanted. Raises Refused."""
+def parse(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, str], argparse.Namespace]:
+    """The configuration, where each key was given, and the options that are no keys. Raises Refused."""
     parser = argparse.ArgumentParser(
         prog="train_orchestrated.py",
         description=__doc__,
         epilog=configuration.help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="train_orchestrated.py [CONFIG.py ...] [--schedule FILE] [--plan] [--KEY=VALUE | --KEY VALUE ...]",
+        usage="train_orchestrated.py [CONFIG.py ...] [--schedule FILE] [--plan[=json] [--against RUN]] [--KEY=VALUE]",
     )
     parser.add_argument("files", nargs="*", metavar="CONFIG.py", help="files of plain assignments, later ones win")
-    parser.add_argument("--plan", action="store_true", help="check everything, print the stages, train nothing")
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="table",
+        choices=("table", "json"),
+        help="check everything, print the stages (as a table, or --plan=json), train nothing",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="RUN",
+        default="",
+        help="with --plan: at which iteration each entry would have fired on the losses of this run folder",
+    )
     for key in (*configuration.KEYS, *configuration.ALIASES):
         # nargs="?" lets a switch such as --compile stand for --compile=True.
         parser.add_argument(f"--{key}", nargs="?", const="True", action="append", help=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_intermixed_args(arguments)
+    # A bare --plan takes no argument, so that a config file may follow it.
+    known, unknown = parser.parse_known_intermixed_args(["--plan=table" if a == "--plan" else a for a in arguments])
     given = [(key, text) for key in (*configuration.KEYS, *configuration.ALIASES) for text in getattr(known, key) or []]
     for text in unknown:
         key, _, value = text.removeprefix("--").partition("=")
         given.append((key, value))
     config, places = configuration.resolve(known.files, given)
-    return config, places, known.plan
+    if known.against and not known.plan:
+        raise Refused("--against says when a plan's entries would have fired: give --plan too")
+    return config, places, known
 
 
 def main(arguments: Sequence[str]) -> int:
     """Plan or train; returns the exit code. Raises Refused for bad input, before anything is written."""
-    config, given, plan_only = parse(arguments)
+    config, given, options = parse(arguments)
     try:
-        if plan_only:
-            print(plan.describe(config, given, int(os.environ.get("WORLD_SIZE", 1))))
+        if options.plan:
+            planned = plan.make(config, given, int(os.environ.get("WORLD_SIZE", 1)), options.against)
+            print(planned.to_json() if options.plan == "json" else planned.table())
             return 0
         resumed, schedule, run = prepare(config, given)
     except ValueError as error:

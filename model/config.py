@@ -174,8 +174,8 @@ def layer_names(config: ModelConfig) -> list[str]:
 def expand_layers(config: ModelConfig, names: str | Sequence[str]) -> list[str]:
     """The leaf layers that one name, a glob or a list of them stands for, in model order.
 
-    block.N stands for its four leaves, and lm_head for wte where they are tied. Raises ValueError for a name that
-    matches nothing.
+    block.N stands for its four leaves, a negative N counts from the last block, and lm_head stands for wte where they
+    are tied. Raises ValueError for a name that matches nothing.
     """
     leaves = layer_names(config)
     blocks = {f"block.{n}": [f"{kind}.{n}" for kind in BLOCK_LAYERS] for n in range(config.n_layer)}
@@ -184,6 +184,8 @@ def expand_layers(config: ModelConfig, names: str | Sequence[str]) -> list[str]:
         groups["lm_head"] = ["wte"]
     found: set[str] = set()
     for name in [names] if isinstance(names, str) else names:
+        if (match := re.fullmatch(r"(\w+)\.-(\d+)", name)) and 0 < int(match[2]) <= config.n_layer:
+            name = f"{match[1]}.{config.n_layer - int(match[2])}"
         matched = [group for group in groups if fnmatch.fnmatchcase(group, name)]
         if not matched:
             close = difflib.get_close_matches(name, groups, n=1)
@@ -191,7 +193,7 @@ def expand_layers(config: ModelConfig, names: str | Sequence[str]) -> list[str]:
             last = config.n_layer - 1
             raise ValueError(
                 f"no layer is called {name!r}: there are {', '.join(n for n in leaves if '.' not in n)} and "
-                f"attn, mlp, ln_1, ln_2, block .0 to .{last}, or a glob such as 'attn.*'{hint}"
+                f"attn, mlp, ln_1, ln_2, block .0 to .{last} (.-1 is the last), or a glob such as 'attn.*'{hint}"
             )
         for group in matched:
             found.update(groups[group])

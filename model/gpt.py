@@ -158,6 +158,11 @@ def _norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
+def _embedding(rows: int, columns: int) -> nn.Embedding:
+    """Without torch's initial values: every weight is set later, and drawing normals on meta imports the compiler."""
+    return nn.Embedding(rows, columns, _weight=torch.empty(rows, columns))
+
+
 class Block(nn.Module):
     """One transformer block, normed before each half."""
 
@@ -182,9 +187,9 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.n_embd)}
         if config.position == "learned":
-            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+            parts["wpe"] = _embedding(config.block_size, config.n_embd)
         parts["drop"] = Dropout(config.dropout)
         parts["h"] = nn.ModuleList(Block(config, n_hidden) for n_hidden in config.n_hidden)
         parts["ln_f"] = _norm(config)
@@ -380,12 +385,3 @@ def parameter_count(config: ModelConfig) -> int:
     """Exact number of parameters, without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(config).parameters())
-
-
-def flops_per_token(config: ModelConfig) -> float:
-    """Forward and backward FLOPs for one token: 6 N + 12 L H Q T (Chowdhery et al. 2022, arXiv:2204.02311, app. B).
-
-    N counts all parameters but the position table.
-    """
-    n = parameter_count(config) - (config.block_size * config.n_embd if config.position == "learned" else 0)
-    return 6.0 * n + 12.0 * config.n_layer * config.n_head * config.head_size * config.block_size

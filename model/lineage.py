@@ -51,6 +51,11 @@ Lineage = dict[str, Origin]
 def follow(old: Tensor, origin: Origin, shape: torch.Size, scale: float | Tensor) -> Tensor:
     """`old` along the origin's index, times scale; zero where it is new. A copy unless nothing changes."""
     new = old
+    if old.device.type == "meta":  # only shapes: arithmetic there would import torch's compiler for seconds
+        index = origin.index or (None,) * old.dim()
+        new = torch.empty([s if i is None else len(i) for s, i in zip(old.shape, index, strict=True)], device="meta")
+        assert new.shape == shape, (origin, tuple(new.shape), tuple(shape))
+        return new
     for dim, index in enumerate(origin.index):
         if index is not None:
             new = new.index_select(dim, index.clamp(min=0).to(old.device))
@@ -78,10 +83,11 @@ def carry(
 ) -> dict[str, dict[str, Tensor]]:
     """AdamW's state for the new model. A parameter with neither image nor prior has none after."""
     carried: dict[str, dict[str, Tensor]] = {}
+    taken: set[str] = set()
     for name, origin in lineage.items():
         source = origin.name if origin.name is not None else origin.prior
         old = state.get(source) if source is not None else None
-        if old is None:
+        if old is None or source is None:
             continue
         first, second = old["exp_avg"], old["exp_avg_sq"]
         if origin.name is None:
@@ -93,5 +99,8 @@ def carry(
             second = follow(second, origin, shapes[name], origin.grad_scale**2)
             if mask is not None:
                 second = torch.where(mask, second, kin)
+            if source in taken:  # a second image of one parameter has moments of its own
+                first, second = first.clone(), second.clone()
+            taken.add(source)
         carried[name] = {"exp_avg": first, "exp_avg_sq": second, "step": old["step"].clone()}
     return carried

@@ -24,6 +24,9 @@ SCHEDULE = [
     {"name": "set_batch_size", "value": 6, "max_wait_seconds": 0.0},
     {"name": "merge_lora_weights", "max_wait_iters": 2},
     {"name": "unfreeze_layer", "value": "mlp.0", "max_wait_iters": 1},
+    {"name": "stack_layers", "value": {"n_layer": 3}, "reevaluate": True},
+    {"name": "widen_embd", "value": 32},
+    {"name": "widen_mlp", "value": {"width": 80, "how": "random"}, "over": 2},
 ]
 
 
@@ -62,6 +65,10 @@ CHANGES = [
     [("set_attn_lora_rank", 4), ("set_layer_lora_rank", ["attn.*", 2])],
     [("set_attn_lora_rank", 2), ("merge_lora_weights", None)],
     [("set_embedding_lora_rank", 4), ("set_lora_alpha", 2.0)],
+    [("stack_layers", {"n_layer": 4, "where": "interleave"})],
+    [("widen_mlp", {"width": 80, "layers": ["mlp.1"]}), ("add_heads", 4)],
+    [("set_attn_lora_rank", 2), ("widen_embd", 32)],
+    [("resize_vocabulary", 40), ("untie_head", None), ("drop_layers", [0, 2])],
 ]
 
 
@@ -112,7 +119,7 @@ def test_a_whole_run_with_every_kind_of_change(data, tmp_path):
     schedule = tmp_path / "s.json"
     schedule.write_text(json.dumps(SCHEDULE))
     assert on_ranks(_unequal_clocks, str(data), str(tmp_path / "run"), str(schedule)) == [0, 0]
-    assert [e["entry"] for e in events(tmp_path / "run", "operation")] == list(range(1, 8))
+    assert [e["entry"] for e in events(tmp_path / "run", "operation")] == list(range(1, 11))
 
 
 def _losses_and_decisions(rank: int, data: str):
@@ -192,8 +199,8 @@ def _batches(rank: int, data: str):
     seen = []
     load = run._load
 
-    def record(first, count, block_size):
-        x, y = load(first, count, block_size)
+    def record(first, count, block_size, length):
+        x, y = load(first, count, block_size, length)
         seen.append((first, x.tolist(), y.tolist()))
         return x, y
 

@@ -204,8 +204,9 @@ def test_which_block_comes_from_which(value, sources):
     assert len(set(pointers)) == len(pointers), "two blocks share a parameter"
     state = {n: {"exp_avg": p, "exp_avg_sq": p, "step": torch.tensor(1.0)} for n, p in model.named_parameters()}
     carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
-    steps = [moments["step"].data_ptr() for moments in carried.values()]
-    assert len(set(steps)) == len(steps), "two parameters share a step count"
+    for key in ("exp_avg", "step"):
+        pointers = [moments[key].data_ptr() for moments in carried.values()]
+        assert len(set(pointers)) == len(pointers), f"two parameters share {key}"
 
 
 def test_dropped_layers_close_up():

@@ -26,9 +26,10 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-def live_run(data, steps: int = 3, **keys) -> Run:
+def live_run(data, steps: int = 3, model: dict | None = None, **keys) -> Run:
     config = TrainConfig(**{**CONFIG, **keys})
-    model_config = ModelConfig(block_size=16, vocab_size=30, n_layer=2, n_head=2, n_embd=16, bias=True)
+    shape = {"block_size": 16, "vocab_size": 30, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True}
+    model_config = ModelConfig(**{**shape, **(model or {})})
     model = GPT(model_config)
     init_weights(model, 1)
     run = Run(

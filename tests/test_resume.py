@@ -33,6 +33,22 @@ SCHEDULE = [
     },
 ]
 
+# The model grows in every direction, masked and not, with adapters that start anew and moments that are forgotten.
+GROWTH = [
+    {"name": "set_sequence_length", "value": 8},
+    {"name": "stack_layers", "value": {"n_layer": 3, "how": "random"}, "at_iter": 1, "over": 3},
+    {"name": "widen_mlp", "value": 80, "max_wait_iters": 1},
+    {"name": "set_attn_lora_rank", "value": 2, "max_wait_iters": 0},
+    {"name": "widen_embd", "value": 32, "max_wait_iters": 1, "reevaluate": True},
+    {"name": "relora", "value": {"warmup_iters": 2}, "max_wait_iters": 1},
+    {"name": "add_heads", "value": 8, "max_wait_iters": 1},
+    {"name": "untie_head"},
+    {"name": "resize_vocabulary", "value": {"size": 40, "noise": 0.1}, "max_wait_iters": 1, "over": 2},
+    {"name": "extend_context", "value": 32, "max_wait_iters": 1},
+    {"name": "reset_moments", "value": "mlp.*"},
+]
+SCHEDULES = {"settings": SCHEDULE, "growth": GROWTH}
+
 
 def stop_at(monkeypatch, iteration: int, polls: int = 0) -> None:
     """Behave as if SIGUSR1 had come at this iteration, `polls` polls after its first (inside an evaluation)."""
@@ -64,16 +80,34 @@ def compare(one, other) -> None:
     ]
     assert streams[0] == streams[1]
     fired = [[(e["entry"], e["iter"], e["reason"]) for e in events(folder, "operation")] for folder in (one, other)]
-    assert fired[0] == fired[1] and len(fired[0]) == len(SCHEDULE)
+    assert fired[0] == fired[1] and len(fired[0]) in (len(SCHEDULE), len(GROWTH))
+
+
+def run_whole(folder, data, schedule):
+    (folder / "s.json").write_text(json.dumps(schedule))
+    assert train_orchestrated.main(arguments(data, folder / "run", schedule=folder / "s.json")) == 0
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
     """The run that never stopped, with everything that the schedule does."""
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "s.json").write_text(json.dumps(SCHEDULE))
-    assert train_orchestrated.main(arguments(data, folder / "run", schedule=folder / "s.json")) == 0
-    return folder / "run"
+    return run_whole(tmp_path_factory.mktemp("whole"), data, SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_growth(tmp_path_factory, data):
+    return run_whole(tmp_path_factory.mktemp("grown"), data, GROWTH)
+
+
+@pytest.mark.parametrize("iteration", range(1, 12))
+def test_stopped_at_any_iteration_while_growing(iteration, uninterrupted_growth, tiny, resume, monkeypatch):
+    stop_at(monkeypatch, iteration)
+    code, out = tiny(GROWTH)
+    assert code == 128 + signal.SIGUSR1
+    monkeypatch.undo()
+    assert resume(out) == 0
+    compare(out, uninterrupted_growth)
 
 
 @pytest.mark.parametrize("iteration", range(12))

@@ -1,44 +1,229 @@
 """--plan: check everything, fold the schedule over the settings, print the stages, train nothing.
 
-Runs the operations' own `plan` code; shapes are built on the meta device, so no weights are allocated.
+Runs the very same operation code that runs later: `plan` on Settings, and for a change of shape `reshape` on the meta
+device, where nothing is allocated. What can only be guessed before a run is labelled so.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import torch
+
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.lineage import Lineage
+from model.lora import trainable_parameters
 from training import setup
 from training.config import TrainConfig
-from training.records import differences
-from training.schedule import Entry, Schedule, Stage, parameter_counts, plan_stages
+from training.errors import Refused
+from training.operations import Operation
+from training.orchestrator import Orchestrator
+from training.records import Progress, Settings, differences
+from training.reporting import METRICS
+from training.run import needs_agreement, reshapes
+from training.schedule import Entry, Schedule, Stage, plan_stages
 from training.values import brief
 
+_DECIDED_LATER = "adjust_batch_size"
 
-def describe(config: TrainConfig, given: dict[str, str], world_size: int) -> str:
-    """The stages of a run as a table. Raises Refused with every problem of the configuration and the schedule."""
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of the run: the settings in force after an entry, and what they cost."""
+
+    entry: int | None
+    operation: str
+    when: str
+    settings: Settings
+    parameters: int
+    trainable: int
+    flops_per_token: float
+    """Forward and backward, by the rule 6 N + 12 L H Q T."""
+    model_bytes: int
+    """Parameters and their gradients."""
+    optimizer_bytes: int
+    activation_bytes: int
+    """Estimate for one micro-step of eager training."""
+    rewraps: int
+    recompiles: int
+    """Estimate: blocks of a kind not compiled before, and first changes of batch or length."""
+    keeps_function: bool | None
+    """None at the start."""
+    changes: dict[str, list[Any]]
+    """Field of Settings: [before, after]."""
+
+    def to_json(self) -> dict[str, Any]:
+        values = {**self.__dict__, "settings": self.settings.to_json()}
+        s = self.settings
+        return {**values, "n_layer": s.model.n_layer, "n_embd": s.model.n_embd, "tokens_per_iter": s.tokens_per_iter}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run, and what is to be said about them."""
+
+    rows: list[Row]
+    notes: list[str]
+    fires: dict[int, str] | None = None
+    """With --against: entry number -> when it would have fired on the recorded losses."""
+
+    def to_json(self) -> str:
+        facts = {"stages": [row.to_json() for row in self.rows], "notes": self.notes, "against": self.fires}
+        return json.dumps(facts, indent=1)
+
+    def table(self) -> str:
+        head = ["entry", "operation", "when", "layers", "width", "parameters", "trainable", "tokens/iter"]
+        head += ["MFLOP/token", "model", "optimizer", "activations*", "re-wraps", "recompiles*", "function", "changes"]
+        rows = [head] + [_cells(row) for row in self.rows]
+        if self.fires is not None:
+            rows[0].insert(3, "fires at*")
+            for cells, row in zip(rows[1:], self.rows, strict=True):
+                cells.insert(3, "" if row.entry is None else self.fires[row.entry])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        total = sum(row.rewraps for row in self.rows), sum(row.recompiles for row in self.rows)
+        lines.append(f"{len(self.rows) - 1} entries, no errors; {total[0]} re-wraps, {total[1]} recompiles*")
+        lines.append("* estimated before the run: take it as a guess")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def make(config: TrainConfig, given: dict[str, str], world_size: int, against: str = "") -> Plan:
+    """The plan of a run. Raises Refused with every problem of the configuration and the schedule.
+
+    Args:
+        against: a run folder; says when each entry would have fired on its recorded losses.
+    """
     notes: list[str] = []
     if config.init_from == "resume":
         resumed = setup.resume(config, given)
         fired = resumed.loaded.state["orchestrator"]["position"]["fired"]
-        schedule, settings = resumed.schedule, resumed.settings
-        rest = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
+        schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
+        schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
     else:
-        rest = setup.the_schedule(config)
+        schedule = setup.the_schedule(config)
         model, notes = setup.planned_model_config(config)
         settings = setup.settings_from(config, model)
-    stages = plan_stages(rest, settings, world_size)
-    rows = [("entry", "when", "operation", "layers", "width", "parameters", "trainable", "tokens/iter", "changes")]
-    rows += [_row(stage, stages[i - 1] if i else None) for i, stage in enumerate(stages)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    guessed = [
-        stage.entry.number for stage in stages if stage.entry and stage.entry.operation.name == "adjust_batch_size"
-    ]
-    if guessed:
-        notes.append(f"entries {guessed}: adjust_batch_size is decided on the machine; shown unchanged")
-    lines += [f"note: {note}" for note in notes]
-    return "\n".join([*lines, f"{len(stages) - 1} entries, no errors"])
+    stages = plan_stages(schedule, settings, world_size)
+    rows = _rows(stages, config, schedule.source)
+    later = [row.entry for row in rows if row.operation.startswith(_DECIDED_LATER)]
+    if later:
+        notes.append(f"entries {later}: {_DECIDED_LATER} is decided on the machine; shown unchanged")
+    fires = None
+    if against:
+        fires = _replay(schedule, settings, Path(against))
+        notes.append(
+            f"`fires at` takes losses, tokens and seconds of {against} as recorded, as if no entry changed them"
+        )
+    return Plan(rows, notes, fires)
+
+
+# ---------------------------------------------------------------------------------------------- what a stage costs
+
+
+def _rows(stages: list[Stage], config: TrainConfig, source: str) -> list[Row]:
+    """The stages, their shapes checked by reshaping on the meta device. Raises Refused."""
+    with torch.device("meta"):
+        model = GPT(replace(stages[0].settings.model, fading={}))
+    trained = trainable_parameters(model, stages[0].settings.frozen)
+    kinds: set[str] = set()
+    batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.model.dropout > 0
+    rows = []
+    for i, stage in enumerate(stages):
+        s, before = stage.settings, stages[i - 1].settings if i else None
+        if before is not None and stage.entry is not None and reshapes(before, s):
+            try:
+                model, lineage = stage.entry.operation.reshape(model, s.model, torch.Generator().manual_seed(0))
+            except Exception as error:
+                place = f"{source}:{stage.entry.line}: entry {stage.entry.number}"
+                raise Refused(f"{place}: {stage.entry}: {type(error).__name__}: {error}") from error
+            trained = _with_moments(lineage, trained)
+        trainable = trainable_parameters(model, s.frozen)
+        trained = trained | trainable  # a parameter that ever trained keeps its moments
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        new = {_block_kind(s, n) for n in range(s.model.n_layer)} - kinds
+        recompiles = len(new) if i else 0
+        kinds |= new
+        if i and _batch_shape(s) not in batches and len(batches) == 1:
+            recompiles += len({_block_kind(s, n) for n in range(s.model.n_layer)})  # the batch becomes dynamic, once
+        batches.add(_batch_shape(s))
+        if s.model.dropout > 0 and not dropped:
+            recompiles, dropped = recompiles + 1, True
+        old, now = differences(before, s) if before is not None else ({}, {})
+        rows.append(
+            Row(
+                entry=stage.entry.number if stage.entry else None,
+                operation=str(stage.entry) if stage.entry else "start",
+                when=when(stage.entry) if stage.entry else "",
+                settings=s,
+                parameters=sum(sizes.values()),
+                trainable=sum(sizes[name] for name in trainable),
+                flops_per_token=flops_per_token(s.model, sum(sizes.values()), s.sequence_length),
+                model_bytes=4 * (sum(sizes.values()) + sum(sizes[name] for name in trainable)),
+                optimizer_bytes=sum(8 * sizes[name] + 4 for name in trained),
+                activation_bytes=activation_bytes(s, 4 if config.dtype in ("auto", "float32") else 2),
+                rewraps=int(before is not None and needs_agreement(before, s)),
+                recompiles=recompiles if config.compile else 0,
+                keeps_function=_keeps_function(stage.entry),
+                changes={name: [old[name], now[name]] for name in now},
+            )
+        )
+    return rows
+
+
+def _with_moments(lineage: Lineage, trained: set[str]) -> set[str]:
+    """Names of the new model's parameters that take over moments."""
+    return {name for name, o in lineage.items() if (o.name or o.prior) in trained}
+
+
+def _keeps_function(entry: Entry | None) -> bool | None:
+    if entry is None:
+        return None
+    return entry.operation.keeps_function or bool(entry.over and entry.operation.fades)
+
+
+def _batch_shape(s: Settings) -> tuple[int, int]:
+    return s.batch_size, s.sequence_length
+
+
+def _block_kind(s: Settings, n: int) -> str:
+    """What a compiled graph of a block depends on."""
+    c = s.model
+    shape = (c.n_embd, c.n_head, c.n_kv_head, c.head_size, c.n_hidden[n], c.norm, c.activation, c.position, c.bias)
+    layers = [f"{kind}.{n}" for kind in ("ln_1", "attn", "ln_2", "mlp")]
+    return repr((shape, [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]))
+
+
+def flops_per_token(c: ModelConfig, parameters: int, length: int) -> float:
+    """Forward and backward FLOPs for one token: 6 N + 12 L H Q T (Chowdhery et al. 2022, arXiv:2204.02311, app. B).
+
+    N counts all parameters but the position table.
+    """
+    n = parameters - (c.block_size * c.n_embd if c.position == "learned" else 0)
+    return 6.0 * n + 12.0 * c.n_layer * c.n_head * c.head_size * length
+
+
+def activation_bytes(s: Settings, width: int) -> int:
+    """What one micro-step keeps for its backward, roughly; `width` bytes a number.
+
+    Per block and token: input and output of both norms, queries, keys and values, the heads' output twice, the inner
+    MLP tensors (two, with a gate four); then the logits with their softmax and its gradient.
+    """
+    c, tokens = s.model, s.batch_size * s.sequence_length
+    heads = (c.n_head + 2 * c.n_kv_head) * c.head_size + 2 * c.n_head * c.head_size
+    inner = 4 if c.activation == "swiglu" else 2
+    blocks = sum(4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden)
+    return tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)
+
+
+# ---------------------------------------------------------------------------------------------- cells
 
 
 def when(entry: Entry) -> str:
@@ -50,23 +235,134 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _row(stage: Stage, before: Stage | None) -> tuple[str, ...]:
-    s = stage.settings
-    total, trainable = parameter_counts(s.model, s.frozen)
-    changes = ""
-    if before is not None:
-        old, new = differences(before.settings, s)
-        changes = ", ".join(f"{name} {brief(old[name])} -> {brief(new[name])}" for name in new)
-        if stage.entry and stage.entry.over:
-            changes += f" over {stage.entry.over}"
-    return (
-        str(stage.entry.number) if stage.entry else "start",
-        when(stage.entry) if stage.entry else "",
-        str(stage.entry) if stage.entry else "",
+def _bytes(count: int) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _cells(row: Row) -> list[str]:
+    s = row.settings
+    changes = ", ".join(f"{name} {brief(old)} -> {brief(new)}" for name, (old, new) in row.changes.items())
+    return [
+        "start" if row.entry is None else str(row.entry),
+        "" if row.entry is None else row.operation,
+        row.when,
         str(s.model.n_layer),
         str(s.model.n_embd),
-        f"{total:,}",
-        f"{trainable:,}",
+        f"{row.parameters:,}",
+        f"{row.trainable:,}",
         f"{s.tokens_per_iter:,}",
+        f"{row.flops_per_token / 1e6:,.1f}",
+        _bytes(row.model_bytes),
+        _bytes(row.optimizer_bytes),
+        _bytes(row.activation_bytes),
+        str(row.rewraps),
+        str(row.recompiles),
+        {None: "", True: "kept", False: "CHANGES"}[row.keeps_function],
         changes,
-    )
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- against a run
+
+
+class _Unchanged(Operation):
+    """Stands for an operation whose result only the machine can tell."""
+
+    def plan(self, settings: Settings) -> Settings:
+        return settings
+
+
+class _Recorded:
+    """A run that only remembers: what the orchestrator needs of a Run, and of its host, from a metrics file."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.progress = Progress()
+        self.loss: float | None = None
+        self.fired: dict[int, str] = {}
+        self.ranks = SimpleNamespace(broadcast=lambda value: value, gather=lambda value: [value], world_size=1)
+        self.stopwatch = SimpleNamespace(part=lambda name: _nothing)
+
+    def adopt(self, target: Settings, reshape: Any = None) -> None:
+        self.settings = replace(target, model=replace(target.model, fading={}))
+
+    def check_ranks_agree(self, what: str) -> None: ...
+
+    def parameter_counts(self) -> tuple[int, int]:
+        return 0, 0
+
+    def event(self, kind: str, **fields: Any) -> None:
+        if kind == "operation":
+            self.fired[fields["entry"]] = f"{self.progress.iter}: {fields['reason']}"
+
+    def measure(self, why: str) -> float | None:
+        return self.loss if self.loss is not None else 0.0
+
+    def save(self, why: str) -> str:
+        return ""
+
+    def go_back(self, checkpoint: str) -> dict[str, Any]:
+        raise AssertionError("a replay has no guards")
+
+    def keep(self, why: str) -> None: ...
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+_nothing = _Nothing()
+
+
+def _replay(schedule: Schedule, settings: Settings, run: Path) -> dict[int, str]:
+    """When each entry fires on the losses of a recorded run: the orchestrator's own code over its metrics."""
+    losses, records = _recorded(run)
+    entries = []
+    for entry in schedule.entries:
+        operation = _Unchanged() if entry.operation.name == _DECIDED_LATER else entry.operation
+        fades = entry.operation.fades  # a fade has no part in when entries fire, but for what waits for it
+        entries.append(replace(entry, operation=operation, guard=None, over=None if fades else entry.over))
+    recorded = _Recorded(settings)
+    replayed = Schedule(tuple(entries), schedule.source, schedule.text)
+    orchestrator = Orchestrator(replayed, recorded, recorded)  # type: ignore[arg-type]
+    iters = sorted(records)
+    last, p = iters[-1], recorded.progress
+    for iteration in range(last + 1):
+        p.iter = iteration
+        p.tokens = round(np.interp(iteration, iters, [records[i]["tokens"] for i in iters]))
+        p.seconds = float(np.interp(iteration, iters, [records[i]["seconds"] for i in iters]))
+        recorded.loss = losses.get(iteration, recorded.loss)
+        orchestrator.consult(losses.get(iteration), look_at_clock=iteration in records)
+    left = f"not by iteration {last}"
+    return {entry.number: recorded.fired.get(entry.number, left) for entry in schedule.entries}
+
+
+def _recorded(run: Path) -> tuple[dict[int, float], dict[int, Mapping[str, Any]]]:
+    """(validation loss by iteration, tokens and seconds by iteration) of a run folder. Raises Refused."""
+    path = run / METRICS if run.is_dir() else run
+    losses: dict[int, float] = {}
+    records: dict[int, Mapping[str, Any]] = {0: {"tokens": 0, "seconds": 0.0}}
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"--against {run}: {path} cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if record.get("void"):
+                continue
+            iteration = int(record["iter"])
+            records[iteration] = {"tokens": int(record["tokens"]), "seconds": float(record["seconds"])}
+            if record["kind"] == "eval" and "why" not in record and record["val_loss"] is not None:
+                losses[iteration] = float(record["val_loss"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Refused(f"--against {path}:{number}: not a line of metrics") from None
+    if not losses:
+        raise Refused(f"--against {path}: it holds no validation loss")
+    return losses, records

@@ -7,6 +7,7 @@ without a fraction, such as 1e9, is taken where a whole number is meant, because
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
+
+_TAG = re.compile(r"\[|^[A-Z]|^(constrained-)?(int|float|str)$")
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
@@ -39,10 +42,12 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value of Settings in one short piece of a line; adapters as their names and ranks."""
+    """A value of Settings in one short piece of a line; adapters as names and ranks, equal numbers as N x value."""
     if isinstance(value, dict):
         ranks = [f"{name}: {spec['rank']}" for name, spec in value.items()]
         return "{" + ", ".join(ranks[:4]) + (", ...}" if len(ranks) > 4 else "}")
+    if isinstance(value, list) and len(value) > 2 and value.count(value[0]) == len(value):
+        return f"[{len(value)} x {value[0]}]"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -51,10 +56,13 @@ def problems_of(error: ValidationError) -> list[tuple[tuple[int | str, ...], str
     """pydantic's errors as (location, 'what is allowed, got what was given') pairs in plain words."""
     found = []
     for detail in error.errors(include_url=False, include_context=True):
-        location = tuple(part for part in detail["loc"] if not (isinstance(part, str) and "[" in part))
+        # Of a value that may be several things, pydantic puts the name of each into the location.
+        location = tuple(part for part in detail["loc"] if not (isinstance(part, str) and _TAG.search(part)))
         message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         if detail["type"] == "missing":
             found.append((location, "is missing"))
         else:
             found.append((location, f"{message}, got {shown(detail['input'])}"))
-    return found
+    # Where one reading of a value got as far as a field in it, that it is no other reading is not the news.
+    inner = {location[:n] for location, _ in found for n in range(1, len(location))}
+    return [(location, message) for location, message in found if location not in inner]

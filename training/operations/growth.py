@@ -33,6 +33,13 @@ class Arguments(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
+def _size(name: str, what: str, wanted: int | None, times: int | None, present: int) -> int:
+    """An absolute size, or a multiple of the present one; exactly one of them is given. Raises ScheduleError."""
+    if (wanted is None) == (times is None):
+        raise ScheduleError(f"{name}: give either {what} or times, got {'both' if times else 'neither'}")
+    return wanted if wanted is not None else present * (times or 1)
+
+
 def _with_model(settings: Settings, **changes: Any) -> Settings:
     """Settings with another model; sequences that filled the context go on to fill it. Raises ScheduleError."""
     try:
@@ -64,9 +71,10 @@ class GrowthOperation(Operation):
 
 
 class Stack(Arguments):
-    """How many blocks, what the new ones are, and where they go."""
+    """How many blocks (or how many times as many), what the new ones are, and where they go."""
 
-    n_layer: PositiveInt
+    n_layer: PositiveInt | None = None
+    times: PositiveInt | None = None
     how: Literal["identity", "copy", "cycle", "random"] = "identity"
     """identity: fresh, with zero output projections; copy: of the block beside; cycle: of all blocks in turn;
     random: fresh."""
@@ -106,7 +114,8 @@ class LayerOperation(GrowthOperation):
 
 @operation("stack_layers")
 class StackLayers(LayerOperation):
-    """Add blocks: a list of source blocks such as [0, 0, 1, 1], or {n_layer: 12, how: identity, where: top}.
+    """Add blocks: a list of source blocks such as [0, 0, 1, 1], or {n_layer: 12, how: identity, where: top}; times: 2
+    instead of n_layer doubles.
 
     how: identity (fresh blocks that add nothing at first: the function stays), copy (each new block is a copy of the
     block beside it), cycle (copies of all blocks in turn: G_stack with where: top), random (fresh). where: top, bottom
@@ -136,9 +145,11 @@ class StackLayers(LayerOperation):
             if max(self.value) >= old:
                 raise ScheduleError(f"stack_layers: source blocks are 0 to {old - 1}, got {max(self.value)}")
             return [Layer(n, n) for n in self.value]
-        wanted, added = self.value, self.value.n_layer - old
+        wanted = self.value
+        n_layer = _size("stack_layers", "n_layer", wanted.n_layer, wanted.times, old)
+        added = n_layer - old
         if added < 1:
-            raise ScheduleError(f"stack_layers: n_layer must be more than the {old} there are, got {wanted.n_layer}")
+            raise ScheduleError(f"stack_layers: n_layer must be more than the {old} there are, got {n_layer}")
 
         def new(beside: int, turn: int) -> Layer:
             match wanted.how:
@@ -198,9 +209,10 @@ class DropLayers(LayerOperation):
 
 
 class WidenMlp(Arguments):
-    """The new width, of which MLPs, and what the new units are."""
+    """The new width (or times the present one), of which MLPs, and what the new units are."""
 
-    width: PositiveInt
+    width: PositiveInt | None = None
+    times: PositiveInt | None = None
     layers: LayerNames = "mlp.*"
     how: Literal["duplicate", "zero", "random"] | None = None
     """duplicate (the default): copies of old units; zero (the default with over): fresh units that write zeros;
@@ -211,7 +223,7 @@ class WidenMlp(Arguments):
 
 @operation("widen_mlp")
 class WidenMlpOperation(GrowthOperation):
-    """Widen MLPs to an absolute width: a number for all, or {width, layers, how: duplicate | zero | random, noise}."""
+    """Widen MLPs: a width for all, or {width or times, layers, how: duplicate | zero | random, noise}."""
 
     keeps: ClassVar = _COPIES
     source: ClassVar = "Chen et al. 2016 (Net2WiderNet, arXiv:1511.05641)"
@@ -232,13 +244,13 @@ class WidenMlpOperation(GrowthOperation):
             kind, _, number = name.partition(".")
             if kind != "mlp":
                 raise ScheduleError(f"widen_mlp: {name} is no MLP; mlp.N are")
-            if widths[int(number)] > wanted.width:
-                raise ScheduleError(
-                    f"widen_mlp: {name} is {widths[int(number)]} wide already, more than {wanted.width}"
-                )
-            widths[int(number)] = wanted.width
+            present = widths[int(number)]
+            width = _size("widen_mlp", "width", wanted.width, wanted.times, present)
+            if present > width:
+                raise ScheduleError(f"widen_mlp: {name} is {present} wide already, more than {width}")
+            widths[int(number)] = width
         if tuple(widths) == settings.model.n_hidden:
-            raise ScheduleError(f"widen_mlp: all of {wanted.layers} are {wanted.width} wide already")
+            raise ScheduleError(f"widen_mlp: all of {wanted.layers} are that wide already")
         return _with_model(settings, n_hidden=tuple(widths))
 
     def fade(self, before: Settings, after: Settings) -> Settings:
@@ -253,9 +265,10 @@ class WidenMlpOperation(GrowthOperation):
 
 
 class AddHeads(Arguments):
-    """The new head counts, and what the new heads are."""
+    """The new head counts (or times the present ones), and what the new heads are."""
 
-    n_head: PositiveInt
+    n_head: PositiveInt | None = None
+    times: PositiveInt | None = None
     n_kv_head: PositiveInt | None = None
     """By default as many more as there are query heads."""
     how: Literal["duplicate", "zero", "random"] | None = None
@@ -264,7 +277,7 @@ class AddHeads(Arguments):
 
 @operation("add_heads")
 class AddHeadsOperation(GrowthOperation):
-    """More attention heads of the same size: a number of query heads, or {n_head, n_kv_head, how, noise}.
+    """More attention heads of the same size: a number of query heads, or {n_head or times, n_kv_head, how, noise}.
 
     how: duplicate (the default: copies share what their source wrote), zero (fresh heads that write zeros; the default
     with over), random (only with over).
@@ -285,21 +298,21 @@ class AddHeadsOperation(GrowthOperation):
 
     def plan(self, settings: Settings) -> Settings:
         config, wanted = settings.model, self.wanted
-        n_kv = wanted.n_kv_head
+        n_kv, n_head = wanted.n_kv_head, _size("add_heads", "n_head", wanted.n_head, wanted.times, config.n_head)
         if n_kv is None:
-            n_kv = wanted.n_head * config.n_kv_head // config.n_head
-        if wanted.n_head <= config.n_head:
-            raise ScheduleError(f"add_heads: n_head must be above the {config.n_head} there are, got {wanted.n_head}")
-        if n_kv < config.n_kv_head or not n_kv or wanted.n_head % n_kv:
+            n_kv = n_head * config.n_kv_head // config.n_head
+        if n_head <= config.n_head:
+            raise ScheduleError(f"add_heads: n_head must be above the {config.n_head} there are, got {n_head}")
+        if n_kv < config.n_kv_head or not n_kv or n_head % n_kv:
             raise ScheduleError(
-                f"add_heads: n_kv_head must be {config.n_kv_head} or more and divide n_head {wanted.n_head}, got {n_kv}"
+                f"add_heads: n_kv_head must be {config.n_kv_head} or more and divide n_head {n_head}, got {n_kv}"
             )
-        if wanted.n_head // n_kv < config.n_head // config.n_kv_head:
+        if n_head // n_kv < config.n_head // config.n_kv_head:
             raise ScheduleError(
                 f"add_heads: {config.n_head // config.n_kv_head} query heads share a key now and keep together, so "
-                f"n_head / n_kv_head cannot fall to {wanted.n_head // n_kv}"
+                f"n_head / n_kv_head cannot fall to {n_head // n_kv}"
             )
-        return _with_model(settings, n_head=wanted.n_head, n_kv_head=n_kv)
+        return _with_model(settings, n_head=n_head, n_kv_head=n_kv)
 
     def fade(self, before: Settings, after: Settings) -> Settings:
         if self.wanted.how == "duplicate":
@@ -316,18 +329,19 @@ class AddHeadsOperation(GrowthOperation):
 
 
 class WidenEmbd(Arguments):
-    """The new width, what becomes of the heads, and how unequal the copies are."""
+    """The new width (or times the present one), what becomes of the heads, and how unequal the copies are."""
 
-    n_embd: PositiveInt
+    n_embd: PositiveInt | None = None
+    times: PositiveInt | None = None
     heads: Literal["more", "larger", "keep"] = "more"
     noise: Annotated[float, Field(ge=0, lt=1)] = 0.25
 
 
 @operation("widen_embd")
 class WidenEmbdOperation(GrowthOperation):
-    """Widen the residual stream to a multiple: a number, or {n_embd, heads: more | larger | keep, noise}.
+    """Widen the residual stream to a multiple: a number, or {n_embd or times, heads, noise}.
 
-    heads: more of the same size (the default), as many larger ones, or as they are. The MLPs keep their widths
+    heads: more of the same size (the default), larger (as many, with more features), or keep. The MLPs keep their widths
     (widen_mlp). noise 0 makes all moments exact, but then the copies never drift apart.
     """
 
@@ -341,12 +355,13 @@ class WidenEmbdOperation(GrowthOperation):
 
     def plan(self, settings: Settings) -> Settings:
         config, wanted = settings.model, self.wanted
-        if wanted.n_embd % config.n_embd or wanted.n_embd == config.n_embd:
+        n_embd = _size("widen_embd", "n_embd", wanted.n_embd, wanted.times, config.n_embd)
+        if n_embd % config.n_embd or n_embd == config.n_embd:
             raise ScheduleError(
-                f"widen_embd: n_embd must be a multiple (2 or more) of the present {config.n_embd}, got {wanted.n_embd}"
+                f"widen_embd: n_embd must be a multiple (2 or more) of the present {config.n_embd}, got {n_embd}"
             )
-        k = wanted.n_embd // config.n_embd
-        changes: dict[str, int] = {"n_embd": wanted.n_embd}
+        k = n_embd // config.n_embd
+        changes: dict[str, int] = {"n_embd": n_embd}
         if wanted.heads == "more":
             changes.update(n_head=config.n_head * k, n_kv_head=config.n_kv_head * k)
         elif wanted.heads == "larger":
@@ -510,20 +525,33 @@ class ExtendContext(GrowthOperation):
         return growth.extend_context(model, target, self.wanted.how, generator)
 
 
+class Share(Arguments):
+    """A part of block_size."""
+
+    share: Annotated[float, Field(gt=0, le=1)]
+
+
+class Share(Arguments):
+    """A part of block_size."""
+
+    share: Annotated[float, Field(gt=0, le=1)]
+
+
 @operation("set_sequence_length")
 class SetSequenceLength(Operation):
-    """Train on sequences of this many tokens, a divisor of block_size; evaluation keeps the full length.
+    """Train on sequences of this many tokens, a divisor of block_size, or {share: 0.25} of it.
 
-    The windows of the data are cut into pieces, so the stream's tokens keep their order.
+    Evaluation keeps the full length. The windows of the data are cut into pieces, so the stream's tokens keep their
+    order.
     """
 
     touches: ClassVar = ("sequence_length",)
     source: ClassVar = "Li et al. 2022 (sequence length warmup, arXiv:2108.06084)"
-    value: PositiveInt
+    value: PositiveInt | Share
 
     def plan(self, settings: Settings) -> Settings:
-        if self.value > settings.model.block_size:
-            raise ScheduleError(
-                f"set_sequence_length: at most block_size {settings.model.block_size}, got {self.value}"
-            )
-        return replace(settings, sequence_length=self.value)
+        block_size = settings.model.block_size
+        length = self.value if isinstance(self.value, int) else max(1, round(self.value.share * block_size))
+        if length > block_size:
+            raise ScheduleError(f"set_sequence_length: at most block_size {block_size}, got {length}")
+        return replace(settings, sequence_length=length)

@@ -1,0 +1,177 @@
+"""--plan: the stages before anything trains, checked against what then happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, arguments, events
+from test_operations import apply, live_run
+
+import train_orchestrated
+from training import plan
+from training.config import TrainConfig
+from training.errors import Refused
+
+GROWS = [
+    {"name": "set_grad_accum", "value": 4, "trigger_loss": 3.0, "max_wait_iters": 5},
+    {"name": "freeze_layer", "value": "block.0", "max_wait_iters": 2},
+    {"name": "stack_layers", "value": {"n_layer": 4}, "max_wait_iters": 1, "reevaluate": True},
+    {"name": "set_dropout", "value": 0.1},
+    {"name": "stack_layers", "value": [0, 1, 2, 3, 3], "at_tokens": 1500},
+    {"name": "widen_embd", "value": 32, "trigger_plateau": {"evals": 1, "min_delta": 5.0}, "max_wait_iters": 30},
+    {"name": "set_sequence_length", "value": 8},
+]
+
+
+def planned(tmp_path, data, schedule, capsys, *options, **keys):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(schedule))
+    capsys.readouterr()
+    code = train_orchestrated.main([*arguments(data, tmp_path / "none", schedule=path, **keys), *options])
+    return code, capsys.readouterr().out
+
+
+def test_stages(data, tmp_path, capsys):
+    code, out = planned(tmp_path, data, GROWS, capsys, "--plan=json")
+    assert code == 0 and not (tmp_path / "none").exists()
+    stages = json.loads(out)["stages"]
+    assert [s["n_layer"] for s in stages] == [2, 2, 2, 4, 4, 5, 5, 5]
+    assert [s["n_embd"] for s in stages] == [16] * 6 + [32] * 2
+    assert [s["tokens_per_iter"] for s in stages] == [128] + [256] * 6 + [128]
+    assert [s["keeps_function"] for s in stages] == [None, True, True, True, True, False, True, True]
+    assert [s["rewraps"] for s in stages] == [0, 0, 1, 1, 0, 1, 1, 0]
+    assert stages[2]["trainable"] < stages[2]["parameters"] == stages[0]["parameters"]
+    assert stages[2]["optimizer_bytes"] == stages[0]["optimizer_bytes"], "frozen parameters keep their moments"
+    assert stages[3]["changes"]["model.n_layer"] == [2, 4]
+    assert all(s["activation_bytes"] > 0 and s["flops_per_token"] > 0 for s in stages)
+    _, table = planned(tmp_path, data, GROWS, capsys, "--plan")
+    assert "CHANGES" in table and "7 entries, no errors; 4 re-wraps" in table and "guess" in table
+
+
+def test_recompiles_are_guessed_only_where_something_compiles(data, tmp_path, capsys):
+    schedule = [
+        {"name": "set_batch_size", "value": 8},
+        {"name": "set_batch_size", "value": 2},
+        {"name": "stack_layers", "value": {"n_layer": 4}},
+        {"name": "freeze_layer", "value": "block.*"},
+        {"name": "set_dropout", "value": 0.1},
+        {"name": "set_dropout", "value": 0.2},
+        {"name": "widen_mlp", "value": {"width": 80, "layers": "mlp.0"}},
+    ]
+    _, out = planned(tmp_path, data, schedule, capsys, "--plan=json", compile=True)
+    assert [s["recompiles"] for s in json.loads(out)["stages"]] == [0, 1, 0, 0, 1, 1, 0, 1]
+    _, out = planned(tmp_path, data, schedule, capsys, "--plan=json", compile=False)
+    assert {s["recompiles"] for s in json.loads(out)["stages"]} == {0}
+
+
+def test_all_errors_at_once_with_their_places(data, tmp_path, capsys):
+    bad = [
+        {"name": "stack_layers", "value": [0, 5]},
+        {"name": "widen_embd", "value": 24},
+        {"name": "add_heads", "value": 1},
+        {"name": "widen_mlp", "value": {"width": 128, "how": "duplicate"}, "over": 5},
+        {"name": "extend_context", "value": 8},
+        {"name": "set_sequence_length", "value": 5},
+        {"name": "drop_layers", "value": [0, 1]},
+        {"name": "untie_head", "over": 3},
+        {"name": "stack_layers", "value": {"n_layer": 4, "how": "sideways"}},
+    ]
+    with pytest.raises(Refused) as parsed:
+        planned(tmp_path, data, bad, capsys, "--plan")
+    assert [p.split(": ", 1)[1] for p in parsed.value.problems] == [
+        "entry 8: untie_head: `over` moves a number or fades new weights in; untie_head does neither",
+        "entry 9: stack_layers: value.how must be 'identity', 'copy', 'cycle' or 'random', got 'sideways'",
+    ]
+    with pytest.raises(Refused) as whole:
+        planned(tmp_path, data, bad[:7], capsys, "--plan")
+    assert len(whole.value.problems) == 7
+    assert all(f"entry {n}" in problem for n, problem in enumerate(whole.value.problems, 1))
+
+
+def test_a_failing_reshape_is_found_before_the_run(data, tmp_path, capsys, monkeypatch):
+    from model import growth
+
+    def broken(*args):
+        raise RuntimeError("does not fit")
+
+    monkeypatch.setattr(growth, "widen_mlp", broken)
+    with pytest.raises(Refused, match="entry 1: widen_mlp 128: RuntimeError: does not fit"):
+        planned(tmp_path, data, [{"name": "widen_mlp", "value": 128}], capsys, "--plan")
+
+
+def test_memory_of_parameters_and_optimizer_is_what_a_run_has(data, tmp_path):
+    """Within 15 %, at the start and after every kind of change."""
+    steps = [
+        ("freeze_layer", "mlp.0"),
+        ("stack_layers", {"n_layer": 3, "how": "copy"}),
+        ("set_attn_lora_rank", 4),
+        ("widen_embd", 32),
+        ("merge_lora_weights", None),
+        ("reset_moments", None),
+    ]
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps([{"name": n, "value": v} if v is not None else {"name": n} for n, v in steps]))
+    config = TrainConfig(
+        dataset=str(data), schedule=str(path), n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
+        gradient_accumulation_steps=2, bias=True, device="cpu", compile=False, shrunken_vocab_size=0,
+    )  # fmt: skip
+    rows = plan.make(config, {}, 1).rows
+    run = live_run(data, model={"vocab_size": rows[0].settings.model.vocab_size})
+    for row, (name, value) in zip(rows, [(None, None), *steps], strict=True):
+        if name:
+            apply(run, name, value)
+            run.step()
+        optimizer = sum(t.nbytes for m in run.optimizer.state_by_name().values() for t in m.values())
+        model = sum(p.nbytes * (2 if p.requires_grad else 1) for p in run.model.parameters())
+        assert row.model_bytes == pytest.approx(model, rel=0.15), name
+        assert row.optimizer_bytes == pytest.approx(optimizer, rel=0.15), name
+        assert row.parameters == sum(p.numel() for p in run.model.parameters())
+        assert row.trainable == sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+
+
+def test_against_a_run_says_when_its_own_entries_fired(data, tmp_path, capsys, tiny):
+    code, out = tiny(GROWS, max_iters=20)
+    assert code == 0
+    fired = {e["entry"]: f"{e['iter']}: {e['reason']}" for e in events(out, "operation")}
+    assert len(fired) == 7
+    _, text = planned(tmp_path, data, GROWS, capsys, "--plan=json", "--against", str(out))
+    against = json.loads(text)["against"]
+    assert {int(n): when for n, when in against.items()} == fired
+    _, text = planned(
+        tmp_path, data, GROWS + [{"name": "stop", "trigger_loss": 0.1}], capsys, "--plan", f"--against={out}"
+    )
+    assert "not by iteration 20" in text and "as recorded" in text
+
+
+def test_against_needs_a_run_and_a_plan(data, tmp_path, capsys):
+    with pytest.raises(Refused, match="cannot be read"):
+        planned(tmp_path, data, [], capsys, "--plan", f"--against={tmp_path / 'nowhere'}")
+    with pytest.raises(Refused, match="give --plan too"):
+        planned(tmp_path, data, [], capsys, f"--against={tmp_path}")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval"}\n')
+    with pytest.raises(Refused, match="metrics.jsonl:1: not a line of metrics"):
+        planned(tmp_path, data, [], capsys, "--plan", f"--against={tmp_path}")
+
+
+def test_124m_to_1_5b_is_planned_within_2_gib(tmp_path):
+    """On the meta device: the largest stage alone would need 6 GB of weights."""
+    (tmp_path / "s.yaml").write_text(
+        "- {name: stack_layers, value: {n_layer: 24, how: cycle}}\n"
+        "- {name: widen_embd, value: 1536}\n"
+        "- {name: widen_mlp, value: 6144}\n"
+        "- {name: stack_layers, value: {n_layer: 48}, over: 500}\n"
+    )
+    script = (
+        "import resource, sys; sys.argv = ['x']; import train_orchestrated as t;"
+        f"code = t.run(['config/train_gpt2.py', '--schedule', '{tmp_path / 's.yaml'}', '--plan=json']);"
+        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    code, kilobytes = map(int, done.stderr.split())
+    assert code == 0 and kilobytes < 2 * 2**20
+    stages = json.loads(done.stdout)["stages"]
+    assert stages[0]["parameters"] == 124_373_760 and stages[-1]["parameters"] == 1_437_943_296
