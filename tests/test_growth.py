@@ -209,6 +209,15 @@ def test_which_block_comes_from_which(value, sources):
         assert len(set(pointers)) == len(pointers), f"two parameters share {key}"
 
 
+def test_another_order_of_equal_blocks_is_a_change(data):
+    run = live_run(data)
+    first = run.model.transformer["h"][0].mlp.c_fc.weight.detach().clone()
+    moments = run.optimizer.state_by_name()["transformer.h.0.mlp.c_fc.weight"]["exp_avg"].clone()
+    apply(run, "stack_layers", [1, 0])
+    assert torch.equal(run.model.transformer["h"][1].mlp.c_fc.weight, first)
+    assert torch.equal(run.optimizer.state_by_name()["transformer.h.1.mlp.c_fc.weight"]["exp_avg"], moments)
+
+
 def test_dropped_layers_close_up():
     operation = make("drop_layers", {"value": [1]})
     planned = operation.plan(replace(settings_of(OTHER), frozen=("mlp.1", "mlp.2")))

@@ -50,8 +50,8 @@ class Settings:
     """Iterations over which the rate climbs back from 0 after a rewarming."""
     rewarms: int = 0
     """Counter: each increase starts a rewarming."""
-    moment_resets: int = 0
-    """Counter: each increase is a change of optimizer state alone, e.g. moments that are forgotten."""
+    reshapes_asked: int = 0
+    """Counter: each increase is a change of weights or moments that the shape does not show (other order, reset)."""
     vocabulary_map: tuple[int, ...] = ()
     """New token id of each id in the data files; () where they are the same."""
     checkpoints_asked: int = 0

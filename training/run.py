@@ -354,7 +354,7 @@ def shape_of(config: ModelConfig) -> ModelConfig:
 
 def reshapes(before: Settings, after: Settings) -> bool:
     """Whether parameters or their moments differ between the two."""
-    return shape_of(before.model) != shape_of(after.model) or before.moment_resets != after.moment_resets
+    return shape_of(before.model) != shape_of(after.model) or before.reshapes_asked != after.reshapes_asked
 
 
 def needs_agreement(before: Settings, after: Settings) -> bool:

@@ -84,7 +84,7 @@ class Stack(Arguments):
 class LayerOperation(GrowthOperation):
     """What stacking and dropping share: a list of the blocks that there will be."""
 
-    touches: ClassVar = ("model", "frozen")
+    touches: ClassVar = ("model", "frozen", "reshapes_asked")
 
     def layers(self, config: ModelConfig) -> list[Layer]:
         """The blocks of the new model in terms of the old one's. Raises ScheduleError."""
@@ -100,7 +100,13 @@ class LayerOperation(GrowthOperation):
             lora={new: config.lora[old] for new, old in pairs},
         )
         frozen = {new for new, _ in growth.rename_layers(settings.frozen, found)}
-        return replace(planned, frozen=tuple(name for name in layer_names(planned.model) if name in frozen))
+        same = [layer.source for layer in found] == list(range(config.n_layer))
+        return replace(
+            planned,
+            frozen=tuple(name for name in layer_names(planned.model) if name in frozen),
+            # Blocks in another order need not show in the model's configuration.
+            reshapes_asked=settings.reshapes_asked + (not same),
+        )
 
     def new_layers(self, before: ModelConfig, after: ModelConfig) -> list[int]:
         seen: set[int | None] = {None}
@@ -341,8 +347,8 @@ class WidenEmbd(Arguments):
 class WidenEmbdOperation(GrowthOperation):
     """Widen the residual stream to a multiple: a number, or {n_embd or times, heads, noise}.
 
-    heads: more of the same size (the default), larger (as many, with more features), or keep. The MLPs keep their widths
-    (widen_mlp). noise 0 makes all moments exact, but then the copies never drift apart.
+    heads: more of the same size (the default), larger (as many, with more features), or keep. The MLPs keep their
+    widths (widen_mlp). noise 0 makes all moments exact, but then the copies never drift apart.
     """
 
     keeps: ClassVar = _COPIES + " (with noise, those of who writes to the stream are near)"
@@ -523,12 +529,6 @@ class ExtendContext(GrowthOperation):
 
     def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
         return growth.extend_context(model, target, self.wanted.how, generator)
-
-
-class Share(Arguments):
-    """A part of block_size."""
-
-    share: Annotated[float, Field(gt=0, le=1)]
 
 
 class Share(Arguments):

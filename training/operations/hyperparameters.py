@@ -179,13 +179,13 @@ class ResetMoments(Operation):
     """Forget AdamW's moments of the named layers (a name, a glob, a list), or of all without a value."""
 
     keeps: ClassVar = "the function; the moments of the layers that are not named"
-    touches: ClassVar = ("moment_resets",)
+    touches: ClassVar = ("reshapes_asked",)
     value: LayerNames | None = None
 
     def plan(self, settings: Settings) -> Settings:
         if self.value is not None:
             layers(settings.model, self.value)  # raises for a name that is not there
-        return replace(settings, moment_resets=settings.moment_resets + 1)
+        return replace(settings, reshapes_asked=settings.reshapes_asked + 1)
 
     def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
         names = [name for name, _ in model.named_parameters()]

@@ -139,7 +139,7 @@ class ReloraOperation(LoraOperation):
 
     keeps: ClassVar = "the function; moments of everything but the factors"
     source: ClassVar = "Lialin et al. 2023 (ReLoRA, arXiv:2307.05695)"
-    touches: ClassVar = ("moment_resets", "rewarm_iters", "rewarms")
+    touches: ClassVar = ("reshapes_asked", "rewarm_iters", "rewarms")
     value: Relora | None = None
 
     def names(self, config: ModelConfig) -> list[str]:
@@ -153,7 +153,7 @@ class ReloraOperation(LoraOperation):
             raise ScheduleError(f"relora: no adapter to restart; adapted: {', '.join(settings.model.lora) or 'none'}")
         return replace(
             settings,
-            moment_resets=settings.moment_resets + 1,
+            reshapes_asked=settings.reshapes_asked + 1,
             rewarm_iters=(self.value or Relora()).warmup_iters,
             rewarms=settings.rewarms + 1,
         )
