@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.stream import Meta, find_folder, read_meta, read_remap
@@ -79,6 +80,8 @@ def open_model(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     if config["shrunken_vocab_size"]:
         remap = read_remap(config["vocab_remapping_file"], None, config["shrunken_vocab_size"])
         tokenizer = RemappedTokenizer(tokenizer, remap)
+    if loaded.state["settings"]["vocabulary_map"]:
+        tokenizer = RemappedTokenizer(tokenizer, np.array(loaded.state["settings"]["vocabulary_map"]))
     return model, tokenizer
 
 

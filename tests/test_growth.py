@@ -259,6 +259,17 @@ def test_fewer_words_by_a_map(data):
     run.step()
 
 
+def test_a_shrunken_run_is_resumed_and_sampled_in_the_old_words(tiny, resume, capsys):
+    import sample
+
+    ids = [i if i < 20 else 19 for i in range(23)]
+    code, out = tiny([{"name": "resize_vocabulary", "value": {"size": 20, "map": ids}, "at_iter": 3}], max_iters=6)
+    assert code == 0 and resume(out, max_iters=8) == 0
+    capsys.readouterr()
+    assert sample.main([f"--out_dir={out}", "--start=To be", "--num_samples=1", "--max_new_tokens=20"]) == 0
+    assert capsys.readouterr().out.startswith("To be")
+
+
 @pytest.mark.parametrize(
     "value, message",
     [

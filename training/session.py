@@ -59,6 +59,7 @@ class Session:
             moved = ", ".join(
                 f"{name} {brief(old)} -> {brief(fields['settings_after'][name])}"
                 for name, old in fields["settings_before"].items()
+                if name != "reshapes_asked"  # a counter that tells a person nothing
             )
             over = f" over {fields['over']} iterations" if fields["over"] else ""
             losses = ""
