@@ -25,8 +25,10 @@ SCHEDULE = [
     {"name": "merge_lora_weights", "max_wait_iters": 2},
     {"name": "unfreeze_layer", "value": "mlp.0", "max_wait_iters": 1},
     {"name": "stack_layers", "value": {"n_layer": 3}, "reevaluate": True},
-    {"name": "widen_embd", "value": 32},
-    {"name": "widen_mlp", "value": {"width": 80, "how": "random"}, "over": 2},
+    {"name": "widen_embd", "value": 32, "reevaluate": True},
+    {"name": "add_heads", "value": {"times": 2}, "reevaluate": True},
+    {"name": "widen_mlp", "value": {"times": 2}, "reevaluate": True},
+    {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "over": 2, "reevaluate": True},
 ]
 
 
@@ -119,7 +121,11 @@ def test_a_whole_run_with_every_kind_of_change(data, tmp_path):
     schedule = tmp_path / "s.json"
     schedule.write_text(json.dumps(SCHEDULE))
     assert on_ranks(_unequal_clocks, str(data), str(tmp_path / "run"), str(schedule)) == [0, 0]
-    assert [e["entry"] for e in events(tmp_path / "run", "operation")] == list(range(1, 11))
+    fired = events(tmp_path / "run", "operation")
+    assert [e["entry"] for e in fired] == list(range(1, 13))
+    for event in fired:  # the function stays under DDP as it does alone
+        if event["val_loss_after"] is not None:
+            assert abs(event["val_loss_after"] - event["val_loss_before"]) <= 1e-5, event["name"]
 
 
 def _losses_and_decisions(rank: int, data: str):
