@@ -11,11 +11,13 @@ The only place that wires everything. Bad input ends with a message and exit cod
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -83,6 +85,12 @@ def main(arguments: Sequence[str]) -> int:
         resumed, schedule, run = prepare(config, given)
     except ValueError as error:
         raise as_refused(error) from error
+    with contextlib.nullcontext() if config.eval_only else lock(Path(run.config.out_dir), run.ranks):
+        return launch(resumed, schedule, run)
+
+
+def launch(resumed: setup.Resumed | None, schedule: Schedule, run: Run) -> int:
+    """Train a run that is ready to; returns the exit code."""
     config, ranks = run.config, run.ranks
 
     watch = SignalWatch(ranks)
@@ -107,6 +115,7 @@ def main(arguments: Sequence[str]) -> int:
 def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[setup.Resumed | None, Schedule, Run]:
     """Everything that can be refused, before anything is written."""
     resumed = None
+    config, given = resume_after_restart(config, given)
     if config.init_from == "resume":
         resumed = setup.resume(config, given)
         config, schedule = resumed.config, resumed.schedule
@@ -121,6 +130,38 @@ def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[setup.Resumed |
     run = setup.open_run(config, resumed, schedule, ranks)
     run.check_ranks_agree("the start")
     return resumed, schedule, run
+
+
+def resume_after_restart(config: TrainConfig, given: dict[str, str]) -> tuple[TrainConfig, dict[str, str]]:
+    """Under torchrun --max-restarts the same command comes again: then it means to go on from the latest checkpoint."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if restarted and config.init_from != "resume" and checkpoint.find(config.out_dir):
+        # Keys of the command are those that the run was started with; the schedule may have moved them since.
+        kept = {key: place for key, place in given.items() if key != "init_from"}
+        return config.model_copy(update={"init_from": "resume"}), kept
+    return config, given
+
+
+@contextlib.contextmanager
+def lock(out_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Be the only job that writes to a run folder; the lock dies with its owner. Raises Refused on every rank."""
+    handle, problem = -1, None
+    if ranks.is_first:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"out_dir {out_dir}: another job is running in it"
+        except OSError:
+            pass  # a file system without locks: as it was before there was one
+    try:
+        if problem := ranks.broadcast(problem):
+            raise Refused(problem)
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
 def refuse_to_overwrite(config: TrainConfig) -> None:
@@ -140,8 +181,8 @@ def open_reporter(
     if config.eval_only:
         return Reporter(None, config.max_iters, run.progress.iter, None), None
     out_dir.mkdir(parents=True, exist_ok=True)
-    if resumed is not None:
-        rewind(out_dir, resumed.loaded.state["log_sizes"])
+    # What a start without a checkpoint has left in the logs is void for the next one.
+    rewind(out_dir, resumed.loaded.state["log_sizes"] if resumed is not None else {})
     wandb_run = None
     if config.wandb_log:
         wandb_run = start_wandb(config.wandb_project, config.wandb_run_name, wandb_id, config.model_dump(), out_dir)

@@ -66,8 +66,8 @@ def test_command_line_over_file_over_default(tmp_path):
 
 @pytest.mark.parametrize("style", [["--max_iters=7", "--bias"], ["--max_iters", "7", "--bias", "True"]])
 def test_both_spellings_of_the_command_line(style):
-    config, _, plan = train_orchestrated.parse([*style, "--scaling_schedule_file=s.yaml", "--plan"])
-    assert (config.max_iters, config.bias, config.schedule, plan) == (7, True, "s.yaml", True)
+    config, _, options = train_orchestrated.parse([*style, "--scaling_schedule_file=s.yaml", "--plan"])
+    assert (config.max_iters, config.bias, config.schedule, options.plan) == (7, True, "s.yaml", "table")
 
 
 def test_later_wins_whatever_the_spelling():

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from training.errors import Refused
+from training.injection import parse_faults
 from training.values import (
     Fraction,
     NonNegativeFloat,
@@ -100,6 +101,20 @@ class TrainConfig(BaseModel):
     wsd_decay_fraction: PositiveFloat = _key(0.2, "wsd: the share of lr_decay_iters that decays, linearly")
     early_stopping_patience: NonNegativeInt = _key(0, "evaluations without a gain before the run ends; 0: never")
     early_stopping_min_delta: NonNegativeFloat = _key(0.0, "how much lower the loss must be to count as a gain")
+    # when something goes wrong
+    on_sick_step: Literal["skip", "rollback", "stop"] = _key(
+        "skip", "a non-finite or spiking step never updates weights; then: skip it | rollback to a checkpoint | stop"
+    )
+    sick_step_limit: PositiveInt = _key(10, "sick steps in a row (or rollbacks) after which the run stops in any case")
+    spike_sigma: NonNegativeFloat = _key(
+        0.0, "a loss this many standard deviations above its running mean is sick; 0: off (on CUDA it waits each step)"
+    )
+    rollback_skip_batches: NonNegativeInt = _key(0, "global batches to leave out beyond the sick one after a rollback")
+    rollback_rewarm_iters: NonNegativeInt = _key(0, "iterations over which the rate climbs back after a rollback")
+    memory_checkpoint_percent: NonNegativeFloat = _key(
+        0.0, "save and warn when host or device memory crosses this percentage, looked at every log_interval; 0: never"
+    )
+    inject: str = _key("", "faults to try out, e.g. nan@120,oom@200:rank1,kill@250 (each once per run folder)")
     # system
     backend: str = _key("auto", "torch.distributed backend; auto: nccl on CUDA, else gloo")
     device: str = _key("auto", "auto | cpu | cuda | cuda:N | mps")
@@ -259,6 +274,10 @@ def check_config(config: TrainConfig) -> TrainConfig:
         )
     if config.wsd_decay_fraction > 1:
         problems.append(f"wsd_decay_fraction must be in (0, 1], got {config.wsd_decay_fraction}")
+    try:
+        parse_faults(config.inject)
+    except ValueError as error:
+        problems.append(str(error))
     if not config.out_dir:
         problems.append("out_dir is empty")
     if problems:

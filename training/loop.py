@@ -51,8 +51,10 @@ def _train(session: Session) -> int:
         if evaluated and p.iter > 0 and (improved or config.always_save_checkpoint):
             session.save_unless_saved("best validation loss" if improved else "evaluation")
 
-        result = run.step()
+        # A step that came out sick is made again, passed over or taken back, as configured.
+        result = session.heal(run.step())
         session.tick()
-        if p.iter % s.log_interval == 0:
+        if result is not None and p.iter % s.log_interval == 0:
             session.log_step(result)
+            session.watch_memory()
             logged_at = p.iter

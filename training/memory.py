@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from training.run import Run
+from training.run import Run, is_out_of_memory
 
 
 def largest_batch_that_fits(run: Run, target: float, candidates: Sequence[int]) -> int:
@@ -62,10 +62,8 @@ def peak_memory(run: Run, batch_size: int) -> float:
             p.numel() * p.element_size() * 2 for p in run.optimizer.parameters if p not in run.optimizer.inner.state
         )
         return meter.peak + missing
-    except (torch.OutOfMemoryError, MemoryError):
-        return float("inf")
-    except RuntimeError as error:
-        if "alloc" in str(error).lower() and "memory" in str(error).lower():  # the CPU allocator's own words
+    except Exception as error:
+        if is_out_of_memory(error):
             return float("inf")
         raise
     finally:

@@ -154,6 +154,12 @@ class Progress:
     stopping_best: float | None = None
     """The loss that early stopping measures against (best_val_loss less what min_delta ignores)."""
     evals_without_gain: int = 0
+    loss_mean: float = 0.0
+    """Running mean and variance of the training loss, kept where spikes are looked for (spike_sigma)."""
+    loss_variance: float = 0.0
+    losses_seen: int = 0
+    sick_steps: int = 0
+    """Steps in a row that were not taken."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

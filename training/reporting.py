@@ -235,6 +235,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def memory_percent(device: torch.device) -> dict[str, float]:
+    """How much of the host's and of the device's memory is in use, in percent."""
+    used = {"host": psutil.virtual_memory().percent}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        used["device"] = 100.0 * (total - free) / total
+    return used
+
+
 def start_wandb(project: str, name: str, run_id: str | None, config: Mapping[str, Any], folder: Path) -> Any:
     """A W&B run; with the id of an earlier one, that run continued. WANDB_MODE=offline needs no network."""
     import wandb

@@ -28,10 +28,13 @@ from training.config import TrainConfig
 from training.distributed import Ranks
 from training.errors import OperationFailed, RanksDisagree
 from training.evaluation import validation_loss
+from training.injection import Injector
 from training.learning_rate import learning_rate
 from training.optimizer import NamedAdamW, State
 from training.records import Progress, Settings
 
+# A loss can be called a spike after this many, and the running mean remembers about that many.
+SPIKE_WARMUP, SPIKE_MEMORY = 20, 100
 Reshape = Callable[[GPT, ModelConfig, torch.Generator], tuple[GPT, Lineage]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,10 +64,14 @@ class StepResult:
 
     loss: torch.Tensor
     """This rank's mean over its micro-steps, ()."""
-    grad_norm: torch.Tensor | None
-    """Before clipping, (); None where clipping is off."""
+    grad_norm: torch.Tensor
+    """Before clipping, ()."""
     lr: float
     samples: int
+    sick: str = ""
+    """Why the weights were not updated ("out of memory", "not finite", "spike"); on CUDA of the step before."""
+    at: tuple[int, int, int] = (0, 0, 0)
+    """(iter, samples, tokens) before the sick step."""
 
 
 class Run:
@@ -98,6 +105,8 @@ class Run:
         self.device = device
         self.stream = Stream(data.train, config.seed)
         self._prefetched: tuple[tuple[int, ...], Any] | None = None
+        self._undiagnosed: Any = None
+        self.injector = Injector(config.inject, ranks.rank, config.out_dir)
         self.eval_batch_size = config.eval_batch_size or config.batch_size
         self.stopwatch = Stopwatch()
         self.consistent = True
@@ -122,39 +131,62 @@ class Run:
     # ------------------------------------------------------------------------------------------ one step
 
     def step(self) -> StepResult:
-        """One optimizer step on the next samples of the stream."""
+        """One optimizer step on the next samples of the stream.
+
+        A step whose gradients are not finite, whose loss is a spike, or that ran out of memory on any rank leaves
+        weights and moments as they were on every rank, and says so in the result.
+        """
         s, p, ranks = self.settings, self.progress, self.ranks
-        lr = self.current_lr()
+        at, lr = (p.iter, p.samples, p.tokens), self.current_lr()
         micro_steps = range(ranks.rank, s.grad_accum, ranks.world_size)
         total = torch.zeros((), device=self.device)
-        for micro in micro_steps:
-            with self.stopwatch.part("data"):
-                x, y = self._batch(p.samples + micro * s.batch_size, s.batch_size)
-            with self.stopwatch.part("forward_backward"):
-                last = micro + ranks.world_size >= s.grad_accum
-                if ranks.distributed:
-                    # Only the last backward exchanges gradients; the earlier ones add up locally.
-                    self.wrapped.require_backward_grad_sync = last
-                self._seed_dropout(micro)
-                with self.autocast():
-                    _, loss = self.wrapped(x, y)
-                    loss = loss / len(micro_steps)
-                self.scaler.scale(loss).backward()
-                total += loss.detach()
-            if self.device.type == "cuda":
+        out_of_memory = exchanging = False
+        try:
+            for micro in micro_steps:
                 with self.stopwatch.part("data"):
-                    following = p.samples + s.samples_per_iter + ranks.rank * s.batch_size
-                    self._prefetch(
-                        following if last else p.samples + (micro + ranks.world_size) * s.batch_size,
-                        s.batch_size,
-                    )
+                    x, y = self._batch(p.samples + micro * s.batch_size, s.batch_size)
+                with self.stopwatch.part("forward_backward"):
+                    last = micro + ranks.world_size >= s.grad_accum
+                    if ranks.distributed:
+                        # Only the last backward exchanges gradients; the earlier ones add up locally.
+                        self.wrapped.require_backward_grad_sync = last
+                    self._seed_dropout(micro)
+                    with self.autocast():
+                        _, loss = self.wrapped(x, y)
+                        loss = loss / len(micro_steps)
+                    if self.injector.faults and micro == micro_steps[0]:
+                        loss = self.injector.strike(p.iter, loss)
+                    exchanging = last and ranks.distributed
+                    self.scaler.scale(loss).backward()
+                    exchanging = False
+                    total += loss.detach()
+                if self.device.type == "cuda":
+                    with self.stopwatch.part("data"):
+                        following = p.samples + s.samples_per_iter + ranks.rank * s.batch_size
+                        self._prefetch(
+                            following if last else p.samples + (micro + ranks.world_size) * s.batch_size,
+                            s.batch_size,
+                        )
+        except Exception as error:
+            # Once gradients are being exchanged the other ranks cannot be joined any more.
+            if exchanging or not is_out_of_memory(error):
+                raise
+            out_of_memory = True
+            self._poison(p.samples)
         with self.stopwatch.part("optimizer"):
-            grad_norm = None
+            self.scaler.unscale_(self.optimizer.inner)
+            # The norm of the reduced gradients is the same number on every rank, and not finite if one of them is not.
             if s.grad_clip > 0:
-                self.scaler.unscale_(self.optimizer.inner)
                 grad_norm = nn.utils.clip_grad_norm_(self._trainable, s.grad_clip)
+            else:
+                grad_norm = nn.utils.get_total_norm([q.grad for q in self._trainable if q.grad is not None])
+            spike = self._is_spike(total, out_of_memory)
             self.optimizer.set(lr, s.beta1, s.beta2, s.weight_decay)
             self.consistent = False
+            if not self.scaler.is_enabled():
+                # The fused kernels look at this on the device: no weight is touched, and no host waits to know.
+                bad = ~torch.isfinite(grad_norm) if not spike else torch.ones_like(grad_norm, dtype=torch.bool)
+                self.optimizer.inner.found_inf = bad.to(torch.float32)
             self.scaler.step(self.optimizer.inner)
             self.scaler.update()
             self.optimizer.zero_grad()
@@ -162,7 +194,70 @@ class Run:
             p.samples += s.samples_per_iter
             p.tokens += s.tokens_per_iter
             self.consistent = True
-        return StepResult(total, grad_norm, lr, s.samples_per_iter)
+        sick, sick_at = self._diagnose(grad_norm, out_of_memory, spike, at)
+        return StepResult(total, grad_norm, lr, s.samples_per_iter, sick, sick_at)
+
+    def _poison(self, first: int) -> None:
+        """After running out of memory: join the other ranks' exchange of gradients with ones that are not numbers.
+
+        So no rank updates its weights, and all of them know that something is wrong.
+        """
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.ranks.distributed:
+            self.wrapped.require_backward_grad_sync = True
+            x, y = self._load(first, 1, self.settings.model.block_size, self.settings.sequence_length)
+            with self.autocast():
+                loss = self.wrapped(x, y)[1]
+            (loss * float("nan")).backward()
+        else:
+            for parameter in self._trainable:
+                parameter.grad = torch.full_like(parameter, float("nan"))
+
+    def _is_spike(self, total: torch.Tensor, out_of_memory: bool) -> bool:
+        """Whether the loss, over all ranks, is far above its running mean; equal on every rank."""
+        sigma, p = self.config.spike_sigma, self.progress
+        if not sigma:
+            return False
+        local = float("nan") if out_of_memory else float(total)
+        loss = float(self.ranks.sum(np.array([local]))[0]) / self.ranks.world_size
+        if not np.isfinite(loss):
+            return False
+        limit = p.loss_mean + sigma * max(p.loss_variance, 1e-12) ** 0.5
+        if p.losses_seen >= SPIKE_WARMUP and loss > limit:
+            return True
+        p.losses_seen += 1
+        weight = max(1.0 / p.losses_seen, 1.0 / SPIKE_MEMORY)
+        distance = loss - p.loss_mean
+        p.loss_mean += weight * distance
+        p.loss_variance = (1 - weight) * (p.loss_variance + weight * distance * distance)
+        return False
+
+    def _diagnose(
+        self, grad_norm: torch.Tensor, out_of_memory: bool, spike: bool, at: tuple[int, int, int]
+    ) -> tuple[str, tuple[int, int, int]]:
+        """What was wrong and where, on every rank alike. Reading it never waits for the step just enqueued on CUDA."""
+        if self.scaler.is_enabled() and not out_of_memory:
+            return "", at  # a GradScaler tries scales that overflow; skipping those steps is its business
+        finite: torch.Tensor | None = torch.isfinite(grad_norm)
+        cause = "out of memory" if out_of_memory else "spike" if spike else "not finite"
+        if self.device.type == "cuda":
+            copied = torch.empty((), dtype=torch.bool, pin_memory=True)
+            copied.copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            before, self._undiagnosed = self._undiagnosed, (copied, event, cause, spike, at)
+            if before is None:
+                return "", at
+            copied, event, cause, spike, at = before
+            event.synchronize()
+            finite = copied
+        if bool(finite) and not spike:
+            return "", at
+        # Every rank comes here: the norm and the spike are the same numbers everywhere.
+        causes = self.ranks.gather(cause)
+        return ("out of memory" if "out of memory" in causes else cause), at
 
     def _seed_dropout(self, micro: int) -> None:
         """Dropout is a function of (seed, iteration, micro-step): equal after a resume and for any number of ranks."""
@@ -345,6 +440,14 @@ class Run:
         self.model, self.optimizer = model, optimizer
         self._trainable = optimizer.parameters
         self.wrapped = self.ranks.wrap(model, self.device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that host or device memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and "alloc" in text and "memory" in text  # the CPU allocator's own words
 
 
 def shape_of(config: ModelConfig) -> ModelConfig:

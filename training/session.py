@@ -6,6 +6,7 @@ Holds what the loop does at a boundary, a method each; the order in which they h
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from model.gpt import from_weights
 from training import checkpoint
 from training.config import TrainConfig
 from training.orchestrator import Orchestrator
-from training.records import Progress, Settings
-from training.reporting import Silent, machine
+from training.records import Progress, Settings, differences
+from training.reporting import Silent, machine, memory_percent
 from training.run import Run, StepResult
 from training.schedule import Schedule
 from training.stopping import NoSignals, SignalWatch
@@ -46,6 +47,8 @@ class Session:
         self.wandb_id = wandb_id
         self.orchestrator = Orchestrator(schedule, run, self)
         self._saved: tuple[int, ...] = ()
+        self._rollbacks = 0
+        self._over_memory = False
         self.stops_seen = run.settings.stops_asked
         self._clock = time.perf_counter()
         self._logged_tokens = run.progress.tokens
@@ -66,14 +69,15 @@ class Session:
             if fields["val_loss_after"] is not None:
                 losses = f"; val loss {fields['val_loss_before']:.4f} -> {fields['val_loss_after']:.4f}"
             desc = f" ({fields['desc']})" if fields["desc"] else ""
+            number = "-" if fields["entry"] is None else fields["entry"]
             self.reporter.say(
-                f"[{fields['entry']}] {fields['name']}{desc}: {moved or 'no change'}{over} [{fields['reason']}]{losses}"
+                f"[{number}] {fields['name']}{desc}: {moved or 'no change'}{over} [{fields['reason']}]{losses}"
             )
         elif kind == "rollback":
-            self.reporter.say(
-                f"back to iteration {self.run.progress.iter} from {fields['from_iter']}: {fields['reason']}; "
-                f"entry {fields['entry']} ({fields['name']}) will not fire again"
-            )
+            told = f"back to iteration {self.run.progress.iter} from {fields['from_iter']}: {fields['reason']}"
+            if "entry" in fields:
+                told += f"; entry {fields['entry']} ({fields['name']}) will not fire again"
+            self.reporter.say(told)
 
     def metrics(self, kind: str, **fields: Any) -> None:
         run, s, p = self.run, self.run.settings, self.run.progress
@@ -107,7 +111,7 @@ class Session:
         self.metrics(
             "train",
             loss=loss,
-            grad_norm=None if result.grad_norm is None else result.grad_norm.item(),
+            grad_norm=result.grad_norm.item(),
             step_lr=result.lr,
             tokens_per_second=rate,
             seconds_by_part={
@@ -149,6 +153,101 @@ class Session:
             self.tick()
             self.metrics("eval", val_loss=loss, best_val_loss=self.run.progress.best_val_loss, why=why)
         return loss
+
+    # ------------------------------------------------------------------------------------------ healing
+
+    def heal(self, result: StepResult) -> StepResult | None:
+        """After a step that did not update the weights: try again with less memory, skip, go back, or stop.
+
+        Every rank has the same result. Returns the step to log, None where the run went back. Raises RuntimeError
+        where the run cannot or shall not go on.
+        """
+        run, p, config = self.run, self.run.progress, self.config
+        if not result.sick:
+            p.sick_steps = 0
+            return result
+        iteration, first, _ = result.at
+        samples = [first, first + run.settings.samples_per_iter]
+        if result.sick == "out of memory":
+            return self._retry_smaller(result)
+        p.sick_steps += 1
+        limit = config.sick_step_limit
+        action = "stop" if max(p.sick_steps, self._rollbacks) >= limit else config.on_sick_step
+        told = f"{result.sick} in the step after iteration {iteration}, samples {samples[0]} to {samples[1] - 1}"
+        self.event("error", message=told, action=action, samples=samples)
+        self.reporter.say(f"{told}: {action}")
+        if action == "stop":
+            raise RuntimeError(f"{told}; on_sick_step {config.on_sick_step}, sick_step_limit {limit}")
+        if action == "rollback":
+            self._roll_back(told)
+            return None
+        return result
+
+    def _retry_smaller(self, failed: StepResult) -> StepResult | None:
+        """Make the failed step again in smaller micro-batches: the same global batch, no sample lost or seen twice."""
+        run, p = self.run, self.run.progress
+        now = (p.iter, p.samples, p.tokens)
+        while failed.sick == "out of memory":
+            before = run.settings
+            factor = next((k for k in range(2, before.batch_size + 1) if before.batch_size % k == 0), 0)
+            if not factor:
+                raise RuntimeError("out of memory with a micro-batch of one sequence: nothing is left to make smaller")
+            p.iter, p.samples, p.tokens = failed.at
+            smaller = replace(before, batch_size=before.batch_size // factor, grad_accum=before.grad_accum * factor)
+            run.adopt(smaller)
+            changed = differences(before, smaller)
+            total, trainable = run.parameter_counts()
+            self.event(
+                "operation",
+                entry=None,
+                name="adjust_batch_size",
+                value=[smaller.batch_size, smaller.grad_accum],
+                reason="out of memory: the same global batch in smaller pieces",
+                desc="",
+                over=None,
+                settings_before=changed[0],
+                settings_after=changed[1],
+                val_loss_before=None,
+                val_loss_after=None,
+                seconds=0.0,
+                parameters_total=total,
+                parameters_trainable=trainable,
+            )
+            failed = run.step()
+        p.iter, p.samples, p.tokens = now
+        return self.heal(failed)
+
+    def _roll_back(self, why: str) -> None:
+        """Back to the newest whole checkpoint, and on with the samples after the sick ones."""
+        run, from_iter = self.run, self.run.progress.iter
+        found = checkpoint.find(self.config.out_dir) if run.ranks.is_first else []
+        name = run.ranks.broadcast(found[0].name if found else None)
+        if name is None:
+            raise RuntimeError(f"{why}; there is no checkpoint to go back to")
+        self._rollbacks += 1
+        position = self.go_back(name)
+        self.orchestrator.load_state(position)
+        run.progress.samples += self.config.rollback_skip_batches * run.settings.samples_per_iter
+        if self.config.rollback_rewarm_iters:
+            rewarm = {"rewarm_iters": self.config.rollback_rewarm_iters, "rewarms": run.settings.rewarms + 1}
+            run.adopt(replace(run.settings, **rewarm))
+        run.check_ranks_agree("a rollback")
+        self.event("rollback", reason=why, from_iter=from_iter, checkpoint=name, next_sample=run.progress.samples)
+        self.keep("rolled back")
+
+    def watch_memory(self) -> None:
+        """Save and warn once when memory crosses memory_checkpoint_percent; looked at with every line of metrics."""
+        limit = self.config.memory_checkpoint_percent
+        if not limit:
+            return
+        facts = memory_percent(self.run.device) if self.run.ranks.is_first else {}
+        facts = self.run.ranks.broadcast(facts)
+        over = {name: value for name, value in facts.items() if value >= limit}
+        if over and not self._over_memory:
+            told = ", ".join(f"{name} memory at {value:.0f} %" for name, value in over.items())
+            self.reporter.say(f"warning: {told}, memory_checkpoint_percent is {limit:g}: saving")
+            self.save_unless_saved(f"{told} (memory_checkpoint_percent {limit:g})")
+        self._over_memory = bool(over)
 
     # ------------------------------------------------------------------------------------------ saving
 

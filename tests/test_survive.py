@@ -1,0 +1,169 @@
+"""Sick numbers, memory that runs out, deaths: what was hurt, what was not, and that every rank knows."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import arguments, assert_same_tensors, events, lines, on_ranks, tensors
+from test_operations import live_run
+
+import train_orchestrated
+from training.errors import Refused
+from training.injection import parse_faults
+from training.session import Session
+
+
+def train_lines(out_dir):
+    return [m for m in lines(out_dir / "metrics.jsonl") if m["kind"] == "train" and not m.get("void")]
+
+
+# ---------------------------------------------------------------------------------------------- sick numbers
+
+
+def test_a_step_that_is_not_finite_touches_nothing(data, tmp_path):
+    run = live_run(data, inject="nan@4", out_dir=str(tmp_path))
+    run.step()
+    weights = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    moments = {n: {k: v.clone() for k, v in m.items()} for n, m in run.optimizer.state_by_name().items()}
+    result = run.step()
+    assert result.sick == "not finite" and result.at == (4, 32, 512)
+    assert all(torch.equal(p, weights[n]) for n, p in run.model.named_parameters())
+    for n, m in run.optimizer.state_by_name().items():
+        assert all(torch.equal(v, moments[n][k]) for k, v in m.items()), n
+    assert run.progress.iter == 5, "the samples are passed over"
+    assert not run.step().sick
+    assert not torch.equal(run.model.get_parameter("transformer.wte.weight"), weights["transformer.wte.weight"])
+
+
+def test_skipping_is_logged_with_the_samples(tiny):
+    code, out = tiny(inject="nan@5")
+    assert code == 0
+    (error,) = events(out, "error")
+    assert error["action"] == "skip" and error["samples"] == [40, 48] and "not finite" in error["message"]
+    assert train_lines(out)[5]["loss"] is None, "null, never NaN"
+    assert all(m["loss"] is not None for m in train_lines(out) if m["iter"] != 6)
+
+
+def test_rolling_back_goes_past_the_offending_data(tiny):
+    code, out = tiny(inject="nan@6", on_sick_step="rollback", rollback_skip_batches=2, rollback_rewarm_iters=3)
+    assert code == 0
+    (back,) = events(out, "rollback")
+    assert back["iter"] == 4 and back["from_iter"] == 7 and back["checkpoint"] == "iter_000000004"
+    assert back["next_sample"] == 7 * 8 + 2 * 8
+    assert [m["iter"] for m in train_lines(out)] == list(range(1, 13))
+    rates = {m["iter"]: m["step_lr"] for m in train_lines(out)}
+    assert rates[5] < rates[6] < rates[7] < rates[4]
+
+
+def test_a_run_that_stays_sick_stops(tiny, tmp_path):
+    with pytest.raises(RuntimeError, match="sick_step_limit 3"):
+        tiny(inject="nan@5,nan@6,nan@7,nan@8", sick_step_limit=3)
+    assert [e["action"] for e in events(tmp_path / "run", "error") if "action" in e] == ["skip", "skip", "stop"]
+    assert events(tmp_path / "run", "emergency")[0]["path"], "what there is is saved"
+
+
+def test_stop_saves_and_says_why(tiny, resume, tmp_path):
+    with pytest.raises(RuntimeError, match="on_sick_step stop"):
+        tiny(inject="nan@5", on_sick_step="stop")
+    assert resume(tmp_path / "run") == 0, "and the resumed run goes on after the sick samples"
+
+
+def test_spikes(tiny):
+    code, out = tiny(inject="spike@27", spike_sigma=6.0, max_iters=32, eval_interval=16)
+    assert code == 0
+    (error,) = events(out, "error")
+    assert error["message"].startswith("spike in the step after iteration 27")
+    _, out = tiny(out="off", inject="spike@27", max_iters=32, eval_interval=16)
+    assert not events(out, "error")
+
+
+def test_the_memory_of_losses_is_part_of_the_checkpoint(tiny, resume):
+    keys = dict(spike_sigma=6.0, inject="spike@27", eval_interval=8)
+    _, whole = tiny(out="whole", max_iters=32, lr_decay_iters=32, **keys)
+    _, halves = tiny(out="halves", max_iters=24, lr_decay_iters=32, **keys)
+    assert resume(halves, max_iters=32) == 0
+    assert_same_tensors(tensors(halves), tensors(whole))
+
+
+# ---------------------------------------------------------------------------------------------- out of memory
+
+
+def test_out_of_memory_makes_the_same_batch_in_smaller_pieces(tiny):
+    _, plain = tiny(out="plain")
+    code, out = tiny(inject="oom@5")
+    assert code == 0
+    (event,) = [e for e in events(out, "operation") if e["entry"] is None]
+    assert event["settings_after"] == {"batch_size": 2, "grad_accum": 4}
+    state = json.loads((out / "checkpoints" / "latest" / "state.json").read_text())
+    assert state["progress"]["samples"] == 12 * 8, "no sample lost, none seen twice"
+    for one, other in zip(train_lines(out), train_lines(plain), strict=True):
+        assert one["iter"] == other["iter"] and one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_out_of_memory_with_nothing_left_to_halve_ends_clearly(tiny, tmp_path):
+    with pytest.raises(RuntimeError, match="micro-batch of one sequence"):
+        tiny(inject="oom@5", batch_size=1)
+    assert events(tmp_path / "run", "emergency")
+
+
+def _sick_on_one_rank(rank: int, data: str, out: str, fault: str):
+    return train_orchestrated.main(arguments(data, out, inject=fault))
+
+
+@pytest.mark.parametrize("fault", ["nan@5:rank1", "oom@5:rank1"])
+def test_what_hurts_one_rank_is_known_to_all(data, tmp_path, fault):
+    """An end is an agreement: operations compare the bits of all weights on both ranks."""
+    assert on_ranks(_sick_on_one_rank, str(data), str(tmp_path / "run"), fault) == [0, 0]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "latest" / "state.json").read_text())
+    assert state["progress"]["iter"] == 12 and state["progress"]["samples"] == 12 * 8
+    if fault.startswith("oom"):
+        assert state["settings"]["batch_size"] == 2 and state["settings"]["grad_accum"] == 4
+    else:
+        assert events(tmp_path / "run", "error")[0]["samples"] == [40, 48]
+    weights = tensors(tmp_path / "run")
+    assert all(np.isfinite(w.numpy()).all() for w in weights.values())
+
+
+# ---------------------------------------------------------------------------------------------- memory, lock, faults
+
+
+def test_memory_beyond_the_limit_is_saved_once_per_crossing(tiny, monkeypatch, capsys):
+    percents = iter([10, 10, 95, 96, 97, 50, 99] + [10] * 20)
+    monkeypatch.setattr("training.session.memory_percent", lambda device: {"host": float(next(percents))})
+    _, out = tiny(memory_checkpoint_percent=90.0, eval_interval=12)
+    saved = [e["iter"] for e in events(out, "checkpoint") if "memory" in e["reason"]]
+    assert saved == [3, 7]
+    assert capsys.readouterr().out.count("warning: host memory") == 2
+
+
+def test_faults_are_checked_like_any_key(tiny):
+    assert [str(f) for f in parse_faults("nan@1, oom@20:rank3")] == ["nan@1", "oom@20:rank3"]
+    with pytest.raises(Refused, match="'nan@x' is no fault"):
+        tiny(inject="nan@x")
+
+
+def test_a_fault_strikes_once_per_run_folder(tiny, resume, monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="injected: raise@6"):
+        tiny(inject="raise@6")
+    assert resume(tmp_path / "run") == 0
+    _, plain = tiny(out="plain")
+    assert_same_tensors(tensors(tmp_path / "run"), tensors(plain))
+
+
+def test_two_jobs_on_one_run_folder(tiny, monkeypatch, data, tmp_path):
+    """The second is refused while the first runs, and only then."""
+    seen = []
+    real = Session.evaluate
+
+    def evaluate(self):
+        if not seen:
+            seen.append(1)
+            with pytest.raises(Refused, match="another job"):
+                train_orchestrated.main(arguments(data, tmp_path / "run"))
+        return real(self)
+
+    monkeypatch.setattr(Session, "evaluate", evaluate)
+    assert tiny()[0] == 0 and seen
