@@ -69,7 +69,7 @@ def open_model(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
         model = nanogpt.load_checkpoint(options.init_from) if is_file else hugging_face.load(options.init_from)
         return model, tokenizer_of(meta)
     if options.checkpoint == "latest":
-        loaded, passed_over = latest_good(options.out_dir)
+        loaded, passed_over, _ = latest_good(options.out_dir)
         for problem in passed_over:
             print(f"passed over: {problem}", file=sys.stderr)
     else:

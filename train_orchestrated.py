@@ -218,8 +218,9 @@ def announce(session: Session, resumed: setup.Resumed | None) -> None:
         session.event("start", **facts)
     else:
         path = str(resumed.loaded.path)
-        session.event("resume", checkpoint=path, set_aside=resumed.set_aside, **facts)
-        for problem in resumed.set_aside:
+        aside = [str(checkpoint.set_aside(path)) for path in resumed.damaged] if run.ranks.is_first else []
+        session.event("resume", checkpoint=path, problems=resumed.passed_over, set_aside=aside, **facts)
+        for problem in resumed.passed_over:
             session.reporter.say(f"passed over: {problem}")
         session.reporter.say(f"resumed from {path} at iteration {run.progress.iter}")
         for override in resumed.overrides:

@@ -14,7 +14,7 @@ from training.operations import OPERATIONS
 ROOMS = ("model", "data", "training")
 # Inside training: a file may import only files of a lower floor (docs/architecture.md).
 FLOORS = [
-    {"errors", "values"},
+    {"errors", "values", "injection"},
     {"records", "config", "distributed", "optimizer"},
     {"learning_rate", "triggers", "checkpoint", "stopping", "evaluation"},
     {"operations"},

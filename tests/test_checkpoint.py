@@ -94,5 +94,6 @@ def test_a_damaged_latest_is_passed_over_and_said(tiny, resume, capsys):
     latest.write_bytes(latest.read_bytes()[:100])
     assert resume(out_dir, max_iters=10) == 0
     (event,) = events(out_dir, "resume")
-    assert event["checkpoint"].endswith("iter_000000004") and "model.safetensors is damaged" in event["set_aside"][0]
+    assert event["checkpoint"].endswith("iter_000000004") and "model.safetensors is damaged" in event["problems"][0]
+    assert event["set_aside"][0].endswith("damaged_iter_000000008"), "and out of the way"
     assert "passed over" in capsys.readouterr().out

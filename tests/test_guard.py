@@ -82,7 +82,7 @@ def test_killed_at_any_save_around_a_guard(tiny, resume, monkeypatch, tmp_path, 
     assert events(whole, "rollback")
     done, real = [], Session.save
 
-    def dies(self, why):
+    def dies(self, why, required=True):
         name = real(self, why)
         done.append(why)
         if len(done) == saves:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,8 +68,11 @@ def save(
     writing = root / f"{_TEMPORARY}{name}"
     writing.mkdir()
     moments = {f"{name}|{key}": value for name, parts in optimizer.items() for key, value in parts.items()}
-    save_file(_detached(model), writing / "model.safetensors")
-    save_file(_detached(moments), writing / "optimizer.safetensors")
+    try:
+        save_file(_detached(model), writing / "model.safetensors")
+        save_file(_detached(moments), writing / "optimizer.safetensors")
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
     (writing / "state.json").write_text(json.dumps(state, allow_nan=False), "utf-8")
     val_loss = state["progress"]["last_val_loss"]
     is_fresh = state["progress"]["last_eval_iter"] == state["progress"]["iter"]
@@ -135,6 +139,16 @@ def load(path: str | Path) -> Checkpoint:
         optimizer.setdefault(name, {})[part] = value
     state = json.loads((path / "state.json").read_text("utf-8"))
     return Checkpoint(state, load_file(path / "model.safetensors"), optimizer, path)
+
+
+def set_aside(path: str | Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing takes it for one again; what is in it stays for whoever looks."""
+    path = Path(path)
+    aside = path.with_name(f"damaged_{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.replace(path, aside)
+    return aside
 
 
 def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

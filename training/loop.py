@@ -49,7 +49,7 @@ def _train(session: Session) -> int:
             session.event("end", reason=reason, best_val_loss=p.best_val_loss, not_fired=missed)
             return 0
         if evaluated and p.iter > 0 and (improved or config.always_save_checkpoint):
-            session.save_unless_saved("best validation loss" if improved else "evaluation")
+            session.save_unless_saved("best validation loss" if improved else "evaluation", required=False)
 
         # A step that came out sick is made again, passed over or taken back, as configured.
         result = session.heal(run.step())

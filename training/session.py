@@ -246,7 +246,7 @@ class Session:
         if over and not self._over_memory:
             told = ", ".join(f"{name} memory at {value:.0f} %" for name, value in over.items())
             self.reporter.say(f"warning: {told}, memory_checkpoint_percent is {limit:g}: saving")
-            self.save_unless_saved(f"{told} (memory_checkpoint_percent {limit:g})")
+            self.save_unless_saved(f"{told} (memory_checkpoint_percent {limit:g})", required=False)
         self._over_memory = bool(over)
 
     # ------------------------------------------------------------------------------------------ saving
@@ -268,8 +268,12 @@ class Session:
             "world_size": run.ranks.world_size,
         }
 
-    def save(self, why: str) -> str:
-        """Save a checkpoint on rank 0 and return its name. Raises on every rank when it could not be written."""
+    def save(self, why: str, required: bool = True) -> str:
+        """Save a checkpoint on rank 0 and return its name.
+
+        Where it could not be written, every rank raises RuntimeError; or, when it is not `required`, the run says so
+        and goes on with the checkpoint before, which is not touched until a new one is whole.
+        """
         run, name, error = self.run, "", None
         self.tick()
         with run.stopwatch.part("checkpoint"):
@@ -279,8 +283,12 @@ class Session:
                 except OSError as caught:
                     error = f"checkpoint at iteration {run.progress.iter} could not be written: {caught}"
             name, error = run.ranks.broadcast((name, error))
-        if error:
+        if error and required:
             raise RuntimeError(error)
+        if error:
+            self.event("error", message=error, action="go on")
+            self.reporter.say(f"warning: {error}; the run goes on with the checkpoint before")
+            return ""
         self._saved = self._moment()
         return name
 
@@ -309,10 +317,10 @@ class Session:
         if self.run.ranks.is_first:
             checkpoint.remove_after(self.config.out_dir, self.run.progress.iter)
 
-    def save_unless_saved(self, why: str) -> None:
+    def save_unless_saved(self, why: str, required: bool = True) -> None:
         """Save unless this very state of the run is on the disk."""
         if self._saved != self._moment():
-            self.save(why)
+            self.save(why, required)
 
     def _moment(self) -> tuple[int, ...]:
         """What tells two states of the run apart: the iteration, the evaluation made, the entries fired."""

@@ -164,24 +164,28 @@ class Resumed:
     schedule: Schedule
     overrides: list[dict[str, Any]]
     """Events: key, before, after, applied, reason."""
-    set_aside: list[str]
-    """Why newer checkpoints were passed over."""
+    passed_over: list[str]
+    """What is wrong with newer checkpoints."""
+    damaged: list[Path]
+    """Their folders."""
 
 
-def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with newer ones. Raises Refused where there is none."""
+def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Path]]:
+    """The newest checkpoint that is whole, what is wrong with newer ones, and their folders. Raises Refused."""
     problems: list[str] = []
+    damaged: list[Path] = []
     for path in checkpoint.find(out_dir):
         try:
-            return checkpoint.load(path), problems
+            return checkpoint.load(path), problems, damaged
         except Refused as error:
             problems += error.problems
+            damaged.append(path)
     raise Refused([*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"])
 
 
 def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
     """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
-    loaded, set_aside = latest_good(config.out_dir)
+    loaded, passed_over, damaged = latest_good(config.out_dir)
     recorded = TrainConfig(**loaded.state["config"])
     settings = Settings.from_json(loaded.state["settings"])
     overrides: list[dict[str, Any]] = []
@@ -228,7 +232,7 @@ def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
     if problems:
         raise Refused(problems)
     update = {key: getattr(config, key) for key in given} | {"out_dir": config.out_dir, "init_from": "resume"}
-    return Resumed(loaded, recorded.model_copy(update=update), settings, schedule, overrides, set_aside)
+    return Resumed(loaded, recorded.model_copy(update=update), settings, schedule, overrides, passed_over, damaged)
 
 
 # ---------------------------------------------------------------------------------------------- the whole

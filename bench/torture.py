@@ -1,0 +1,208 @@
+"""Kills a scheduled run again and again at random moments, and compares its end with a run that was left alone.
+
+    python bench/torture.py [--kills 200] [--processes 1 2] [--seed 0]
+
+The run grows, changes adapters, batch and accumulation while it is killed with SIGKILL in steps, evaluations,
+operations, saves and at start-up. Every start uses the same two commands as a person would: the first one, or --init_from=resume
+once there is a checkpoint. A run that ends must have the weights and moments of the undisturbed run to the bit, whole
+lines in its logs, each iteration once, and no half checkpoint or leftover. Runs follow each other until the kills are
+done. Processes are forked from one that has imported everything, so a start takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import train_orchestrated  # noqa: E402
+from training import checkpoint  # noqa: E402
+
+SCHEDULE = [
+    {"name": "set_batch_size", "value": 6, "at_iter": 3},
+    {"name": "stack_layers", "value": {"times": 2}, "max_wait_iters": 3, "reevaluate": True},
+    {"name": "set_attn_lora_rank", "value": 2, "max_wait_iters": 3},
+    {"name": "set_lr", "value": 3e-3, "over": 4},
+    {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 4, "reevaluate": True},
+    {"name": "merge_lora_weights", "max_wait_iters": 2},
+    {"name": "set_grad_accum", "value": 4, "max_wait_iters": 2},
+    {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "max_wait_iters": 1, "over": 3},
+    {"name": "freeze_layer", "value": "block.0", "max_wait_iters": 4,
+     "guard": {"max_increase": 5.0, "within_iters": 3, "then": "revert"}},
+]  # fmt: skip
+KEYS = dict(
+    n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=40,
+    lr_decay_iters=40, warmup_iters=2, learning_rate=1e-2, eval_interval=5, eval_iters=2, log_interval=1, dropout=0.1,
+    device="cpu", compile=False,
+)  # fmt: skip
+
+
+class Torture:
+    """One number of processes on one folder of runs."""
+
+    def __init__(self, folder: Path, processes: int, seed: int) -> None:
+        self.folder, self.processes, self.random = folder, processes, random.Random(seed)
+        self.kills = self.starts = self.runs = 0
+        text = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 60
+        ids = np.array([sorted(set(text)).index(c) for c in text], dtype=np.uint16)
+        (folder / "data").mkdir(parents=True)
+        ids[:4000].tofile(folder / "data" / "train.bin")
+        ids[4000:].tofile(folder / "data" / "val.bin")
+        meta = {"format": 1, "vocab_size": len(set(text)), "tokenizer": "char", "itos": sorted(set(text))}
+        (folder / "data" / "meta.json").write_text(json.dumps(meta))
+        (folder / "schedule.json").write_text(json.dumps(SCHEDULE))
+
+    def arguments(self, out_dir: Path) -> list[str]:
+        """What a person would type now."""
+        if checkpoint.find(out_dir):
+            return ["--init_from=resume", f"--out_dir={out_dir}"]
+        keys = {**KEYS, "dataset": self.folder / "data", "schedule": self.folder / "schedule.json", "out_dir": out_dir}
+        return [f"--{key}={value}" for key, value in keys.items()]
+
+    def start(self, out_dir: Path) -> list[int]:
+        """Fork the processes of one start; their ids."""
+        arguments = self.arguments(out_dir)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.starts += 1
+        children = []
+        for rank in range(self.processes):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.processes))
+                    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                    with open(self.folder / "console.log", "a") as log:
+                        os.dup2(log.fileno(), 1)
+                        os.dup2(log.fileno(), 2)
+                        code = train_orchestrated.run(arguments)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    os._exit(code)
+            children.append(child)
+        return children
+
+    def wait(self, children: list[int], seconds: float) -> list[int] | None:
+        """Exit codes, or None when time is up first."""
+        codes: dict[int, int] = {}
+        deadline = time.monotonic() + seconds
+        while len(codes) < len(children):
+            for child in children:
+                if child not in codes:
+                    done, status = os.waitpid(child, os.WNOHANG)
+                    if done:
+                        codes[child] = os.waitstatus_to_exitcode(status)
+            if time.monotonic() > deadline:
+                for child in children:
+                    if child not in codes:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(child, signal.SIGKILL)
+                        os.waitpid(child, 0)
+                return None
+            time.sleep(0.002)
+        return [codes[child] for child in children]
+
+    def undisturbed(self) -> tuple[Path, float]:
+        """The run that all others are compared with, and the seconds it took."""
+        out_dir, started = self.folder / "undisturbed", time.monotonic()
+        codes = self.wait(self.start(out_dir), 300)
+        assert codes == [0] * self.processes, f"the undisturbed run ended with {codes}; see {self.folder}/console.log"
+        return out_dir, time.monotonic() - started
+
+    def run(self, kills: int) -> None:
+        """Runs until so many kills have struck; raises AssertionError with what was not as promised."""
+        reference, seconds = self.undisturbed()
+        while self.kills < kills:
+            out_dir = self.folder / f"run_{self.runs}"
+            self.runs += 1
+            while True:
+                # Short and long lives: most of them end on the way, some get far.
+                life = 300.0 if self.kills >= kills else self.random.uniform(0.0, 0.8 * seconds)
+                codes = self.wait(self.start(out_dir), life)
+                if codes is not None:
+                    assert codes == [0] * self.processes, f"start {self.starts} ended with {codes}: console.log"
+                    break
+                self.kills += 1
+                self.look_at(out_dir)
+            self.compare(out_dir, reference)
+            shutil.rmtree(out_dir)
+
+    def look_at(self, out_dir: Path) -> None:
+        """What must hold after any kill: every checkpoint that can be found is whole, and few things lie about."""
+        found = checkpoint.find(out_dir)
+        for path in found:
+            checkpoint.load(path)  # raises for a damaged one
+        if (out_dir / "checkpoints").exists():
+            names = sorted(path.name for path in (out_dir / "checkpoints").iterdir())
+            assert len(names) <= 10, f"leftovers grow: {names}"
+            assert not any(name.startswith("damaged_") for name in names), names
+
+    def compare(self, out_dir: Path, reference: Path) -> None:
+        """The end of a killed run beside that of the undisturbed one."""
+        ends = [checkpoint.load(folder / "checkpoints" / "latest") for folder in (out_dir, reference)]
+        for one, other in ((ends[0].model, ends[1].model), (ends[0].optimizer, ends[1].optimizer)):
+            assert list(one) == list(other), "other parameters"
+        for name, weight in ends[0].model.items():
+            assert weight.equal(ends[1].model[name]), f"{name} differs"
+        for name, moments in ends[0].optimizer.items():
+            for key, value in moments.items():
+                assert value.equal(ends[1].optimizer[name][key]), f"{key} of {name} differs"
+        logs = []
+        for folder in (out_dir, reference):
+            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+            events = [json.loads(line) for line in (folder / "events.jsonl").read_text("utf-8").splitlines()]
+            logs.append(
+                (
+                    [(m["kind"], m["iter"], m.get("loss"), m.get("val_loss")) for m in metrics],
+                    [(e["entry"], e["iter"]) for e in events if e["kind"] == "operation" and not e.get("void")],
+                )
+            )
+        assert logs[0][0] == logs[1][0], "the metrics differ"
+        assert logs[0][1] == logs[1][1], "the operations differ"
+        hidden = [path.name for path in (out_dir / "checkpoints").iterdir() if path.name.startswith(".")]
+        assert not hidden, f"leftovers: {hidden}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="for each number of processes")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print("| processes | SIGKILLs | starts | runs compared | differences | seconds |\n|---|---|---|---|---|---|")
+    for processes in options.processes:
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.monotonic()
+            torture = Torture(Path(folder) / "torture", processes, options.seed)
+            try:
+                torture.run(options.kills)
+            except BaseException:
+                print((torture.folder / "console.log").read_text()[-3000:], file=sys.stderr)
+                raise
+            seconds = time.monotonic() - started
+            print(
+                f"| {processes} | {torture.kills} | {torture.starts} | {torture.runs} | 0 | {seconds:.0f} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
