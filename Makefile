@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test format
+.PHONY: demo test torture format
 
 .venv/.stamp: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,9 @@ test: .venv/.stamp
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/python -m pytest
+
+torture: .venv/.stamp
+	$(VENV)/python bench/torture.py
 
 format: .venv/.stamp
 	$(VENV)/ruff format .

@@ -3,8 +3,9 @@
     python bench/torture.py [--kills 200] [--processes 1 2] [--seed 0]
 
 The run grows, changes adapters, batch and accumulation while it is killed with SIGKILL in steps, evaluations,
-operations, saves and at start-up. Every start uses the same two commands as a person would: the first one, or --init_from=resume
-once there is a checkpoint. A run that ends must have the weights and moments of the undisturbed run to the bit, whole
+operations, saves and at start-up. Every start uses the same two commands as a person would: the first one, or
+--init_from=resume once there is a checkpoint. A run that ends must have the weights and moments of the undisturbed run
+to the bit, whole
 lines in its logs, each iteration once, and no half checkpoint or leftover. Runs follow each other until the kills are
 done. Processes are forked from one that has imported everything, so a start takes a fraction of a second.
 """

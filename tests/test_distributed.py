@@ -113,7 +113,7 @@ def _unequal_clocks(rank: int, data: str, out: str, schedule: str):
         session.run.progress.seconds -= 5.0 * rank
 
     Session.tick = skewed
-    return train_orchestrated.main(arguments(data, out, schedule=schedule))
+    return train_orchestrated.main(arguments(data, out, schedule=schedule, max_iters=16))
 
 
 def test_a_whole_run_with_every_kind_of_change(data, tmp_path):

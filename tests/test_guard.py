@@ -83,7 +83,7 @@ def test_killed_at_any_save_around_a_guard(tiny, resume, monkeypatch, tmp_path, 
     done, real = [], Session.save
 
     def dies(self, why, required=True):
-        name = real(self, why)
+        name = real(self, why, required)
         done.append(why)
         if len(done) == saves:
             raise KeyboardInterrupt

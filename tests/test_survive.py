@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, assert_same_tensors, events, lines, on_ranks, tensors
+from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ranks, tensors
 from test_operations import live_run
 
 import train_orchestrated
@@ -167,3 +170,102 @@ def test_two_jobs_on_one_run_folder(tiny, monkeypatch, data, tmp_path):
 
     monkeypatch.setattr(Session, "evaluate", evaluate)
     assert tiny()[0] == 0 and seen
+
+
+# ---------------------------------------------------------------------------------------------- deaths
+
+
+@pytest.mark.timeout(240)
+def test_killed_at_random_moments():
+    """A short form of `make torture`: the end is that of the undisturbed run to the bit."""
+    command = [sys.executable, str(ROOT / "bench" / "torture.py"), "--kills", "6", "--processes", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    kills, starts, runs, differences = map(int, done.stdout.splitlines()[2].split("|")[2:6])
+    assert kills >= 6 and starts > kills and runs >= 1 and differences == 0
+
+
+@pytest.mark.timeout(180)
+def test_torchrun_brings_a_killed_rank_back_by_itself(data, tmp_path):
+    """The same command: a rank is killed, torchrun restarts the group, and it goes on from the latest checkpoint."""
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+        str(ROOT / "train_orchestrated.py"), *arguments(data, out, inject="kill@6:rank1"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert events(out, "resume")[0]["iter"] == 6 and not events(out, "override"), "rank 0 saved what it had"
+    assert [m["iter"] for m in train_lines(out)] == list(range(1, 13))
+    assert events(out, "end")[0]["iter"] == 12
+
+
+def test_a_restart_before_the_first_checkpoint_starts_anew(tiny, monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="injected"):
+        tiny(inject="raise@0")
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    code, out = tiny(inject="raise@0")
+    assert code == 0 and [m["iter"] for m in train_lines(out)] == list(range(1, 13))
+
+
+# ---------------------------------------------------------------------------------------------- storage
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on(tiny, monkeypatch, capsys):
+    """A save at an evaluation that fails leaves the checkpoint before as it was; the one at the end must succeed."""
+    from training import checkpoint
+
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) in (3, 4):
+            raise checkpoint.SafetensorError("No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    code, out = tiny()
+    assert code == 0
+    (error,) = events(out, "error")
+    assert "No space left" in error["message"] and error["action"] == "go on"
+    assert "the run goes on with the checkpoint before" in capsys.readouterr().out
+    assert {path.name for path in checkpoint.find(out)} == {"iter_000000004", "iter_000000012"}
+
+
+def test_a_save_at_the_end_that_fails_is_an_error(tiny, monkeypatch, tmp_path):
+    from training import checkpoint
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RuntimeError, match="No space left"):
+        tiny()
+    kinds = [e["kind"] for e in lines(tmp_path / "run" / "events.jsonl")]
+    assert kinds[-2:] == ["error", "emergency"]
+
+
+# ---------------------------------------------------------------------------------------------- elsewhere
+
+
+def _goes_on(rank: int, out: str):
+    return train_orchestrated.main(["--init_from=resume", f"--out_dir={out}", "--max_iters=12"])
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("worlds", [(1, 3), (4, 2)])
+def test_on_another_number_of_processes_it_is_the_same_curve(data, tmp_path, tiny, worlds):
+    """The same global batches; losses to rounding, because gradients are summed in another order."""
+    keys = dict(gradient_accumulation_steps=12, batch_size=1, max_iters=12)
+    _, whole = tiny(out="whole", **keys)
+    out = tmp_path / "moved"
+    assert set(on_ranks(_first_half, str(data), str(out), keys, world_size=worlds[0])) == {0}
+    assert set(on_ranks(_goes_on, str(out), world_size=worlds[1])) == {0}
+    for one, other in zip(train_lines(out), train_lines(whole), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def _first_half(rank: int, data: str, out: str, keys: dict):
+    return train_orchestrated.main(arguments(data, out, **{**keys, "max_iters": 6}))

@@ -68,6 +68,8 @@ class Position:
     round_open: bool = False
     round_iter: int = -1
     """Iteration of the latest round; a resumed run does not hold the same round again."""
+    loss_before: float | None = None
+    """What was measured right before the head, for a checkpoint made between that and the head's operation."""
     owes_measure: bool = False
     """A signal cut short the evaluation after an operation; a resume makes it."""
     skipped: tuple[int, ...] = ()
@@ -178,11 +180,12 @@ class Orchestrator:
         """Carry out one entry, and say how the round goes on."""
         run, host = self.run, self.host
         host.event("decision", entry=entry.number, name=entry.operation.name, reason=reason)
-        loss_before = self.position.round_loss if measured_now else None
-        if (entry.reevaluate or entry.guard) and not measured_now:
+        loss_before = self.position.round_loss if measured_now else self.position.loss_before
+        if (entry.reevaluate or entry.guard) and loss_before is None:
             loss_before = self.host.measure("before an operation")
             if loss_before is None:
                 return "interrupted"  # by a signal: the entry stays at the head
+            self.position.loss_before = loss_before
         snapshot = ""
         if entry.guard and entry.guard.then == "revert":
             snapshot = self.host.save(f"before entry {entry.number}, which has a guard")
@@ -341,6 +344,7 @@ class Orchestrator:
         position.since_tokens = progress.tokens
         position.since_seconds = self.run.ranks.broadcast(progress.seconds)
         position.losses = ()
+        position.loss_before = None
 
     # ------------------------------------------------------------------------------------------ ramps
 
