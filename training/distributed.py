@@ -35,7 +35,10 @@ class Ranks:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         if self.distributed:
             # Ranks on one device type only; a wrong pair (nccl on a CPU) fails here, at second 0.
-            dist.init_process_group(self.backend, timeout=TIMEOUT)
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            # torchrun keeps its store over a restart, with the addresses of the processes that died in it.
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(self.backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)
             self._control = dist.group.WORLD
             if self.backend != "gloo":
                 self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
