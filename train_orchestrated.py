@@ -107,6 +107,7 @@ def launch(resumed: setup.Resumed | None, schedule: Schedule, run: Run) -> int:
         try:
             code = train(session)
         finally:
+            session.finish_save()
             reporter.close(code)
     ranks.close()
     return code

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -221,7 +222,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tiny, monkeypatch, capsys):
 
     def full(tensors, path):
         calls.append(path)
-        if len(calls) in (3, 4):
+        if len(calls) == 3:
             raise checkpoint.SafetensorError("No space left on device")
         real(tensors, path)
 
@@ -245,6 +246,42 @@ def test_a_save_at_the_end_that_fails_is_an_error(tiny, monkeypatch, tmp_path):
         tiny()
     kinds = [e["kind"] for e in lines(tmp_path / "run" / "events.jsonl")]
     assert kinds[-2:] == ["error", "emergency"]
+
+
+def test_saving_in_the_background_saves_the_same(tiny, resume, monkeypatch):
+    """Each checkpoint is the state at its iteration, though the run goes on while it is written."""
+    from training import checkpoint
+
+    _, plain = tiny(out="plain", keep_last=9)
+    real = checkpoint.save_file
+
+    def slow(tensors, path):
+        time.sleep(0.1)
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    code, out = tiny(out="background", keep_last=9, async_save=True)
+    assert code == 0
+    for name in ("iter_000000004", "iter_000000008", "iter_000000012"):
+        assert_same_tensors(tensors(out, name), tensors(plain, name))
+    assert [e["reason"] for e in events(out, "checkpoint")] == [e["reason"] for e in events(plain, "checkpoint")]
+
+
+def test_a_background_save_that_fails_is_told(tiny, monkeypatch):
+    from training import checkpoint
+
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    code, out = tiny(async_save=True)
+    assert code == 0 and "No space left" in events(out, "error")[0]["message"]
+    assert len(checkpoint.find(out)) == 2
 
 
 # ---------------------------------------------------------------------------------------------- elsewhere

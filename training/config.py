@@ -49,6 +49,9 @@ class TrainConfig(BaseModel):
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
     keep_last: PositiveInt = _key(2, "how many of the latest checkpoints are kept")
     keep_best: NonNegativeInt = _key(1, "how many of the best checkpoints are kept")
+    async_save: bool = _key(
+        False, "write the checkpoints of evaluations in the background; a save blocks for a copy only"
+    )
     init_from: str = _key(
         "scratch", "scratch | resume | gpt2[-medium|-large|-xl] | a Hugging Face folder | a nanoGPT ckpt.pt"
     )

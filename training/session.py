@@ -5,8 +5,11 @@ Holds what the loop does at a boundary, a method each; the order in which they h
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,31 @@ from training.run import Run, StepResult
 from training.schedule import Schedule
 from training.stopping import NoSignals, SignalWatch
 from training.values import brief
+
+
+class BackgroundSave:
+    """A checkpoint that a thread is writing."""
+
+    def __init__(self, write: Callable[[], Path], why: str) -> None:
+        self.why, self.seconds = why, 0.0
+        self._write = write
+        self._path: Path | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def _work(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._path = self._write()
+        except Exception as error:  # told when the save is waited for
+            self._error = error
+        self.seconds = time.perf_counter() - started
+
+    def wait(self) -> tuple[Path | None, Exception | None]:
+        """The checkpoint's folder, or why there is none."""
+        self._thread.join()
+        return self._path, self._error
 
 
 class Session:
@@ -49,6 +77,7 @@ class Session:
         self._saved: tuple[int, ...] = ()
         self._rollbacks = 0
         self._over_memory = False
+        self._background: BackgroundSave | None = None
         self.stops_seen = run.settings.stops_asked
         self._clock = time.perf_counter()
         self._logged_tokens = run.progress.tokens
@@ -220,6 +249,7 @@ class Session:
     def _roll_back(self, why: str) -> None:
         """Back to the newest whole checkpoint, and on with the samples after the sick ones."""
         run, from_iter = self.run, self.run.progress.iter
+        self.finish_save()
         found = checkpoint.find(self.config.out_dir) if run.ranks.is_first else []
         name = run.ranks.broadcast(found[0].name if found else None)
         if name is None:
@@ -277,6 +307,11 @@ class Session:
         run, name, error = self.run, "", None
         self.tick()
         with run.stopwatch.part("checkpoint"):
+            self.finish_save()
+            if self.config.async_save and not required:
+                if run.ranks.is_first:
+                    self._background = BackgroundSave(self._snapshot(copied=True), why)
+                return ""
             if run.ranks.is_first:
                 try:
                     name = self._write(why)
@@ -295,6 +330,7 @@ class Session:
     def go_back(self, name: str) -> dict[str, Any]:
         """Become the state of a checkpoint of this run, on every rank; what was logged since is marked void."""
         run, loaded, error = self.run, None, None
+        self.finish_save()
         try:
             loaded = checkpoint.load(checkpoint.folder(self.config.out_dir) / name)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
@@ -338,26 +374,53 @@ class Session:
             return f"early stop: no gain in {p.evals_without_gain} evaluations"
         return ""
 
-    def _write(self, why: str, kind: str = "checkpoint") -> str:
-        run, started = self.run, time.perf_counter()
-        path = checkpoint.save(
-            self.config.out_dir,
+    def finish_save(self) -> None:
+        """Wait for a save in the background (rank 0) and record how it ended; nobody else has to know."""
+        if self._background is None:
+            return
+        save, self._background = self._background, None
+        path, error = save.wait()
+        if path is not None:
+            self._record(path, "checkpoint", save.why, save.seconds)
+        else:
+            self.event("error", message=f"a checkpoint could not be written: {error}", action="go on")
+            self.reporter.say(f"warning: a checkpoint could not be written: {error}")
+
+    def _snapshot(self, copied: bool) -> Callable[[], Path]:
+        """Writes this very state when called; with `copied` it may be called while the run goes on."""
+        run, config = self.run, self.config
+        model = {name: p.detach() for name, p in run.model.named_parameters()}
+        optimizer = run.optimizer.state_by_name()
+        if copied:
+            model = {name: p.to("cpu", copy=True) for name, p in model.items()}
+            optimizer = {n: {k: v.to("cpu", copy=True) for k, v in parts.items()} for n, parts in optimizer.items()}
+        return partial(
+            checkpoint.save,
+            config.out_dir,
             self.state(),
-            dict(run.model.named_parameters()),
-            run.optimizer.state_by_name(),
-            keep_last=self.config.keep_last,
-            keep_best=self.config.keep_best,
+            model,
+            optimizer,
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
             pinned=self.orchestrator.pinned,
         )
-        name = str(path.relative_to(Path(self.config.out_dir)))
-        self.event(kind, path=name, reason=why, seconds=time.perf_counter() - started)
+
+    def _write(self, why: str, kind: str = "checkpoint") -> str:
+        started = time.perf_counter()
+        path = self._snapshot(copied=False)()
+        self._record(path, kind, why, time.perf_counter() - started)
         return path.name
+
+    def _record(self, path: Path, kind: str, why: str, seconds: float) -> None:
+        name = str(path.relative_to(Path(self.config.out_dir)))
+        self.event(kind, path=name, reason=why, seconds=seconds)
 
     def emergency(self, error: BaseException) -> None:
         """After an exception: save what there is, on rank 0 alone and without talking to the other ranks."""
         run = self.run
         if not run.ranks.is_first:
             return
+        self.finish_save()
         self.event("error", message=f"{type(error).__name__}: {error}")
         if not run.consistent:
             self.event("emergency", saved=False, reason="the error came while parameters were being written")
