@@ -20,13 +20,12 @@ import torch
 from data.stream import Meta, find_folder, read_meta, read_remap
 from data.tokenizer import RemappedTokenizer, Tokenizer, tokenizer_of
 from model import hugging_face, nanogpt
-from model.config import ModelConfig
 from model.generate import generate
 from model.gpt import GPT, compile_blocks, from_weights
 from training import checkpoint
 from training.errors import Refused
 from training.run import DTYPES, pick_device, pick_dtype
-from training.setup import latest_good
+from training.setup import latest_good, understood
 
 
 def _switch(text: str) -> bool:
@@ -74,14 +73,14 @@ def open_model(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
             print(f"passed over: {problem}", file=sys.stderr)
     else:
         loaded = checkpoint.load(checkpoint.folder(options.out_dir) / options.checkpoint)
-    config = loaded.state["config"]
-    model = from_weights(ModelConfig.from_json(loaded.state["settings"]["model"]), loaded.model)
+    recorded, settings = understood(loaded)
+    model = from_weights(settings.model, loaded.model)
     tokenizer = tokenizer_of(meta if options.dataset else Meta.from_json(loaded.state["tokenizer"]))
-    if config["shrunken_vocab_size"]:
-        remap = read_remap(config["vocab_remapping_file"], None, config["shrunken_vocab_size"])
+    if recorded.shrunken_vocab_size:
+        remap = read_remap(recorded.vocab_remapping_file, None, recorded.shrunken_vocab_size)
         tokenizer = RemappedTokenizer(tokenizer, remap)
-    if loaded.state["settings"]["vocabulary_map"]:
-        tokenizer = RemappedTokenizer(tokenizer, np.array(loaded.state["settings"]["vocabulary_map"]))
+    if settings.vocabulary_map:
+        tokenizer = RemappedTokenizer(tokenizer, np.array(settings.vocabulary_map))
     return model, tokenizer
 
 

@@ -101,7 +101,10 @@ def launch(resumed: setup.Resumed | None, schedule: Schedule, run: Run) -> int:
             reporter, wandb_id = open_reporter(config, run, resumed, wandb_id)
         session = Session(config, run, schedule, reporter, watch, wandb_id)
         if resumed is not None:
-            session.orchestrator.load_state(resumed.loaded.state["orchestrator"])
+            try:
+                session.orchestrator.load_state(resumed.loaded.state["orchestrator"])
+            except ValueError as error:
+                raise Refused(f"checkpoint {resumed.loaded.path}: state.json: orchestrator: {error}") from None
         announce(session, resumed)
         code = 1
         try:

@@ -133,12 +133,18 @@ def load(path: str | Path) -> Checkpoint:
             problems.append(f"checkpoint {path}: {name} is damaged (its size or checksum is not the manifest's)")
     if problems:
         raise Refused(problems)
+    try:
+        state = json.loads((path / "state.json").read_text("utf-8"))
+        model, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    except (ValueError, SafetensorError, RecursionError) as error:
+        raise Refused(f"checkpoint {path}: not readable ({type(error).__name__}: {error})") from None
+    if not isinstance(state, dict):
+        raise Refused(f"checkpoint {path}: state.json holds no mapping")
     optimizer: State = {}
-    for key, value in load_file(path / "optimizer.safetensors").items():
+    for key, value in moments.items():
         name, _, part = key.rpartition("|")
         optimizer.setdefault(name, {})[part] = value
-    state = json.loads((path / "state.json").read_text("utf-8"))
-    return Checkpoint(state, load_file(path / "model.safetensors"), optimizer, path)
+    return Checkpoint(state, model, optimizer, path)
 
 
 def set_aside(path: str | Path) -> Path:

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from pydantic import TypeAdapter
+
 from training.errors import OperationFailed, ScheduleError
 from training.records import Measured, Settings, Waited, differences, with_field
 from training.run import Run
@@ -104,10 +106,11 @@ class Orchestrator:
         return {"position": dataclasses.asdict(self.position), "ramps": [ramp.to_json() for ramp in self.ramps]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        position = {name: tuple(v) if isinstance(v, list) else v for name, v in state["position"].items()}
-        watches = tuple(Watch(**watch) for watch in position["watches"])
-        self.position = Position(**{**position, "watches": watches})
-        self.ramps = [Ramp.from_json(ramp) for ramp in state["ramps"]]
+        """Take over what `state` returned. Raises ValueError for what it cannot have returned."""
+        self.position = TypeAdapter(Position).validate_python(state["position"])
+        self.ramps = [TypeAdapter(Ramp).validate_python(ramp) for ramp in state["ramps"]]
+        if self.position.fired > len(self.schedule.entries):
+            raise ValueError(f"{self.position.fired} entries have fired of {len(self.schedule.entries)}")
 
     # ------------------------------------------------------------------------------------------ a boundary
 

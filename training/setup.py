@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from data.stream import DataSet, find_folder, open_data, read_meta, read_remap
 from model import hugging_face, nanogpt
@@ -23,7 +24,7 @@ from training.errors import Refused
 from training.records import Progress, Settings, get_field, with_field
 from training.run import Run, pick_device
 from training.schedule import Schedule, parse_schedule, plan_stages, read_schedule
-from training.values import shown
+from training.values import NonNegativeInt, problems_of, shown
 
 DEFAULT_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as nanoGPT has it
 
@@ -183,11 +184,54 @@ def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Pa
     raise Refused([*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"])
 
 
+def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
+    """The configuration and settings of a checkpoint. Raises Refused for a state that this version did not write."""
+    state, place = loaded.state, f"checkpoint {loaded.path}: state.json"
+    parts: dict[str, Any] = {}
+    try:
+        for name, kind in (("config", TrainConfig), ("settings", Settings), ("progress", Progress)):
+            parts[name] = TypeAdapter(kind).validate_python(state[name])
+        TypeAdapter(_State).validate_python(state)
+    except ValidationError as error:
+        raise Refused(
+            [f"{place}: {'.'.join(map(str, loc))} {message}" for loc, message in problems_of(error)]
+        ) from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise Refused(f"{place}: not a state of this version ({type(error).__name__}: {error})") from None
+    return parts["config"], parts["settings"]
+
+
+class _Position(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    fired: NonNegativeInt
+
+
+class _Orchestrator(BaseModel):
+    position: _Position
+    ramps: list[dict[str, Any]]
+
+
+class _Text(BaseModel):
+    source: str
+    text: str
+
+
+class _State(BaseModel):
+    """What else is read from a checkpoint's state before the run is built."""
+
+    orchestrator: _Orchestrator
+    schedule: _Text
+    scaler: dict[str, Any]
+    log_sizes: dict[str, NonNegativeInt]
+    data: dict[str, str]
+    tokenizer: dict[str, Any]
+    wandb_id: str | None
+
+
 def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
     """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
     loaded, passed_over, damaged = latest_good(config.out_dir)
-    recorded = TrainConfig(**loaded.state["config"])
-    settings = Settings.from_json(loaded.state["settings"])
+    recorded, settings = understood(loaded)
     overrides: list[dict[str, Any]] = []
     problems: list[str] = []
     for key in given:
@@ -257,6 +301,7 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
         settings = resumed.settings
         plan_stages(_rest(schedule, state), settings, ranks.world_size)
         model = from_weights(settings.model, resumed.loaded.model)
+        check_moments(resumed.loaded, model)
         return Run(
             config,
             settings,
@@ -281,6 +326,17 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             f"more than the {model_config.vocab_size} of {config.init_from}"
         )
     return Run(config, settings, Progress(), initial_model(config, model_config), data, ranks, device)
+
+
+def check_moments(loaded: checkpoint.Checkpoint, model: GPT) -> None:
+    """Raises Refused for optimizer state that does not belong to the model's parameters."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for name, moments in loaded.optimizer.items():
+        wanted = {"exp_avg": shapes.get(name), "exp_avg_sq": shapes.get(name), "step": torch.Size([])}
+        if name not in shapes or {key: value.shape for key, value in moments.items()} != wanted:
+            raise Refused(
+                f"checkpoint {loaded.path}: optimizer.safetensors: the state of {name} does not fit the model"
+            )
 
 
 def _rest(schedule: Schedule, state: dict[str, Any]) -> Schedule:
