@@ -137,8 +137,9 @@ def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[setup.Resumed |
 
 
 def resume_after_restart(config: TrainConfig, given: dict[str, str]) -> tuple[TrainConfig, dict[str, str]]:
-    """Under torchrun --max-restarts the same command comes again: then it means to go on from the latest checkpoint."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """When torchrun or Slurm starts the same command again, it means to go on from the latest checkpoint."""
+    counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    restarted = any(count.isdigit() and int(count) > 0 for count in counts)
     if restarted and config.init_from != "resume" and checkpoint.find(config.out_dir):
         # Keys of the command are those that the run was started with; the schedule may have moved them since.
         kept = {key: place for key, place in given.items() if key != "init_from"}
@@ -151,14 +152,18 @@ def lock(out_dir: Path, ranks: Ranks) -> Iterator[None]:
     """Be the only job that writes to a run folder; the lock dies with its owner. Raises Refused on every rank."""
     handle, problem = -1, None
     if ranks.is_first:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"out_dir {out_dir}: another job is running in it"
-        except OSError:
-            pass  # a file system without locks: as it was before there was one
+            out_dir.mkdir(parents=True, exist_ok=True)
+            handle = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            problem = f"out_dir {out_dir}: cannot be written to ({error.strerror})"
+        else:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = f"out_dir {out_dir}: another job is running in it"
+            except OSError:
+                pass  # a file system without locks: as it was before there was one
     try:
         if problem := ranks.broadcast(problem):
             raise Refused(problem)

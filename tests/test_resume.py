@@ -300,6 +300,7 @@ def test_another_data_set_in_the_same_place_is_refused(tmp_path, resume):
     (folder / "train.bin").write_bytes(raw)
     with pytest.raises(Refused, match="fingerprints differ"):
         resume(tmp_path / "run", max_iters=6)
+    assert resume(tmp_path / "run", max_iters=6, allow_changed_data=True) == 0
 
 
 def test_fp16_scaler_state_is_saved(tiny, resume):

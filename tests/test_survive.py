@@ -211,6 +211,20 @@ def test_a_restart_before_the_first_checkpoint_starts_anew(tiny, monkeypatch, tm
     assert code == 0 and [m["iter"] for m in train_lines(out)] == list(range(1, 13))
 
 
+def test_a_requeued_slurm_job_goes_on(tiny, monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="injected"):
+        tiny(inject="raise@9")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    code, out = tiny(inject="raise@9")
+    assert code == 0 and events(out, "resume")[0]["iter"] == 9 and not events(out, "override")
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tiny, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(Refused, match="cannot be written to"):
+        tiny()
+
+
 # ---------------------------------------------------------------------------------------------- storage
 
 

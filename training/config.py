@@ -64,6 +64,7 @@ class TrainConfig(BaseModel):
     wandb_run_name: str = _key("gpt2", "W&B run name")
     # data
     dataset: str = _key("openwebtext", "a folder under data/, or a path to one, with train.bin and val.bin")
+    allow_changed_data: bool = _key(False, "on resume: go on although train.bin or val.bin is not what it was")
     gradient_accumulation_steps: PositiveInt = _key(40, "micro-steps in one iteration, over all ranks together")
     batch_size: PositiveInt = _key(12, "sequences in one micro-step on one rank")
     block_size: PositiveInt = _key(1024, "tokens in one sequence")

@@ -293,10 +293,10 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
     data: DataSet = open_data(config.dataset, config.block_size, remap)
     if resumed is not None:
         state = resumed.loaded.state
-        if state["data"] != data.fingerprint():
+        if state["data"] != data.fingerprint() and not config.allow_changed_data:
             raise Refused(
                 f"dataset {config.dataset}: train.bin or val.bin is not the file that the checkpoint was trained on "
-                "(fingerprints differ)"
+                "(fingerprints differ); --allow_changed_data=True goes on all the same"
             )
         settings = resumed.settings
         plan_stages(_rest(schedule, state), settings, ranks.world_size)
