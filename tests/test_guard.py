@@ -96,3 +96,14 @@ def test_killed_at_any_save_around_a_guard(tiny, resume, monkeypatch, tmp_path, 
     assert resume(tmp_path / "killed") == 0
     assert_same_tensors(tensors(tmp_path / "killed"), tensors(whole))
     assert len(events(tmp_path / "killed", "rollback")) == 1
+    logs = [[(m["kind"], m["iter"], m.get("why")) for m in lines(out / "metrics.jsonl") if not m.get("void")]
+            for out in (tmp_path / "killed", whole)]  # fmt: skip
+    assert logs[0] == logs[1], "nothing is measured twice"
+
+
+def test_the_state_before_a_guarded_entry_is_kept_until_its_window_ends(tiny):
+    """Checkpoints made in between push out others, not the one that the guard may need."""
+    saves = {"name": "save_checkpoint", "max_wait_iters": 1}
+    _, out = tiny([{**HURTS, "guard": guard("revert")}, saves, saves], keep_last=1, keep_best=0)
+    assert events(out, "rollback")[0]["checkpoint"] == "iter_000000005"
+    assert len(find(out)) == 1, "and no longer than that"
