@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, arguments, assert_same_tensors, events, lines, on_ranks, tensors
+from operation_examples import BEFORE, EXAMPLES
 
 import train_orchestrated
 
@@ -100,6 +101,33 @@ def test_gradients_are_equal_after_every_change(data):
         for name in first:
             np.testing.assert_array_equal(first[name], second[name], err_msg=f"{changes} {name}")
         assert any(np.abs(g).max() > 0 for g in first.values())
+
+
+def _every_operation(rank: int, data: str):
+    """Each operation of the registry on its own run; both ranks compare all bits after it and after a step."""
+    from training.records import Progress
+    from training.run import Run
+    from training.setup import initial_model
+
+    first = make_run(data)
+    done = []
+    for name, value in EXAMPLES.items():
+        model = initial_model(first.config, first.settings.model)
+        run = Run(first.config, first.settings, Progress(), model, first.source, first.ranks, first.device)
+        for before in BEFORE.get(name, []):
+            change(run, *before)
+        run.step()
+        change(run, name, value)
+        run.step()
+        run.check_ranks_agree(name)
+        done.append(name)
+    first.ranks.close()
+    return done
+
+
+def test_every_operation_leaves_the_ranks_equal(data):
+    one, other = on_ranks(_every_operation, str(data))
+    assert one == other == list(EXAMPLES)
 
 
 def _unequal_clocks(rank: int, data: str, out: str, schedule: str):

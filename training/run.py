@@ -323,7 +323,7 @@ class Run:
         for name, moments in self.optimizer.state_by_name().items():
             tensors.update({f"{name}:{key}": value for key, value in moments.items()})
         sums = []
-        for name, tensor in tensors.items():
+        for name, tensor in sorted(tensors.items()):  # moments that came from a file are in another order
             parts.append(f"{name} {tuple(tensor.shape)} {tensor.requires_grad}")
             sums.append(_bit_sums(tensor.detach()))
         parts += [str(value) for value in torch.stack(sums).cpu().tolist()]
