@@ -130,7 +130,7 @@ def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[setup.Resumed |
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where tensors are float32; a CPU stays exact
-    ranks = Ranks(device.type, config.backend)
+    ranks = Ranks(device.type, config.backend, config.parallel)
     run = setup.open_run(config, resumed, schedule, ranks)
     run.check_ranks_agree("the start")
     return resumed, schedule, run

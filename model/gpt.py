@@ -8,7 +8,7 @@ knows no optimizer, no data and no schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -365,20 +365,24 @@ def from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:
     """A model that takes over these tensors by name, without initialising anything. Raises ValueError on a mismatch."""
     with torch.device("meta"):
         model = GPT(config)
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    problems = [f"missing {name}" for name in wanted if name not in weights]
-    problems += [f"unexpected {name}" for name in weights if name not in wanted]
+    check_shapes({n: p.shape for n, p in model.named_parameters()}, {n: w.shape for n, w in weights.items()})
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.reset_buffers(next(iter(weights.values())).device)
+    return model
+
+
+def check_shapes(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> None:
+    """Raises ValueError that names tensors which are missing, unexpected, or of another shape."""
+    problems = [f"missing {name}" for name in wanted if name not in given]
+    problems += [f"unexpected {name}" for name in given if name not in wanted]
     problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(shape)}"
+        f"{name} has shape {tuple(given[name])}, expected {tuple(shape)}"
         for name, shape in wanted.items()
-        if name in weights and weights[name].shape != shape
+        if name in given and given[name] != shape
     ]
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise ValueError(f"weights do not fit the model: {shown}")
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.reset_buffers(next(iter(weights.values())).device)
-    return model
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -121,6 +121,9 @@ class TrainConfig(BaseModel):
     inject: str = _key("", "faults to try out, e.g. nan@120,oom@200:rank1,kill@250 (each once per run folder)")
     # system
     backend: str = _key("auto", "torch.distributed backend; auto: nccl on CUDA, else gloo")
+    parallel: Literal["ddp", "fsdp"] = _key(
+        "ddp", "ddp: a copy of the model on every rank | fsdp: weights, gradients and moments sharded over the ranks"
+    )
     device: str = _key("auto", "auto | cpu | cuda | cuda:N | mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key("auto", "auto | float32 | bfloat16 | float16")
     compile: bool = _key(True, "torch.compile, block by block")

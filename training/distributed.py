@@ -9,24 +9,54 @@ from __future__ import annotations
 import datetime
 import os
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from model.gpt import GPT
+from training import sharding
+from training.optimizer import State
+
 # Long enough for a slow evaluation or a big save on rank 0, short enough to end a job that is stuck.
 TIMEOUT = datetime.timedelta(minutes=30)
+T = TypeVar("T")
+
+
+class SaveGroup:
+    """The ranks when they save shards together, maybe in the background."""
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        self.process_group = process_group
+        self.is_first = dist.get_rank() == 0
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Rank 0's result on every rank. Where it raised OSError, every rank does."""
+        box: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                box[0] = work()
+            except OSError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box, src=0, group=self.process_group)
+        if box[1] is not None:
+            raise OSError(box[1])
+        return box[0]
 
 
 class Ranks:
     """This process among the processes of a run, as torchrun's environment describes it.
 
-    Attributes: rank, local_rank, world_size, backend.
+    Args:
+        parallel: "ddp", a copy of the model on every rank, or "fsdp", one copy sharded over them.
+
+    Attributes: rank, local_rank, world_size, backend; sharded, whether parameters are spread over the ranks.
     """
 
-    def __init__(self, device_type: str, backend: str = "auto") -> None:
+    def __init__(self, device_type: str, backend: str = "auto", parallel: str = "ddp") -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -42,6 +72,13 @@ class Ranks:
             self._control = dist.group.WORLD
             if self.backend != "gloo":
                 self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self.sharded = parallel == "fsdp" and self.distributed
+        if self.sharded:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            self.mesh = init_device_mesh(device_type, (self.world_size,))
+            # A save in the background talks while the ranks decide: it needs a line of its own.
+            self.saving = SaveGroup(dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
     def distributed(self) -> bool:
@@ -51,9 +88,23 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    def place(self, model: GPT, device: torch.device) -> GPT:
+        """The model on this rank's device, sharded where the ranks are."""
+        return sharding.shard(model, self.mesh) if self.sharded else model.to(device)
+
+    def place_state(self, state: State, model: GPT, device: torch.device) -> State:
+        """The moments where the placed model's parameters are."""
+        if self.sharded:
+            return sharding.shard_state(state, model)
+        return {name: {key: value.to(device) for key, value in parts.items()} for name, parts in state.items()}
+
+    def whole(self, model: GPT, state: State) -> tuple[GPT, State]:
+        """Model and moments that no other rank is needed for; their own where nothing is sharded. Collective."""
+        return sharding.unshard(model, state) if self.sharded else (model, state)
+
+    def wrap(self, model: GPT, device: torch.device) -> torch.nn.Module:
         """The module to call in training. It must be wrapped anew after any change of parameters or trainability."""
-        if not self.distributed:
+        if not self.distributed or self.sharded:
             return model
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; 2.11 knows the old name only.

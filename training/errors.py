@@ -27,3 +27,7 @@ class OperationFailed(RuntimeError):
 
 class RanksDisagree(RuntimeError):
     """The ranks' states differ after an operation. Never recoverable by going on."""
+
+
+class Stopped(RuntimeError):
+    """The run cannot or shall not go on. Raised on every rank at the same place, so they can still save together."""

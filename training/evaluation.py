@@ -15,6 +15,7 @@ import torch
 from data.stream import TokenFile, eval_windows, gather
 from model.gpt import GPT
 from training.distributed import Ranks
+from training.sharding import reshard
 
 
 @torch.no_grad()
@@ -45,12 +46,17 @@ def validation_loss(
             if poll():
                 return None
             mine = first + ranks.rank
-            if mine < len(chunks):
-                x, y = (torch.from_numpy(a).to(device) for a in gather(tokens, chunks[mine], block_size))
+            # With sharded weights no rank can compute alone: one without a batch repeats the last.
+            if mine < len(chunks) or ranks.sharded:
+                chunk = chunks[min(mine, len(chunks) - 1)]
+                x, y = (torch.from_numpy(a).to(device) for a in gather(tokens, chunk, block_size))
                 with autocast():
                     _, loss = model(x, y)
+            if mine < len(chunks):
                 losses[mine] = loss.double() if device.type != "mps" else loss.cpu().double()
     finally:
         model.train(was_training)
+        if ranks.sharded:
+            reshard(model)
     sums = losses.cpu().numpy() * np.array([len(chunk) for chunk in chunks])
     return float(ranks.sum(sums).sum() / len(starts))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +32,7 @@ from training.injection import Injector
 from training.learning_rate import learning_rate
 from training.optimizer import NamedAdamW, State
 from training.records import Progress, Settings
+from training.sharding import gradient_norm, is_sharded, local
 
 # A loss can be called a spike after this many, and the running mean remembers about that many.
 SPIKE_WARMUP, SPIKE_MEMORY = 20, 100
@@ -123,10 +124,7 @@ class Run:
 
         if settings.vocabulary_map:
             self._map_vocabulary(settings.vocabulary_map)
-        self.model = model.to(device)
-        trainable = trainable_parameters(model, settings.frozen)
-        optimizer = NamedAdamW(self.model, trainable, optimizer_state or {})
-        self._install(self.model, optimizer, set(trainable))
+        self._install(*self._placed(model, optimizer_state or {}, settings.frozen))
 
     # ------------------------------------------------------------------------------------------ one step
 
@@ -147,8 +145,9 @@ class Run:
                     x, y = self._batch(p.samples + micro * s.batch_size, s.batch_size)
                 with self.stopwatch.part("forward_backward"):
                     last = micro + ranks.world_size >= s.grad_accum
-                    if ranks.distributed:
-                        # Only the last backward exchanges gradients; the earlier ones add up locally.
+                    if ranks.distributed and not ranks.sharded:
+                        # Only the last backward exchanges gradients; the earlier ones add up locally. Sharded ones
+                        # are exchanged every time: adding up whole ones would take the memory that sharding saves.
                         self.wrapped.require_backward_grad_sync = last
                     self._seed_dropout(micro)
                     with self.autocast():
@@ -156,7 +155,7 @@ class Run:
                         loss = loss / len(micro_steps)
                     if self.injector.faults and micro == micro_steps[0]:
                         loss = self.injector.strike(p.iter, loss)
-                    exchanging = last and ranks.distributed
+                    exchanging = ranks.distributed and last
                     self.scaler.scale(loss).backward()
                     exchanging = False
                     total += loss.detach()
@@ -168,18 +167,15 @@ class Run:
                             s.batch_size,
                         )
         except Exception as error:
-            # Once gradients are being exchanged the other ranks cannot be joined any more.
-            if exchanging or not is_out_of_memory(error):
+            # Once gradients (or, sharded, weights) are being exchanged the other ranks cannot be joined any more.
+            if exchanging or ranks.sharded or not is_out_of_memory(error):
                 raise
             out_of_memory = True
             self._poison(p.samples)
         with self.stopwatch.part("optimizer"):
             self.scaler.unscale_(self.optimizer.inner)
             # The norm of the reduced gradients is the same number on every rank, and not finite if one of them is not.
-            if s.grad_clip > 0:
-                grad_norm = nn.utils.clip_grad_norm_(self._trainable, s.grad_clip)
-            else:
-                grad_norm = nn.utils.get_total_norm([q.grad for q in self._trainable if q.grad is not None])
+            grad_norm = gradient_norm(self._trainable, s.grad_clip)
             spike = self._is_spike(total, out_of_memory)
             self.optimizer.set(lr, s.beta1, s.beta2, s.weight_decay)
             self.consistent = False
@@ -325,8 +321,11 @@ class Run:
         sums = []
         for name, tensor in sorted(tensors.items()):  # moments that came from a file are in another order
             parts.append(f"{name} {tuple(tensor.shape)} {tensor.requires_grad}")
-            sums.append(_bit_sums(tensor.detach()))
-        parts += [str(value) for value in torch.stack(sums).cpu().tolist()]
+            sums.append(_bit_sums(*local(tensor.detach())))
+        totals = torch.stack(sums).numpy()
+        if self.ranks.sharded:
+            totals = sum(self.ranks.gather(totals))
+        parts += [str(value) for value in totals.tolist()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def check_ranks_agree(self, what: str) -> None:
@@ -402,10 +401,7 @@ class Run:
         if settings.vocabulary_map != self.settings.vocabulary_map:
             self._map_vocabulary(settings.vocabulary_map)
         self.settings = settings
-        model = model.to(self.device)
-        trainable = set(trainable_parameters(model, settings.frozen))
-        state = {n: {k: v.to(self.device) for k, v in moments.items()} for n, moments in optimizer_state.items()}
-        self._install(model, NamedAdamW(model, trainable, state), trainable)
+        self._install(*self._placed(model, optimizer_state, settings.frozen))
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
 
@@ -419,12 +415,22 @@ class Run:
                 raise ValueError("the target has another shape and nothing says how to get there")
             seed = np.random.SeedSequence([self.config.seed, self.progress.iter, 1]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
-            model, lineage = reshape(self.model, target.model, generator)
+            whole, state = self.ranks.whole(model, state)
+            model, lineage = reshape(whole, target.model, generator)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
             assert shape_of(model.config) == shape_of(target.model), "the reshaped model is not the target's"
             state = carry(state, lineage, shapes)
-        trainable = set(trainable_parameters(model, target.frozen))
+            return self._placed(model, state, target.frozen)
+        trainable = trainable_parameters(model, target.frozen)
+        return model, NamedAdamW(model, trainable, state), trainable
+
+    def _placed(self, model: GPT, state: State, frozen: Iterable[str]) -> tuple[GPT, NamedAdamW, set[str]]:
+        """A model and its optimizer on this rank's device."""
+        if not any(is_sharded(parameter) for parameter in model.parameters()):
+            model = self.ranks.place(model, self.device)
+        trainable = trainable_parameters(model, frozen)
+        state = self.ranks.place_state(state, model, self.device)
         return model, NamedAdamW(model, trainable, state), trainable
 
     def _install(self, model: GPT, optimizer: NamedAdamW, trainable: set[str]) -> None:
@@ -465,12 +471,15 @@ def needs_agreement(before: Settings, after: Settings) -> bool:
     return reshapes(before, after) or before.frozen != after.frozen
 
 
-def _bit_sums(tensor: torch.Tensor) -> torch.Tensor:
-    """Two integers made of the tensor's bits, whatever the order of summation; (2,) int64 on the CPU."""
+def _bit_sums(tensor: torch.Tensor, before: int) -> torch.Tensor:
+    """Two integers made of the tensor's bits, whatever the order of summation; (2,) int64 on the CPU.
+
+    `before`: elements of the full tensor that lie before this part of it; the integers of all parts add up.
+    """
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     values = tensor.contiguous().reshape(-1).view(bits)
     # The second sum skips every other value, so that neighbours which changed places are seen.
-    return torch.stack([values.sum(dtype=torch.int64), values[::2].sum(dtype=torch.int64)]).cpu()
+    return torch.stack([values.sum(dtype=torch.int64), values[before % 2 :: 2].sum(dtype=torch.int64)]).cpu()
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from model.gpt import from_weights
 from training import checkpoint
 from training.config import TrainConfig
+from training.errors import Stopped
 from training.orchestrator import Orchestrator
 from training.records import Progress, Settings, differences
 from training.reporting import Silent, machine, memory_percent
 from training.run import Run, StepResult
 from training.schedule import Schedule
+from training.setup import open_model
 from training.stopping import NoSignals, SignalWatch
 from training.values import brief
 
@@ -188,7 +189,7 @@ class Session:
     def heal(self, result: StepResult) -> StepResult | None:
         """After a step that did not update the weights: try again with less memory, skip, go back, or stop.
 
-        Every rank has the same result. Returns the step to log, None where the run went back. Raises RuntimeError
+        Every rank has the same result. Returns the step to log, None where the run went back. Raises Stopped
         where the run cannot or shall not go on.
         """
         run, p, config = self.run, self.run.progress, self.config
@@ -206,7 +207,7 @@ class Session:
         self.event("error", message=told, action=action, samples=samples)
         self.reporter.say(f"{told}: {action}")
         if action == "stop":
-            raise RuntimeError(f"{told}; on_sick_step {config.on_sick_step}, sick_step_limit {limit}")
+            raise Stopped(f"{told}; on_sick_step {config.on_sick_step}, sick_step_limit {limit}")
         if action == "rollback":
             self._roll_back(told)
             return None
@@ -220,7 +221,7 @@ class Session:
             before = run.settings
             factor = next((k for k in range(2, before.batch_size + 1) if before.batch_size % k == 0), 0)
             if not factor:
-                raise RuntimeError("out of memory with a micro-batch of one sequence: nothing is left to make smaller")
+                raise Stopped("out of memory with a micro-batch of one sequence: nothing is left to make smaller")
             p.iter, p.samples, p.tokens = failed.at
             smaller = replace(before, batch_size=before.batch_size // factor, grad_accum=before.grad_accum * factor)
             run.adopt(smaller)
@@ -253,7 +254,7 @@ class Session:
         found = checkpoint.find(self.config.out_dir) if run.ranks.is_first else []
         name = run.ranks.broadcast(found[0].name if found else None)
         if name is None:
-            raise RuntimeError(f"{why}; there is no checkpoint to go back to")
+            raise Stopped(f"{why}; there is no checkpoint to go back to")
         self._rollbacks += 1
         position = self.go_back(name)
         self.orchestrator.load_state(position)
@@ -299,7 +300,7 @@ class Session:
         }
 
     def save(self, why: str, required: bool = True) -> str:
-        """Save a checkpoint on rank 0 and return its name.
+        """Save a checkpoint (rank 0, or every rank its shards) and return its name.
 
         Where it could not be written, every rank raises RuntimeError; or, when it is not `required`, the run says so
         and goes on with the checkpoint before, which is not touched until a new one is whole.
@@ -308,11 +309,12 @@ class Session:
         self.tick()
         with run.stopwatch.part("checkpoint"):
             self.finish_save()
+            writes = run.ranks.is_first or run.ranks.sharded
             if self.config.async_save and not required:
-                if run.ranks.is_first:
+                if writes:
                     self._background = BackgroundSave(self._snapshot(copied=True), why)
                 return ""
-            if run.ranks.is_first:
+            if writes:
                 try:
                     name = self._write(why)
                 except OSError as caught:
@@ -340,8 +342,8 @@ class Session:
             raise RuntimeError(f"cannot go back to checkpoint {name}: {failures[0]}")
         state = loaded.state
         settings = Settings.from_json(state["settings"])
-        model = from_weights(settings.model, loaded.model)
-        run.restore(settings, Progress.from_json(state["progress"]), model, loaded.optimizer, state["scaler"])
+        model, moments = open_model(loaded, settings.model, run.ranks, run.device)
+        run.restore(settings, Progress.from_json(state["progress"]), model, moments, state["scaler"])
         self.stops_seen = run.settings.stops_asked
         self._logged_tokens = run.progress.tokens
         self.reporter.void_since(state["log_sizes"])
@@ -375,7 +377,7 @@ class Session:
         return ""
 
     def finish_save(self) -> None:
-        """Wait for a save in the background (rank 0) and record how it ended; nobody else has to know."""
+        """Wait for a save in the background and record how it ended; a rank that writes nothing need not know."""
         if self._background is None:
             return
         save, self._background = self._background, None
@@ -403,6 +405,7 @@ class Session:
             keep_last=config.keep_last,
             keep_best=config.keep_best,
             pinned=self.orchestrator.pinned,
+            group=run.ranks.saving if run.ranks.sharded else None,
         )
 
     def _write(self, why: str, kind: str = "checkpoint") -> str:
@@ -416,12 +419,19 @@ class Session:
         self.event(kind, path=name, reason=why, seconds=seconds)
 
     def emergency(self, error: BaseException) -> None:
-        """After an exception: save what there is, on rank 0 alone and without talking to the other ranks."""
+        """After an exception: save what there is, on rank 0 alone and without talking to the other ranks.
+
+        Where parameters are sharded that cannot be, unless every rank raised the same (`Stopped`).
+        """
         run = self.run
-        if not run.ranks.is_first:
+        together = run.ranks.sharded and isinstance(error, Stopped)
+        if not run.ranks.is_first and not together:
             return
         self.finish_save()
         self.event("error", message=f"{type(error).__name__}: {error}")
+        if run.ranks.sharded and not together:
+            self.event("emergency", saved=False, reason="the other ranks hold parts of the weights")
+            return
         if not run.consistent:
             self.event("emergency", saved=False, reason="the error came while parameters were being written")
             return

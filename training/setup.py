@@ -16,11 +16,12 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from data.stream import DataSet, find_folder, open_data, read_meta, read_remap
 from model import hugging_face, nanogpt
 from model.config import LoraSpec, ModelConfig
-from model.gpt import GPT, from_weights, init_weights
-from training import checkpoint
+from model.gpt import GPT, check_shapes, from_weights, init_weights
+from training import checkpoint, sharding
 from training.config import TrainConfig
 from training.distributed import Ranks
 from training.errors import Refused
+from training.optimizer import State
 from training.records import Progress, Settings, get_field, with_field
 from training.run import Run, pick_device
 from training.schedule import Schedule, parse_schedule, plan_stages, read_schedule
@@ -300,8 +301,7 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             )
         settings = resumed.settings
         plan_stages(_rest(schedule, state), settings, ranks.world_size)
-        model = from_weights(settings.model, resumed.loaded.model)
-        check_moments(resumed.loaded, model)
+        model, moments = open_model(resumed.loaded, settings.model, ranks, device)
         return Run(
             config,
             settings,
@@ -310,10 +310,7 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             data,
             ranks,
             device,
-            {
-                name: {key: value.to(device) for key, value in moments.items()}
-                for name, moments in resumed.loaded.optimizer.items()
-            },
+            moments,
             state["scaler"],
         )
     model_config, _ = planned_model_config(config)
@@ -328,15 +325,29 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
     return Run(config, settings, Progress(), initial_model(config, model_config), data, ranks, device)
 
 
-def check_moments(loaded: checkpoint.Checkpoint, model: GPT) -> None:
-    """Raises Refused for optimizer state that does not belong to the model's parameters."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    for name, moments in loaded.optimizer.items():
-        wanted = {"exp_avg": shapes.get(name), "exp_avg_sq": shapes.get(name), "step": torch.Size([])}
-        if name not in shapes or {key: value.shape for key, value in moments.items()} != wanted:
-            raise Refused(
-                f"checkpoint {loaded.path}: optimizer.safetensors: the state of {name} does not fit the model"
-            )
+def open_model(
+    loaded: checkpoint.Checkpoint, config: ModelConfig, ranks: Ranks, device: torch.device
+) -> tuple[GPT, State]:
+    """A checkpoint's model and moments; where the ranks are sharded each reads its own parts. Raises Refused."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+    wanted = dict(shapes)
+    for name in {key.rpartition("|")[0] for key in loaded.shapes if "|" in key}:
+        if name not in shapes:
+            raise Refused(f"checkpoint {loaded.path}: there are moments of {name}, which is not in the model")
+        wanted |= {f"{name}|exp_avg": shapes[name], f"{name}|exp_avg_sq": shapes[name], f"{name}|step": torch.Size([])}
+    check_shapes(wanted, loaded.shapes)
+    if not ranks.sharded:
+        return from_weights(config, loaded.model), loaded.optimizer
+    model = sharding.empty(config, ranks.mesh, device)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    moments = {
+        key: torch.zeros(()) if key.endswith("|step") else torch.zeros_like(weights[key.rpartition("|")[0]])
+        for key in loaded.shapes
+        if "|" in key
+    }
+    loaded.read_into({**weights, **moments})
+    return model, checkpoint.by_parameter(moments)
 
 
 def _rest(schedule: Schedule, state: dict[str, Any]) -> Schedule:

@@ -1,0 +1,101 @@
+"""Weights, gradients and moments sharded over the ranks: parallel=fsdp, with torch's FSDP2 and DTensors.
+
+Every block, and what lies around the blocks, is one unit of `fully_shard`: its weights are gathered right before use
+and freed after it. A change of shape takes the long way round: whole tensors in host memory, the same reshape with
+the same lineage as without sharding, and shards again. torch.distributed is imported late: it takes a second.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.gpt import GPT, from_weights
+from training.optimizer import State
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard(model: GPT, mesh: DeviceMesh) -> GPT:
+    """Shard a model in place along the first dimension of each parameter, on the mesh's device; also one on meta."""
+    from torch.distributed.fsdp import fully_shard
+
+    # Blocks return keys and values for a cache that training does not use; nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for block in model.transformer["h"]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def shard_state(state: State, model: GPT) -> State:
+    """Moments sharded as the parameters of a sharded model are; `step` stays as it is. No rank sends anything."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    parameters = dict(model.named_parameters())
+
+    def placed(name: str, value: Tensor) -> Tensor:
+        like = parameters[name]
+        if isinstance(value, DTensor) or value.shape != like.shape:
+            return value.to(like.device)
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+    return {name: {key: placed(name, value) for key, value in moments.items()} for name, moments in state.items()}
+
+
+def unshard(model: GPT, state: State) -> tuple[GPT, State]:
+    """The whole model and its moments in host memory, on every rank: 12 bytes a trained parameter. Collective."""
+    weights = {name: whole(p.detach()).cpu() for name, p in model.named_parameters()}
+    moments = {name: {k: whole(v).cpu() for k, v in parts.items()} for name, parts in state.items()}
+    return from_weights(model.config, weights), moments
+
+
+def empty(config: ModelConfig, mesh: DeviceMesh, device: torch.device) -> GPT:
+    """A sharded model without values, which never existed whole anywhere."""
+    with torch.device("meta"):
+        model = GPT(config)
+    shard(model, mesh).to_empty(device=device)
+    model.reset_buffers(device)
+    return model
+
+
+def reshard(model: GPT) -> None:
+    """After a forward pass without a backward pass: free what FSDP2 keeps whole for the backward pass.
+
+    Until then the model's parameters are the whole ones, not those that the optimizer knows.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor on this rank. Collective for a sharded one."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's part, and how many elements of the full tensor lie before it."""
+    if not is_sharded(tensor):
+        return tensor, 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0] * (tensor.numel() // max(tensor.shape[0], 1))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, without importing what one is."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gradient_norm(parameters: list[nn.Parameter], clip: float) -> Tensor:
+    """The norm of all gradients together, () on this rank's device; they are scaled down to `clip` if it is above 0."""
+    if clip > 0:
+        return whole(nn.utils.clip_grad_norm_(parameters, clip))
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
