@@ -242,7 +242,10 @@ def announce(session: Session, resumed: setup.Resumed | None) -> None:
         f"{total:,} parameters, {trainable:,} trainable; {run.settings.tokens_per_iter:,} tokens per iteration; "
         f"{len(session.orchestrator.missed())} entries pending; {run.device}, {facts['dtype']}, "
         f"{run.ranks.world_size} process{'es' if run.ranks.world_size > 1 else ''}"
+        + (", sharded (fsdp)" if run.ranks.sharded else "")
     )
+    if config.parallel == "fsdp" and not run.ranks.sharded:
+        session.reporter.say("parallel=fsdp shards nothing on one process")
 
 
 def as_refused(error: ValueError) -> Refused:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import events
 from test_operations import apply, live_run, logits
 
 from model.config import LoraSpec, ModelConfig, layer_names
@@ -428,3 +429,19 @@ def test_frozen_flags_survive_growth(data):
     assert len(frozen) == 6  # wte, lm_head, and two weights and biases of mlp.2
     run.step()
     assert all(torch.equal(run.model.get_parameter(n), p) for n, p in frozen.items())
+
+
+def test_an_entry_that_fires_during_a_fade_tells_of_its_own_changes_only(tiny, capsys):
+    schedule = [
+        {"name": "set_lr", "value": 1e-3, "at_iter": 2, "over": 8},
+        {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "max_wait_iters": 1, "over": 4},
+        {"name": "set_batch_size", "value": 2, "max_wait_iters": 1},
+        {"name": "set_lr", "value": 2e-3, "max_wait_iters": 1},
+    ]
+    code, out = tiny(schedule=schedule)
+    assert code == 0
+    widened, smaller, rate = events(out, "operation")[1:]
+    assert list(widened["settings_before"]) == ["model.n_hidden"]
+    assert (smaller["settings_before"], smaller["settings_after"]) == ({"batch_size": 4}, {"batch_size": 2})
+    assert rate["settings_after"] == {"learning_rate": 2e-3}
+    assert 1e-3 < rate["settings_before"]["learning_rate"] < 1e-2, "the rate in force on the way"

@@ -43,6 +43,19 @@ def test_revert_goes_back_and_on_with_the_next_samples(tiny):
     assert all(path.name <= "iter_000000016" for path in find(out))
 
 
+def test_an_evaluation_at_the_same_boundary_does_not_replace_what_the_guard_goes_back_to(tiny):
+    """Iteration 8 is evaluated and saved twice: before the entry for the guard, and after it because it is the best."""
+    code, out = tiny([{**HURTS, "at_iter": 8, "guard": guard("revert", within=2)}])
+    assert code == 0
+    saved = [e["path"] for e in lines(out / "events.jsonl") if e["kind"] == "checkpoint" and e["iter"] == 8]
+    assert saved[:2] == ["checkpoints/iter_000000008_before_entry_1", "checkpoints/iter_000000008"]
+    (back,) = events(out, "rollback")
+    assert (back["iter"], back["from_iter"]) == (8, 10)
+    assert not events(out, "operation") and events(out, "end")[0]["best_val_loss"] < 3
+    assert max(m["lr"] for m in live_metrics(out, "train")) <= 1e-2
+    assert find(out)[0].name == "iter_000000012"
+
+
 def test_a_loss_within_the_limit_keeps_the_entry(tiny):
     harmless = {"name": "set_lr", "value": 5e-3, "at_iter": 5, "guard": guard("revert", within=3, increase=1.0)}
     _, out = tiny([harmless])
@@ -82,8 +95,8 @@ def test_killed_at_any_save_around_a_guard(tiny, resume, monkeypatch, tmp_path, 
     assert events(whole, "rollback")
     done, real = [], Session.save
 
-    def dies(self, why, required=True):
-        name = real(self, why, required)
+    def dies(self, why, required=True, mark=""):
+        name = real(self, why, required, mark)
         done.append(why)
         if len(done) == saves:
             raise KeyboardInterrupt
@@ -105,5 +118,5 @@ def test_the_state_before_a_guarded_entry_is_kept_until_its_window_ends(tiny):
     """Checkpoints made in between push out others, not the one that the guard may need."""
     saves = {"name": "save_checkpoint", "max_wait_iters": 1}
     _, out = tiny([{**HURTS, "guard": guard("revert")}, saves, saves], keep_last=1, keep_best=0)
-    assert events(out, "rollback")[0]["checkpoint"] == "iter_000000005"
+    assert events(out, "rollback")[0]["checkpoint"] == "iter_000000005_before_entry_1"
     assert len(find(out)) == 1, "and no longer than that"

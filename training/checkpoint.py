@@ -108,18 +108,20 @@ def save(
     *,
     keep_last: int,
     keep_best: int,
+    mark: str = "",
     pinned: Set[str] = frozenset(),
     group: SaveGroup | None = None,
 ) -> Path:
     """Write a checkpoint of state["progress"]["iter"] and remove what need not be kept. Returns its folder.
 
-    A second save at the same iteration replaces the first. Raises OSError.
+    A second save at the same iteration with the same mark replaces the first. Raises OSError.
 
     Args:
+        mark: ends the folder's name, for a state that comes before others of the same iteration.
         pinned: names of checkpoints that are kept in any case.
         group: with sharded tensors every rank calls this, and writes what it holds.
     """
-    begin = partial(_begin, Path(out_dir), state)
+    begin = partial(_begin, Path(out_dir), state, mark)
     if group is None:
         writing = begin()
         try:
@@ -143,12 +145,12 @@ def save(
     return group.on_first(lambda: _finish(Path(out_dir), state, writing, keep_last, keep_best, pinned))
 
 
-def _begin(out_dir: Path, state: dict[str, Any]) -> Path:
+def _begin(out_dir: Path, state: dict[str, Any], mark: str) -> Path:
     """An empty folder under a temporary name."""
     root = folder(out_dir)
     root.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(root)
-    writing = root / f"{_TEMPORARY}{_PREFIX}{state['progress']['iter']:09d}"
+    writing = root / f"{_TEMPORARY}{_PREFIX}{state['progress']['iter']:09d}{mark}"
     writing.mkdir()
     return writing
 
@@ -198,7 +200,8 @@ def remove_after(out_dir: str | Path, iteration: int) -> None:
 
 def find(out_dir: str | Path) -> list[Path]:
     """Complete checkpoint folders, newest first."""
-    return [path for path, _, _ in sorted(_listing(folder(out_dir)), key=lambda item: -item[1])]
+    # Of one iteration the one without a mark is the newest.
+    return [path for path, _, _ in sorted(_listing(folder(out_dir)), key=lambda item: (-item[1], item[0].name))]
 
 
 def load(path: str | Path) -> Checkpoint:

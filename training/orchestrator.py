@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import TypeAdapter
 
-from training.errors import OperationFailed, ScheduleError
+from training.errors import OperationFailed, ScheduleError, Stopped
 from training.records import Measured, Settings, Waited, differences, with_field
 from training.run import Run
 from training.schedule import Entry, Ramp, Schedule, check_settings
@@ -30,8 +30,8 @@ class Host(Protocol):
     def measure(self, why: str) -> float | None:
         """Make and record an evaluation now; None where a signal cut it short."""
 
-    def save(self, why: str) -> str:
-        """Save a checkpoint and return its name."""
+    def save(self, why: str, *, mark: str = "") -> str:
+        """Save a checkpoint and return its name, which ends in `mark`."""
 
     def go_back(self, checkpoint: str) -> dict[str, Any]:
         """Become the state of a checkpoint, all but the place in the stream of samples; returns its `state()`."""
@@ -191,8 +191,10 @@ class Orchestrator:
             self.position.loss_before = loss_before
         snapshot = ""
         if entry.guard and entry.guard.then == "revert":
-            snapshot = self.host.save(f"before entry {entry.number}, which has a guard")
-        before, started = run.settings, time.perf_counter()
+            # With a name of its own: this boundary may save again, when the entry has fired.
+            why = f"before entry {entry.number}, which has a guard"
+            snapshot = self.host.save(why, mark=f"_before_entry_{entry.number}")
+        before, goal, started = run.settings, self._settled(), time.perf_counter()
         try:
             with run.stopwatch.part("operation"):
                 self._apply(entry)
@@ -211,7 +213,12 @@ class Orchestrator:
         seconds = time.perf_counter() - started
         loss_after = self.host.measure("after an operation") if entry.reevaluate else None
         self.position.owes_measure = entry.reevaluate and loss_after is None
-        settings_before, settings_after = differences(before, self._settled())
+        # What other entries' ramps are still moving is not this entry's doing.
+        moved = differences(before, run.settings)[0].keys() | differences(goal, self._settled())[0].keys()
+        settings_before, settings_after = (
+            {name: value for name, value in values.items() if name in moved}
+            for values in differences(before, self._settled())
+        )
         total, trainable = run.parameter_counts()
         host.event(
             "operation",
@@ -278,9 +285,10 @@ class Orchestrator:
         from_iter = self.run.progress.iter
         self.load_state(self.host.go_back(watch.checkpoint))
         position = self.position
-        if position.fired < watch.entry:
-            position.reverted += (watch.entry,)
-            self._advance()
+        if position.fired != watch.entry - 1:
+            raise Stopped(f"checkpoint {watch.checkpoint} is not the state before entry {watch.entry}")
+        position.reverted += (watch.entry,)
+        self._advance()
         position.round_open, position.round_loss, position.owes_measure = False, None, False
         position.round_iter = self.run.progress.iter
         self.run.check_ranks_agree(f"going back before entry {watch.entry}")

@@ -47,7 +47,7 @@ class Row:
     flops_per_token: float
     """Forward and backward, by the rule 6 N + 12 L H Q T."""
     model_bytes: int
-    """Parameters and their gradients."""
+    """Parameters and their gradients, on one rank."""
     optimizer_bytes: int
     activation_bytes: int
     """Estimate for one micro-step of eager training."""
@@ -112,7 +112,10 @@ def make(config: TrainConfig, given: dict[str, str], world_size: int, against: s
         model, notes = setup.planned_model_config(config)
         settings = setup.settings_from(config, model)
     stages = plan_stages(schedule, settings, world_size)
-    rows = _rows(stages, config, schedule.source)
+    share = world_size if config.parallel == "fsdp" else 1
+    rows = _rows(stages, config, schedule.source, share)
+    if config.parallel == "fsdp":
+        notes.append(f"model and optimizer memory is that of one of {share} processes, sharded evenly")
     later = [row.entry for row in rows if row.operation.startswith(_DECIDED_LATER)]
     if later:
         notes.append(f"entries {later}: {_DECIDED_LATER} is decided on the machine; shown unchanged")
@@ -128,7 +131,7 @@ def make(config: TrainConfig, given: dict[str, str], world_size: int, against: s
 # ---------------------------------------------------------------------------------------------- what a stage costs
 
 
-def _rows(stages: list[Stage], config: TrainConfig, source: str) -> list[Row]:
+def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> list[Row]:
     """The stages, their shapes checked by reshaping on the meta device. Raises Refused."""
     with torch.device("meta"):
         model = GPT(replace(stages[0].settings.model, fading={}))
@@ -166,8 +169,8 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str) -> list[Row]:
                 parameters=sum(sizes.values()),
                 trainable=sum(sizes[name] for name in trainable),
                 flops_per_token=flops_per_token(s.model, sum(sizes.values()), s.sequence_length),
-                model_bytes=4 * (sum(sizes.values()) + sum(sizes[name] for name in trainable)),
-                optimizer_bytes=sum(8 * sizes[name] + 4 for name in trained),
+                model_bytes=4 * (sum(sizes.values()) + sum(sizes[name] for name in trainable)) // share,
+                optimizer_bytes=sum(8 * sizes[name] // share + 4 for name in trained),
                 activation_bytes=activation_bytes(s, 4 if config.dtype in ("auto", "float32") else 2),
                 rewraps=int(before is not None and needs_agreement(before, s)),
                 recompiles=recompiles if config.compile else 0,
@@ -302,7 +305,7 @@ class _Recorded:
     def measure(self, why: str) -> float | None:
         return self.loss if self.loss is not None else 0.0
 
-    def save(self, why: str) -> str:
+    def save(self, why: str, *, mark: str = "") -> str:
         return ""
 
     def go_back(self, checkpoint: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from training.values import brief
 class BackgroundSave:
     """A checkpoint that a thread is writing."""
 
-    def __init__(self, write: Callable[[], Path], why: str) -> None:
+    def __init__(self, write: Callable[..., Path], why: str) -> None:
         self.why, self.seconds = why, 0.0
         self._write = write
         self._path: Path | None = None
@@ -299,8 +299,8 @@ class Session:
             "world_size": run.ranks.world_size,
         }
 
-    def save(self, why: str, required: bool = True) -> str:
-        """Save a checkpoint (rank 0, or every rank its shards) and return its name.
+    def save(self, why: str, required: bool = True, mark: str = "") -> str:
+        """Save a checkpoint (rank 0, or every rank its shards) and return its name, which ends in `mark`.
 
         Where it could not be written, every rank raises RuntimeError; or, when it is not `required`, the run says so
         and goes on with the checkpoint before, which is not touched until a new one is whole.
@@ -316,7 +316,7 @@ class Session:
                 return ""
             if writes:
                 try:
-                    name = self._write(why)
+                    name = self._write(why, mark=mark)
                 except OSError as caught:
                     error = f"checkpoint at iteration {run.progress.iter} could not be written: {caught}"
             name, error = run.ranks.broadcast((name, error))
@@ -388,7 +388,7 @@ class Session:
             self.event("error", message=f"a checkpoint could not be written: {error}", action="go on")
             self.reporter.say(f"warning: a checkpoint could not be written: {error}")
 
-    def _snapshot(self, copied: bool) -> Callable[[], Path]:
+    def _snapshot(self, copied: bool) -> Callable[..., Path]:
         """Writes this very state when called; with `copied` it may be called while the run goes on."""
         run, config = self.run, self.config
         model = {name: p.detach() for name, p in run.model.named_parameters()}
@@ -408,9 +408,9 @@ class Session:
             group=run.ranks.saving if run.ranks.sharded else None,
         )
 
-    def _write(self, why: str, kind: str = "checkpoint") -> str:
+    def _write(self, why: str, kind: str = "checkpoint", mark: str = "") -> str:
         started = time.perf_counter()
-        path = self._snapshot(copied=False)()
+        path = self._snapshot(copied=False)(mark=mark)
         self._record(path, kind, why, time.perf_counter() - started)
         return path.name
 

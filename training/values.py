@@ -42,10 +42,11 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value of Settings in one short piece of a line; adapters as names and ranks, equal numbers as N x value."""
+    """A value of Settings in one short piece of a line; adapters as names and ranks, fades as names and
+    shares, equal numbers as N x value."""
     if isinstance(value, dict):
-        ranks = [f"{name}: {spec['rank']}" for name, spec in value.items()]
-        return "{" + ", ".join(ranks[:4]) + (", ...}" if len(ranks) > 4 else "}")
+        facts = [f"{name}: {spec.get('rank', spec.get('share'))}" for name, spec in value.items()]
+        return "{" + ", ".join(facts[:4]) + (", ...}" if len(facts) > 4 else "}")
     if isinstance(value, list) and len(value) > 2 and value.count(value[0]) == len(value):
         return f"[{len(value)} x {value[0]}]"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
