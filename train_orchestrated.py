@@ -77,41 +77,40 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, str], argpar
 def main(arguments: Sequence[str]) -> int:
     """Plan or train; returns the exit code. Raises Refused for bad input, before anything is written."""
     config, given, options = parse(arguments)
-    try:
-        if options.plan:
+    if options.plan:
+        with refusing():
             planned = plan.make(config, given, int(os.environ.get("WORLD_SIZE", 1)), options.against)
-            print(planned.to_json() if options.plan == "json" else planned.table())
-            return 0
-        resumed, schedule, run = prepare(config, given)
-    except ValueError as error:
-        raise as_refused(error) from error
-    with contextlib.nullcontext() if config.eval_only else lock(Path(run.config.out_dir), run.ranks):
-        return launch(resumed, schedule, run)
+        print(planned.to_json() if options.plan == "json" else planned.table())
+        return 0
+    watch = SignalWatch()
+    with watch.installed():
+        with refusing():
+            resumed, schedule, run = prepare(config, given)
+        watch.ranks = run.ranks
+        with contextlib.nullcontext() if config.eval_only else lock(Path(run.config.out_dir), run.ranks):
+            return launch(resumed, schedule, run, watch)
 
 
-def launch(resumed: setup.Resumed | None, schedule: Schedule, run: Run) -> int:
+def launch(resumed: setup.Resumed | None, schedule: Schedule, run: Run, watch: SignalWatch) -> int:
     """Train a run that is ready to; returns the exit code."""
     config, ranks = run.config, run.ranks
-
-    watch = SignalWatch(ranks)
-    with watch.installed():
-        reporter: Silent = Silent()
-        wandb_id = resumed.loaded.state["wandb_id"] if resumed else None
-        if ranks.is_first:
-            reporter, wandb_id = open_reporter(config, run, resumed, wandb_id)
-        session = Session(config, run, schedule, reporter, watch, wandb_id)
-        if resumed is not None:
-            try:
-                session.orchestrator.load_state(resumed.loaded.state["orchestrator"])
-            except ValueError as error:
-                raise Refused(f"checkpoint {resumed.loaded.path}: state.json: orchestrator: {error}") from None
-        announce(session, resumed)
-        code = 1
+    reporter: Silent = Silent()
+    wandb_id = resumed.loaded.state["wandb_id"] if resumed else None
+    if ranks.is_first:
+        reporter, wandb_id = open_reporter(config, run, resumed, wandb_id)
+    session = Session(config, run, schedule, reporter, watch, wandb_id)
+    if resumed is not None:
         try:
-            code = train(session)
-        finally:
-            session.finish_save()
-            reporter.close(code)
+            session.orchestrator.load_state(resumed.loaded.state["orchestrator"])
+        except ValueError as error:
+            raise Refused(f"checkpoint {resumed.loaded.path}: state.json: orchestrator: {error}") from None
+    announce(session, resumed)
+    code = 1
+    try:
+        code = train(session)
+    finally:
+        session.finish_save()
+        reporter.close(code)
     ranks.close()
     return code
 
@@ -248,9 +247,15 @@ def announce(session: Session, resumed: setup.Resumed | None) -> None:
         session.reporter.say("parallel=fsdp shards nothing on one process")
 
 
-def as_refused(error: ValueError) -> Refused:
-    """What a person is told about input that data/ or model/ did not accept."""
-    return error if isinstance(error, Refused) else Refused(str(error))
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Tell a person of input that data/ or model/ did not accept (ValueError) as of any other refusal."""
+    try:
+        yield
+    except Refused:
+        raise
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def run(arguments: Sequence[str]) -> int:

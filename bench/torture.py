@@ -1,13 +1,14 @@
-"""Kills a scheduled run again and again at random moments, and compares its end with a run that was left alone.
+"""Ends a scheduled run again and again at random moments, and compares its end with a run that was left alone.
 
-    python bench/torture.py [--kills 200] [--processes 1 2] [--seed 0]
+    python bench/torture.py [--kills 200] [--signals 0] [--processes 1 2] [--parallel ddp] [--seed 0]
 
-The run grows, changes adapters, batch and accumulation while it is killed with SIGKILL in steps, evaluations,
-operations, saves and at start-up. Every start uses the same two commands as a person would: the first one, or
---init_from=resume once there is a checkpoint. A run that ends must have the weights and moments of the undisturbed run
-to the bit, whole
-lines in its logs, each iteration once, and no half checkpoint or leftover. Runs follow each other until the kills are
-done. Processes are forked from one that has imported everything, so a start takes a fraction of a second.
+The run grows, changes adapters, batch and accumulation while it is ended in steps, evaluations, operations, saves and
+at start-up: with SIGKILL (--kills), or with SIGTERM, SIGINT or SIGUSR1 to one rank or to all (--signals), after which
+all ranks must end by themselves within 60 seconds, with the same exit code, and with a checkpoint of where they were.
+Every start uses the same two commands as a person would: the first one, or --init_from=resume once there is a
+checkpoint. A run that ends must have the weights and moments of the undisturbed run to the bit, whole lines in its
+logs, each iteration once, and no half checkpoint or leftover. Runs follow each other until the kills are done.
+Processes are forked from one that has imported everything, so a start takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ KEYS = dict(
 class Torture:
     """One number of processes on one folder of runs."""
 
-    def __init__(self, folder: Path, processes: int, seed: int) -> None:
-        self.folder, self.processes, self.random = folder, processes, random.Random(seed)
-        self.kills = self.starts = self.runs = 0
+    def __init__(self, folder: Path, processes: int, parallel: str, seed: int) -> None:
+        self.folder, self.processes, self.parallel = folder, processes, parallel
+        self.random = random.Random(seed)
+        self.kills = self.signals = self.starts = self.runs = 0
+        self.slowest = 0.0
         text = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 60
         ids = np.array([sorted(set(text)).index(c) for c in text], dtype=np.uint16)
         (folder / "data").mkdir(parents=True)
@@ -73,6 +76,7 @@ class Torture:
         if checkpoint.find(out_dir):
             return ["--init_from=resume", f"--out_dir={out_dir}"]
         keys = {**KEYS, "dataset": self.folder / "data", "schedule": self.folder / "schedule.json", "out_dir": out_dir}
+        keys["parallel"] = self.parallel
         return [f"--{key}={value}" for key, value in keys.items()]
 
     def start(self, out_dir: Path) -> list[int]:
@@ -104,23 +108,46 @@ class Torture:
 
     def wait(self, children: list[int], seconds: float) -> list[int] | None:
         """Exit codes, or None when time is up first."""
-        codes: dict[int, int] = {}
         deadline = time.monotonic() + seconds
-        while len(codes) < len(children):
-            for child in children:
-                if child not in codes:
-                    done, status = os.waitpid(child, os.WNOHANG)
-                    if done:
-                        codes[child] = os.waitstatus_to_exitcode(status)
-            if time.monotonic() > deadline:
-                for child in children:
-                    if child not in codes:
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(child, signal.SIGKILL)
-                        os.waitpid(child, 0)
-                return None
+        while time.monotonic() < deadline:
+            codes = [os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children]
+            if all(codes):
+                return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
             time.sleep(0.002)
-        return [codes[child] for child in children]
+        return None
+
+    def send(self, children: list[int], number: int) -> None:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+
+    def kill(self, children: list[int], out_dir: Path) -> None:
+        """SIGKILL to all; whatever is there must be whole."""
+        self.send(children, signal.SIGKILL)
+        assert self.wait(children, 60) is not None
+        self.kills += 1
+        self.look_at(out_dir)
+
+    def stop(self, children: list[int], out_dir: Path) -> bool:
+        """A signal to one rank or to all, after which they must end together; whether that was the run's own end."""
+        number = self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        reached = self.random.choice([children, [self.random.choice(children)]])
+        started = time.monotonic()
+        self.send(reached, number)
+        codes = self.wait(children, 60)
+        if codes is None:
+            self.send(children, signal.SIGKILL)
+            raise AssertionError(f"{number.name} to {len(reached)} of {len(children)}: they did not end")
+        self.signals += 1
+        self.slowest = max(self.slowest, time.monotonic() - started)
+        assert codes in ([128 + number] * len(children), [0] * len(children)), f"{number.name}: {codes}"
+        self.look_at(out_dir)
+        if codes[0]:
+            events = [json.loads(line) for line in (out_dir / "events.jsonl").read_text("utf-8").splitlines()]
+            last = [event for event in events if event["kind"] == "signal"][-1]
+            state = checkpoint.load(checkpoint.find(out_dir)[0]).state
+            assert state["progress"]["iter"] == last["iter"], "nothing was saved"
+        return not codes[0]
 
     def undisturbed(self) -> tuple[Path, float]:
         """The run that all others are compared with, and the seconds it took."""
@@ -129,21 +156,27 @@ class Torture:
         assert codes == [0] * self.processes, f"the undisturbed run ended with {codes}; see {self.folder}/console.log"
         return out_dir, time.monotonic() - started
 
-    def run(self, kills: int) -> None:
-        """Runs until so many kills have struck; raises AssertionError with what was not as promised."""
+    def run(self, kills: int, signals: int) -> None:
+        """Runs until so many have struck; raises AssertionError with what was not as promised."""
         reference, seconds = self.undisturbed()
-        while self.kills < kills:
+        while self.kills < kills or self.signals < signals:
             out_dir = self.folder / f"run_{self.runs}"
             self.runs += 1
-            while True:
+            ended = False
+            while not ended:
                 # Short and long lives: most of them end on the way, some get far.
-                life = 300.0 if self.kills >= kills else self.random.uniform(0.0, 0.8 * seconds)
-                codes = self.wait(self.start(out_dir), life)
+                left = [*["kill"] * (self.kills < kills), *["stop"] * (self.signals < signals)]
+                # A signal is listened to from a few milliseconds after the start on.
+                life = self.random.uniform(0.0 if left == ["kill"] else 0.1, 0.8 * seconds) if left else 300.0
+                children = self.start(out_dir)
+                codes = self.wait(children, life)
                 if codes is not None:
                     assert codes == [0] * self.processes, f"start {self.starts} ended with {codes}: console.log"
-                    break
-                self.kills += 1
-                self.look_at(out_dir)
+                    ended = True
+                elif self.random.choice(left) == "kill":
+                    self.kill(children, out_dir)
+                else:
+                    ended = self.stop(children, out_dir)
             self.compare(out_dir, reference)
             shutil.rmtree(out_dir)
 
@@ -185,24 +218,25 @@ class Torture:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="for each number of processes")
+    parser.add_argument("--kills", type=int, default=200, help="SIGKILLs, for each number of processes")
+    parser.add_argument("--signals", type=int, default=0, help="SIGTERM, SIGINT and SIGUSR1, likewise")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    print("| processes | SIGKILLs | starts | runs compared | differences | seconds |\n|---|---|---|---|---|---|")
+    print("| processes | SIGKILLs | other signals | slowest end, s | starts | runs compared | differences | seconds |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for processes in options.processes:
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
-            torture = Torture(Path(folder) / "torture", processes, options.seed)
+            torture = Torture(Path(folder) / "torture", processes, options.parallel, options.seed)
             try:
-                torture.run(options.kills)
+                torture.run(options.kills, options.signals)
             except BaseException:
                 print((torture.folder / "console.log").read_text()[-3000:], file=sys.stderr)
                 raise
-            seconds = time.monotonic() - started
-            print(
-                f"| {processes} | {torture.kills} | {torture.starts} | {torture.runs} | 0 | {seconds:.0f} |", flush=True
-            )
+            facts = [processes, torture.kills, torture.signals, f"{torture.slowest:.1f}", torture.starts, torture.runs]
+            print("|", " | ".join(map(str, [*facts, 0, f"{time.monotonic() - started:.0f}"])), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,9 @@ def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert not different, different
 
 
+_DISTRIBUTED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor")
+
+
 def _on_rank(function, rank: int, world_size: int, port: int, args: tuple, results) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -134,7 +137,9 @@ def on_ranks(function, *args, world_size: int = 2, seconds: float = 90.0) -> lis
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, in a process that runs nothing: each rank is a fork of it.
+    context.set_forkserver_preload(["train_orchestrated", "peft", *_DISTRIBUTED])
     results = context.Queue()
     processes = [
         context.Process(target=_on_rank, args=(function, rank, world_size, port, args, results), daemon=True)

@@ -177,13 +177,17 @@ def test_two_jobs_on_one_run_folder(tiny, monkeypatch, data, tmp_path):
 
 
 @pytest.mark.timeout(240)
-def test_killed_at_random_moments():
+@pytest.mark.parametrize("ends", [["--kills=5", "--processes=1"], ["--kills=1", "--signals=5", "--processes=2"]])
+def test_ended_at_random_moments(ends):
     """A short form of `make torture`: the end is that of the undisturbed run to the bit."""
-    command = [sys.executable, str(ROOT / "bench" / "torture.py"), "--kills", "6", "--processes", "1"]
+    command = [sys.executable, str(ROOT / "bench" / "torture.py"), *ends]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    kills, starts, runs, differences = map(int, done.stdout.splitlines()[2].split("|")[2:6])
-    assert kills >= 6 and starts > kills and runs >= 1 and differences == 0
+    cells = [cell.strip() for cell in done.stdout.splitlines()[2].split("|")[1:-1]]
+    kills, signals, starts, runs, differences = (int(cells[i]) for i in (1, 2, 4, 5, 6))
+    wanted = {key: int(value) for key, value in (end.removeprefix("--").split("=") for end in ends)}
+    assert kills >= wanted["kills"] and signals >= wanted.get("signals", 0) and starts > kills and runs >= 1
+    assert differences == 0
 
 
 @pytest.mark.timeout(180)

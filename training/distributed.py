@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -171,4 +172,7 @@ class Ranks:
         """Leave the group. Not called after an exception: the other ranks may be waiting for this one."""
         if self.distributed and dist.is_initialized():
             self.finish_exchange()
+            # gloo's threads need the GIL to let go of the last exchange's tensors. The group's end joins these threads
+            # and may hold the GIL meanwhile: give them time, or both wait for ever (seen on torch 2.13).
+            time.sleep(0.1)
             dist.destroy_process_group()

@@ -19,11 +19,17 @@ SAME_PRESS_SECONDS = 2.0
 class SignalWatch:
     """Remembers the first signal of this process and agrees with the other ranks on it.
 
-    A second SIGINT, pressed later than torchrun's echo of the first, quits at once without saving.
+    It listens from the start on, before there are ranks: a signal that comes while a run is being set up is acted on
+    at its first boundary. A second SIGINT, pressed later than torchrun's echo of the first, quits at once without
+    saving.
+
+    Attributes:
+        ranks: to be set before the first poll.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    ranks: Ranks
+
+    def __init__(self) -> None:
         self._received = 0
         self._received_at = 0.0
         self._agreed = 0
@@ -48,7 +54,7 @@ class SignalWatch:
     def poll(self) -> int:
         """The signal that all ranks agree to end on, or 0. Every rank must poll equally often."""
         if not self._agreed:
-            self._agreed = self._ranks.exchange_later(int(self._received))
+            self._agreed = self.ranks.exchange_later(int(self._received))
         return self._agreed
 
     @property
