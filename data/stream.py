@@ -193,7 +193,7 @@ def read_remap(path: str | Path, old_size: int | None, new_size: int) -> np.ndar
             array = np.array(json.loads(Path(path).read_text("utf-8")))
         else:
             array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken .npy can raise nearly anything
         raise ValueError(f"vocab_remapping_file {path}: not a readable .npy or .json array ({error})") from None
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
         raise ValueError(f"vocab_remapping_file {path}: must be one list of whole numbers")

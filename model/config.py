@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,17 @@ CHOICES = {
     "activation": ("gelu", "gelu_tanh", "relu2", "swiglu"),
     "position": ("learned", "rotary"),
 }
+# Far above any model there is. More is a slip of the pen, and would take hours or all memory to find out.
+LIMITS = {
+    "block_size": 2**24,
+    "vocab_size": 2**24,
+    "n_layer": 2**12,
+    "n_head": 2**14,
+    "n_kv_head": 2**14,
+    "n_embd": 2**20,
+    "head_size": 2**20,
+}
+_LARGEST_HIDDEN = 2**22
 # Leaf layers of one block in the order of the model, and the suffix of the module that holds each.
 BLOCK_LAYERS = ("ln_1", "attn", "ln_2", "mlp")
 
@@ -85,9 +97,10 @@ class ModelConfig:
             object.__setattr__(self, name, value)
 
         problems = [
-            f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}"
-            for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1
+            f"{name} must be a whole number from 1 to {limit}, got {getattr(self, name)!r}"
+            for name, limit in LIMITS.items()
+            if not (getattr(self, name) is None and name in ("n_kv_head", "head_size"))
+            and not (_is_whole(getattr(self, name)) and 1 <= getattr(self, name) <= limit)
         ]
         if problems:
             raise ValueError("; ".join(problems))
@@ -108,11 +121,18 @@ class ModelConfig:
         put("n_hidden", tuple(self.n_hidden))
         if len(self.n_hidden) != self.n_layer:
             problems.append(f"n_hidden has {len(self.n_hidden)} widths for {self.n_layer} layers")
-        problems += [f"n_hidden must be at least 1, got {width!r}" for width in self.n_hidden if width < 1]
-        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+        problems += [
+            f"n_hidden must be a whole number from 1 to {_LARGEST_HIDDEN}, got {width!r}"
+            for width in dict.fromkeys(self.n_hidden)
+            if not _is_whole(width) or not 1 <= width <= _LARGEST_HIDDEN
+        ]
+        if self.n_head % self.n_kv_head:
             problems.append(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
-        if not self.rotary_scale > 0:
-            problems.append(f"rotary_scale must be positive, got {self.rotary_scale}")
+        problems += [
+            f"{name} must be positive and finite, got {getattr(self, name)!r}"
+            for name in ("norm_eps", "rotary_base", "rotary_scale")
+            if not 0 < getattr(self, name) < math.inf
+        ]
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -127,8 +147,15 @@ class ModelConfig:
                 problems.append(f"{name} cannot carry a LoRA adapter; attn.N, mlp.N, wte and an untied lm_head can")
             elif not 1 <= spec.rank <= limit:
                 problems.append(f"LoRA rank of {name} must be from 1 to {limit} (0 removes it), got {spec.rank}")
-            elif not spec.alpha > 0:
-                problems.append(f"LoRA alpha of {name} must be positive, got {spec.alpha}")
+            elif not 0 < spec.alpha < math.inf:
+                problems.append(f"LoRA alpha of {name} must be positive and finite, got {spec.alpha}")
+        for name, fade in self.fading.items():
+            if name != "lm_head" and (name.split(".")[0] not in ("attn", "mlp") or name not in layer_names(self)):
+                problems.append(f"{name} cannot fade in; attn.N, mlp.N and lm_head can")
+            elif fade.known < 0 or not 0 <= fade.share <= 1:
+                problems.append(
+                    f"{name} fades in from {fade.known} by {fade.share}: allowed are 0 and more, and [0, 1]"
+                )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -162,6 +189,10 @@ class ModelConfig:
         lora = {name: LoraSpec(**spec) for name, spec in values.get("lora", {}).items()}
         fading = {name: Fade(**fade) for name, fade in values.get("fading", {}).items()}
         return cls(**{**values, "lora": lora, "fading": fading})
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def layer_names(config: ModelConfig) -> list[str]:

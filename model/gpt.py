@@ -365,6 +365,10 @@ def from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:
     """A model that takes over these tensors by name, without initialising anything. Raises ValueError on a mismatch."""
     with torch.device("meta"):
         model = GPT(config)
+    if wrong := [
+        name for name, value in weights.items() if not isinstance(value, Tensor) or not value.is_floating_point()
+    ]:
+        raise ValueError(f"weights do not fit the model: {wrong[0]!r} is no tensor of floating-point numbers")
     check_shapes({n: p.shape for n, p in model.named_parameters()}, {n: w.shape for n, w in weights.items()})
     model.load_state_dict(weights, strict=True, assign=True)
     model.reset_buffers(next(iter(weights.values())).device)

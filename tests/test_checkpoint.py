@@ -14,7 +14,7 @@ from training.errors import Refused
 
 def save(root, iteration: int, loss: float | None = None, keep_last: int = 2, keep_best: int = 1):
     progress = {"iter": iteration, "last_val_loss": loss, "last_eval_iter": -1 if loss is None else iteration}
-    model = {"a": torch.full((2, 3), float(iteration)), "b|c": torch.arange(3)}
+    model = {"a": torch.full((2, 3), float(iteration)), "b.c": torch.arange(3.0)}
     optimizer = {"a": {"exp_avg": torch.ones(2, 3), "step": torch.tensor(float(iteration))}}
     return checkpoint.save(root, {"progress": progress}, model, optimizer, keep_last=keep_last, keep_best=keep_best)
 

@@ -38,6 +38,8 @@ READABLE = (1, 2)
 """Format 1 had no shards and is otherwise the same."""
 _PREFIX, _TEMPORARY = "iter_", ".writing_"
 _STATE, _MODEL, _OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+NAME = r"^iter_\d{9}(_before_entry_\d+)?$"
+"""Of a checkpoint's folder."""
 _FILE_NAME = re.compile(r"(?:model|optimizer|shard-\d{5}-model-\d{5}-of-\d{5})\.safetensors|state\.json")
 
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
+from training import checkpoint
 from training.errors import OperationFailed, ScheduleError, Stopped
-from training.records import Measured, Settings, Waited, differences, with_field
+from training.records import EXACTLY, Measured, Settings, Waited, differences, with_field
 from training.run import Run
 from training.schedule import Entry, Ramp, Schedule, check_settings
+from training.values import NonNegativeInt, PositiveInt
 
 
 class Host(Protocol):
@@ -44,13 +46,15 @@ class Host(Protocol):
 class Watch:
     """An entry that has fired and is watched by its guard."""
 
-    entry: int
+    __pydantic_config__ = EXACTLY
+
+    entry: PositiveInt
     name: str
     loss_before: float
     limit: float
-    until_iter: int
-    then: str
-    checkpoint: str
+    until_iter: NonNegativeInt
+    then: Literal["revert", "keep", "stop"]
+    checkpoint: Annotated[str, Field(pattern=checkpoint.NAME + "|^$")]
     """Name of the checkpoint of the state just before it; empty where there is no going back."""
 
 
@@ -58,7 +62,9 @@ class Watch:
 class Position:
     """Where the head of the queue stands and since when it has waited."""
 
-    fired: int = 0
+    __pydantic_config__ = EXACTLY
+
+    fired: NonNegativeInt = 0
     """Entries done with (fired or skipped)."""
     since_iter: int = 0
     since_tokens: int = 0
@@ -109,6 +115,13 @@ class Orchestrator:
         """Take over what `state` returned. Raises ValueError for what it cannot have returned."""
         self.position = TypeAdapter(Position).validate_python(state["position"])
         self.ramps = [TypeAdapter(Ramp).validate_python(ramp) for ramp in state["ramps"]]
+        for ramp in self.ramps:
+            try:
+                for name, ends in ramp.fields.items():
+                    for value in ends:
+                        Settings.from_json(with_field(self.run.settings, name, value).to_json())
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"a ramp of {ramp.name} does not fit the settings ({error})") from None
         if self.position.fired > len(self.schedule.entries):
             raise ValueError(f"{self.position.fired} entries have fired of {len(self.schedule.entries)}")
 

@@ -9,54 +9,62 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter
 
 from model.config import ModelConfig
+from training.values import Finite, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+EXACTLY = ConfigDict(extra="forbid")
+"""As __pydantic_config__ of a dataclass that is read from a file: a field that it has not is an error."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything about a run that a schedule may change. Units: iterations (optimizer steps) unless named otherwise."""
 
+    __pydantic_config__ = EXACTLY
+
     model: ModelConfig
-    batch_size: int
+    batch_size: PositiveInt
     """Sequences in one micro-step on one rank."""
-    grad_accum: int
+    grad_accum: PositiveInt
     """Micro-steps in one iteration, counted over all ranks."""
-    learning_rate: float
-    min_lr: float
-    warmup_iters: int
-    lr_decay_iters: int
+    learning_rate: NonNegativeFloat
+    min_lr: NonNegativeFloat
+    warmup_iters: NonNegativeInt
+    lr_decay_iters: NonNegativeInt
     decay_lr: bool
-    lr_schedule: str
-    wsd_decay_fraction: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    grad_clip: float
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"]
+    wsd_decay_fraction: PositiveFloat
+    weight_decay: NonNegativeFloat
+    beta1: Fraction
+    beta2: Fraction
+    grad_clip: NonNegativeFloat
     """Largest global gradient norm; 0 switches clipping off."""
-    eval_interval: int
-    eval_iters: int
-    log_interval: int
-    lora_alpha: float
+    eval_interval: PositiveInt
+    eval_iters: PositiveInt
+    log_interval: PositiveInt
+    lora_alpha: PositiveFloat
     """Alpha given to adapters that are added from now on."""
-    sequence_length: int = 0
+    sequence_length: NonNegativeInt = 0
     """Tokens in one training sequence, at most (and 0 for) model.block_size."""
     frozen: tuple[str, ...] = ()
     """Leaf layer names (attn.0, ln_f, ...) in model order whose parameters do not train."""
-    lr_restarts: int = 0
+    lr_restarts: NonNegativeInt = 0
     """Counter: each increase starts the learning-rate schedule anew."""
-    rewarm_iters: int = 0
+    rewarm_iters: NonNegativeInt = 0
     """Iterations over which the rate climbs back from 0 after a rewarming."""
-    rewarms: int = 0
+    rewarms: NonNegativeInt = 0
     """Counter: each increase starts a rewarming."""
-    reshapes_asked: int = 0
+    reshapes_asked: NonNegativeInt = 0
     """Counter: each increase is a change of weights or moments that the shape does not show (other order, reset)."""
-    vocabulary_map: tuple[int, ...] = ()
+    vocabulary_map: tuple[NonNegativeInt, ...] = ()
     """New token id of each id in the data files; () where they are the same."""
-    checkpoints_asked: int = 0
+    checkpoints_asked: NonNegativeInt = 0
     """Counter: each increase asks for a checkpoint at this boundary."""
-    stops_asked: int = 0
+    stops_asked: NonNegativeInt = 0
     """Counter: each increase ends the run at this boundary."""
 
     def __post_init__(self) -> None:
@@ -77,15 +85,9 @@ class Settings:
         return {**values, "model": self.model.to_json(), **lists}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Settings:
-        return cls(
-            **{
-                **values,
-                "model": ModelConfig.from_json(values["model"]),
-                "frozen": tuple(values["frozen"]),
-                "vocabulary_map": tuple(values["vocabulary_map"]),
-            }
-        )
+    def from_json(cls, values: Any) -> Settings:
+        """Raises ValueError (pydantic's) for what `to_json` cannot have made."""
+        return TypeAdapter(cls).validate_python(values)
 
 
 _FADING = "model.fading."
@@ -136,37 +138,40 @@ def differences(before: Settings, after: Settings) -> tuple[dict[str, Any], dict
 class Progress:
     """How far the run has come. Saved whole in every checkpoint."""
 
-    iter: int = 0
+    __pydantic_config__ = EXACTLY
+
+    iter: NonNegativeInt = 0
     """Optimizer steps done."""
-    samples: int = 0
+    samples: NonNegativeInt = 0
     """Sequences of the training stream consumed, over all ranks: the index of the next one."""
-    tokens: int = 0
-    seconds: float = 0.0
+    tokens: NonNegativeInt = 0
+    seconds: NonNegativeFloat = 0.0
     """Wall-clock seconds spent in this run, over all its starts."""
-    lr_start_iter: int = 0
+    lr_start_iter: NonNegativeInt = 0
     """Where the learning-rate schedule last (re)started."""
-    rewarm_start_iter: int = 0
+    rewarm_start_iter: NonNegativeInt = 0
     """Where the latest rewarming started."""
-    best_val_loss: float | None = None
-    best_iter: int | None = None
-    last_val_loss: float | None = None
+    best_val_loss: Finite | None = None
+    best_iter: NonNegativeInt | None = None
+    last_val_loss: Finite | None = None
     last_eval_iter: int = -1
-    stopping_best: float | None = None
+    stopping_best: Finite | None = None
     """The loss that early stopping measures against (best_val_loss less what min_delta ignores)."""
-    evals_without_gain: int = 0
-    loss_mean: float = 0.0
+    evals_without_gain: NonNegativeInt = 0
+    loss_mean: Finite = 0.0
     """Running mean and variance of the training loss, kept where spikes are looked for (spike_sigma)."""
-    loss_variance: float = 0.0
-    losses_seen: int = 0
-    sick_steps: int = 0
+    loss_variance: NonNegativeFloat = 0.0
+    losses_seen: NonNegativeInt = 0
+    sick_steps: NonNegativeInt = 0
     """Steps in a row that were not taken."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Progress:
-        return cls(**values)
+    def from_json(cls, values: Any) -> Progress:
+        """Raises ValueError (pydantic's) for what `to_json` cannot have made."""
+        return TypeAdapter(cls).validate_python(values)
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ def _mark_void(path: Path, size: int, kinds: Container[str]) -> None:
     for line in tail.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the piece of a line that a crash left
-        if record.get("kind") in kinds:
+        if isinstance(record, dict) and record.get("kind") in kinds:
             record["void"] = True
         lines.append(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
     if tail:

@@ -25,9 +25,9 @@ from model.gpt import GPT
 from model.lora import trainable_parameters
 from training.errors import Refused, ScheduleError
 from training.operations import Operation, make
-from training.records import Settings, get_field
+from training.records import EXACTLY, Settings, get_field
 from training.triggers import TRIGGERS, Trigger
-from training.values import NonNegativeFloat, PositiveInt, nearest, problems_of, shown
+from training.values import NonNegativeFloat, NonNegativeInt, PositiveInt, nearest, problems_of, shown
 
 
 class Guard(BaseModel):
@@ -369,11 +369,13 @@ def parameter_counts(config: ModelConfig, frozen: tuple[str, ...]) -> tuple[int,
 class Ramp:
     """Numbers under way from the values in force to an operation's, a pure function of the iteration."""
 
-    entry: int
+    __pydantic_config__ = EXACTLY
+
+    entry: PositiveInt
     name: str
-    start_iter: int
-    over: int
-    style: str
+    start_iter: NonNegativeInt
+    over: PositiveInt
+    style: Literal["linear", "cosine"]
     fields: dict[str, tuple[float, float]]
     """Dotted field name of Settings: (from, to)."""
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from data.stream import DataSet, find_folder, open_data, read_meta, read_remap
 from model import hugging_face, nanogpt
-from model.config import LoraSpec, ModelConfig
+from model.config import LIMITS, LoraSpec, ModelConfig
 from model.gpt import GPT, check_shapes, from_weights, init_weights
 from training import checkpoint, sharding
 from training.config import TrainConfig
@@ -63,7 +63,7 @@ def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
     ranks = {"attn": config.attn_lora_rank, "mlp": config.mlp_lora_rank}
     adapters = {
         f"{kind}.{n}": LoraSpec(rank, config.lora_alpha)
-        for n in range(config.n_layer)
+        for n in range(min(config.n_layer, LIMITS["n_layer"]))
         for kind, rank in ranks.items()
         if rank
     }
@@ -190,8 +190,9 @@ def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
     state, place = loaded.state, f"checkpoint {loaded.path}: state.json"
     parts: dict[str, Any] = {}
     try:
-        for name, kind in (("config", TrainConfig), ("settings", Settings), ("progress", Progress)):
-            parts[name] = TypeAdapter(kind).validate_python(state[name])
+        parts["config"] = TrainConfig.model_validate(state["config"])
+        parts["settings"] = Settings.from_json(state["settings"])
+        Progress.from_json(state["progress"])
         TypeAdapter(_State).validate_python(state)
     except ValidationError as error:
         raise Refused(
@@ -274,6 +275,10 @@ def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
                 }
             )
         schedule = new
+    if recorded.log_dir and "log_dir" not in given:
+        reason = "a checkpoint does not choose where files are written: give it again"
+        overrides.append({"key": "log_dir", "before": recorded.log_dir, "after": "", "applied": True, "reason": reason})
+        recorded = recorded.model_copy(update={"log_dir": ""})
     if problems:
         raise Refused(problems)
     update = {key: getattr(config, key) for key in given} | {"out_dir": config.out_dir, "init_from": "resume"}
@@ -336,7 +341,10 @@ def open_model(
         if name not in shapes:
             raise Refused(f"checkpoint {loaded.path}: there are moments of {name}, which is not in the model")
         wanted |= {f"{name}|exp_avg": shapes[name], f"{name}|exp_avg_sq": shapes[name], f"{name}|step": torch.Size([])}
-    check_shapes(wanted, loaded.shapes)
+    try:
+        check_shapes(wanted, loaded.shapes)
+    except ValueError as error:
+        raise Refused(f"checkpoint {loaded.path}: {error}") from None
     if not ranks.sharded:
         return from_weights(config, loaded.model), loaded.optimizer
     model = sharding.empty(config, ranks.mesh, device)

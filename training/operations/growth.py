@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from model import growth
-from model.config import ModelConfig, layer_names
+from model.config import LIMITS, ModelConfig, layer_names
 from model.gpt import GPT
 from model.growth import Layer
 from model.lineage import Lineage
@@ -156,6 +156,8 @@ class StackLayers(LayerOperation):
         added = n_layer - old
         if added < 1:
             raise ScheduleError(f"stack_layers: n_layer must be more than the {old} there are, got {n_layer}")
+        if n_layer > LIMITS["n_layer"]:
+            raise ScheduleError(f"stack_layers: n_layer may be {LIMITS['n_layer']} at most, got {n_layer}")
 
         def new(beside: int, turn: int) -> Layer:
             match wanted.how:

@@ -1,0 +1,503 @@
+"""Files and values that somebody else may have written, made up at random: what the fuzz tests and bench/fuzz.py try.
+
+A target makes one case out of hypothesis' `data`, gives it to the project as a user would, and returns "accepted" or
+"refused". Anything else (an exception that is no refusal, a case that takes too long, something accepted that must not
+be) escapes as an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import ROOT, TINY, write_data
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from operation_examples import BEFORE, EXAMPLES
+from safetensors.torch import load_file, save_file
+
+import train_orchestrated
+from data.stream import read_meta, read_remap
+from model import nanogpt
+from model.config import ModelConfig
+from model.gpt import GPT
+from training.config import KEYS, TrainConfig
+from training.errors import OperationFailed, Refused, ScheduleError
+from training.schedule import ENTRY_FIELDS
+
+SECONDS = 20
+NUMBERS = st.one_of(
+    st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 48, -1, 2**31, 2**63, 2**64, 10**30]),
+    st.sampled_from([0.0, 0.5, -0.0, 1e-300, 1e300, 1e400]),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+)  # fmt: skip
+LAYERS = st.sampled_from(
+    ["attn.0", "mlp.1", "mlp.*", "block.0", "block.-1", "wte", "ln_f", "lm_head", "*", "attn.9", ""]
+)
+TEXTS = st.one_of(st.text(max_size=8), LAYERS, st.sampled_from(["copy", "identity", "mean", "relu2", "1e-3", "!!str"]))
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+FIELDS = {
+    "reevaluate": True,
+    "desc": "why",
+    "style": "cosine",
+    "on_error": "skip",
+    "guard": {"max_increase": 0.1, "within_iters": 3, "then": "keep"},
+    "trigger_plateau": {"evals": 2, "min_delta": 0.1},
+}
+
+
+class Slow(Exception):
+    """A case that did not end in time."""
+
+
+@contextlib.contextmanager
+def in_time() -> Iterator[None]:
+    """Raise Slow inside the block after SECONDS."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise Slow(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def command(*arguments: str) -> str:
+    """The entry script's own way of saying yes or no."""
+    with in_time(), contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = train_orchestrated.run(list(arguments))
+        except SystemExit as exit_:  # argparse
+            code = exit_.code
+    assert code in (0, 2), code
+    if code == 2:
+        assert "error" in told.getvalue() and "Traceback" not in told.getvalue()
+    return "accepted" if code == 0 else "refused"
+
+
+def mutated(data: st.DataObject, value: Any) -> Any:
+    """A JSON document with one or two of its values replaced, removed or doubled."""
+    document = json.loads(json.dumps(value))
+    for _ in range(data.draw(st.integers(1, 2))):
+        inner, key = document, None
+        while isinstance(inner, dict | list) and inner:
+            if key is not None and data.draw(st.integers(0, 3)) == 0:
+                break
+            outer = inner
+            key = data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
+            inner = outer[key]
+        if key is None:
+            return data.draw(JSON)
+        kind = data.draw(st.integers(0, 5))
+        if kind == 0:
+            del outer[key]
+        elif kind == 1 and isinstance(outer, list):
+            outer.append(outer[key])
+        elif kind == 2 and isinstance(outer, dict):
+            outer[data.draw(TEXTS)] = outer[key]
+        else:
+            outer[key] = data.draw(JSON)
+    return document
+
+
+def noisy(data: st.DataObject, content: bytes) -> bytes:
+    """Bytes that were cut, flipped, doubled or replaced, or that have something foreign in them."""
+    kind = data.draw(st.integers(0, 5))
+    at = data.draw(st.integers(0, max(0, len(content) - 1)))
+    length = data.draw(st.integers(0, 40))
+    foreign = data.draw(
+        st.one_of(
+            st.binary(max_size=20),
+            st.sampled_from(
+                [b"!!python/object/apply:os.system [touch CANARY]", b"&a [*a]", b"<<: *a", b"{", b"]", b"\n- ", b": ",
+                 b".nan", b"1e999", b"\t", b"\x00", b"null", b"0x10", b"__import__('os').system('touch CANARY')",
+                 b"9" * 5000, b"[" * 3000, b"\n", b"#", b'"', b"~"]
+            ),
+        )
+    )  # fmt: skip
+    match kind:
+        case 0:
+            return content[:at]
+        case 1:
+            return content[:at] + content[at + length :]
+        case 2:
+            return content[:at] + content[at : at + length] * 3 + content[at + length :]
+        case 3:
+            return content[:at] + foreign + content[at:]
+        case 4:
+            flipped = bytearray(content or b"x")
+            flipped[at] ^= 1 << data.draw(st.integers(0, 7))
+            return bytes(flipped)
+    return data.draw(st.binary(max_size=300))
+
+
+class Workspace:
+    """A folder with a data set and finished tiny runs, made once, of which every case uses a copy."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = write_data(folder / "data")
+        schedule = [
+            {"name": "set_attn_lora_rank", "value": 2, "at_iter": 2},
+            {"name": "set_lr", "value": 1e-3, "over": 9},
+        ]
+        (folder / "s.json").write_text(json.dumps(schedule))
+        self.run = folder / "run"
+        assert (
+            command(*self.arguments(max_iters=4, keep_last=1, schedule=folder / "s.json", out_dir=self.run))
+            == "accepted"
+        )
+        self.canary = Path("CANARY")
+
+    def arguments(self, **keys: Any) -> list[str]:
+        values = {**TINY, "dataset": self.data, **keys}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    @contextlib.contextmanager
+    def case(self) -> Iterator[Path]:
+        """An empty folder that is the working directory; nothing a file says may have been executed in it."""
+        here = os.getcwd()
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            os.chdir(folder)
+            try:
+                yield Path(folder)
+                assert not self.canary.exists(), "something in a file was executed"
+            finally:
+                os.chdir(here)
+
+
+# ---------------------------------------------------------------------------------------------- schedules
+
+
+def entries(data: st.DataObject) -> list[dict]:
+    """Entries that are right, but for a value here and there."""
+    made = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        name = data.draw(st.sampled_from(sorted(EXAMPLES)))
+        made += [{"name": n, "value": v} for n, v in BEFORE.get(name, []) if data.draw(st.booleans())]
+        entry: dict[str, Any] = {"name": name}
+        if EXAMPLES[name] is not None:
+            entry["value"] = EXAMPLES[name] if data.draw(st.integers(0, 3)) else mutated(data, EXAMPLES[name])
+        field = data.draw(st.sampled_from(sorted(ENTRY_FIELDS)))
+        if field not in ("name", "value"):
+            entry[field] = data.draw(JSON) if data.draw(st.integers(0, 4)) == 0 else FIELDS.get(field, 3)
+        made.append(entry)
+    return made
+
+
+def schedule_entries(data: st.DataObject, workspace: Workspace) -> str:
+    """A schedule whose entries have wrong values and fields; what has an unknown field or name must be refused."""
+    made = entries(data)
+    wrong = data.draw(st.integers(0, 5)) == 0
+    if wrong:
+        chosen = data.draw(st.sampled_from(made))
+        chosen["name" if data.draw(st.booleans()) else "trigger_lost"] = "set_lrr"
+    with workspace.case() as folder:
+        (folder / "s.json").write_text(json.dumps(made))
+        answer = command(*workspace.arguments(schedule=folder / "s.json", out_dir=folder / "out"), "--plan=json")
+        assert not wrong or answer == "refused", made
+        assert not (folder / "out").exists(), "a plan wrote something"
+    return answer
+
+
+def schedule_text(data: st.DataObject, workspace: Workspace) -> str:
+    """The text of one of the project's own schedules, damaged."""
+    paths = sorted((ROOT / "schedules").glob("*.yaml"))
+    text = data.draw(st.sampled_from(paths)).read_bytes()
+    for _ in range(data.draw(st.integers(1, 3))):
+        text = noisy(data, text)
+    with workspace.case() as folder:
+        path = folder / data.draw(st.sampled_from(["s.yaml", "s.json"]))
+        path.write_bytes(text)
+        return command(*workspace.arguments(schedule=path, out_dir=folder / "out"), "--plan")
+
+
+def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
+    """What the plan accepts can be carried out: every entry is applied to a live run, and a step is made after it."""
+    from training.config import resolve
+    from training.distributed import Ranks
+    from training.schedule import check_settings, parse_schedule, plan_stages
+    from training.setup import open_run
+
+    given = [tuple(a.removeprefix("--").split("=", 1)) for a in workspace.arguments(out_dir="out")]
+    config, _ = resolve([], given)
+    with workspace.case(), in_time():
+        run = open_run(config, None, parse_schedule("", "s"), Ranks("cpu"))
+        try:
+            schedule = parse_schedule(json.dumps(entries(data)), "s.json")
+            settings = run.settings
+            plan_stages(schedule, settings, 1)
+        except Refused:
+            return "refused"
+        for entry in schedule.entries:
+            if entry.operation.name == "adjust_batch_size":
+                continue  # tries batches for seconds
+            target = entry.plan(run.settings)
+            if target.batch_size * target.grad_accum > 4096 or target.model.n_embd > 256 or target.model.n_layer > 32:
+                return "accepted"  # possible, but not here and now
+            check_settings(target, 1)
+            try:
+                run.adopt(target, entry.operation.reshape)
+            except (OperationFailed, ScheduleError) as error:
+                raise AssertionError(f"{entry} was planned and cannot be done: {error}") from error
+            run.step()
+            run.evaluate(lambda: 0)
+    return "accepted"
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+def config_values(data: st.DataObject, workspace: Workspace) -> str:
+    """--KEY=VALUE pairs, some of them of no key or no fitting value."""
+    wild = st.one_of(NUMBERS.map(str), TEXTS, JSON.map(repr), st.sampled_from(["True", "False", "None", "", "1e-3"]))
+    tame = st.one_of(
+        st.integers(0, 64).map(str), st.sampled_from(["True", "False", "0.5", "1e-3", "cosine", "rmsnorm"])
+    )
+    pairs = data.draw(st.lists(st.tuples(st.sampled_from(KEYS), st.one_of(tame, tame, wild)), min_size=1, max_size=2))
+    unknown = data.draw(st.integers(0, 5)) == 0
+    arguments = [f"--{key}={value}" for key, value in pairs] + ["--batchsize=3"] * unknown
+    with workspace.case() as folder:
+        given = workspace.arguments(out_dir=folder / "out")
+        try:
+            answer = command(*given, *arguments, "--plan")
+        except AssertionError as error:
+            raise AssertionError(f"{arguments}: {error}") from error
+        assert not unknown or answer == "refused"
+    if answer == "accepted":
+        for key, text in dict(pairs).items():
+            kind, value = TrainConfig.model_fields[key].annotation, train_orchestrated.configuration.parse_text(text)
+            assert kind is not bool or type(value) is bool
+            assert kind is not int or (type(value) in (int, float) and value == int(value))
+    return answer
+
+
+def config_file(data: st.DataObject, workspace: Workspace) -> str:
+    """One of the project's own configuration files, damaged."""
+    text = data.draw(st.sampled_from(sorted((ROOT / "config").glob("*.py")))).read_bytes()
+    for _ in range(data.draw(st.integers(1, 3))):
+        text = noisy(data, text)
+    with workspace.case() as folder:
+        (folder / "c.py").write_bytes(text)
+        return command(str(folder / "c.py"), f"--out_dir={folder / 'out'}", f"--dataset={workspace.data}", "--plan")
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints and logs
+
+
+def seal(folder: Path) -> None:
+    """Make the manifest fit the files again, as somebody who means it would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@contextlib.contextmanager
+def a_copy(workspace: Workspace) -> Iterator[tuple[Path, Path]]:
+    """(run folder, its only checkpoint)."""
+    with workspace.case() as folder:
+        shutil.copytree(workspace.run, folder / "run", symlinks=True)
+        yield folder / "run", folder / "run" / "checkpoints" / "iter_000000004"
+
+
+def resumed(out: Path) -> str:
+    """Resume for no more iterations than were made: everything is built and read, nothing is trained."""
+    return command("--init_from=resume", f"--out_dir={out}", "--max_iters=4", "--device=cpu", "--inject=")
+
+
+def forged_state(data: st.DataObject, workspace: Workspace) -> str:
+    """state.json with other values, and a manifest that fits it."""
+    with a_copy(workspace) as (out, folder):
+        state = json.loads((folder / "state.json").read_text())
+        state["config"].update(wandb_log=False)
+        changed = mutated(data, state)
+        if isinstance(changed, dict) and isinstance(changed.get("config"), dict):
+            changed["config"].update({"wandb_log": False, "file_logging": False, "log_dir": ""})
+        (folder / "state.json").write_text(json.dumps(changed))
+        seal(folder)
+        return resumed(out)
+
+
+def forged_tensors(data: st.DataObject, workspace: Workspace) -> str:
+    """Tensors of other names, shapes and types, and a manifest that fits them."""
+    with a_copy(workspace) as (out, folder):
+        name = data.draw(st.sampled_from(["model.safetensors", "optimizer.safetensors"]))
+        tensors = load_file(folder / name)
+        key = data.draw(st.sampled_from(sorted(tensors)))
+        value, kind = tensors.pop(key), data.draw(st.integers(0, 5))
+        match kind:
+            case 1:
+                tensors[key + data.draw(st.sampled_from(["x", "|step", "|exp_avg", "|", "/../x"]))] = value
+            case 2:
+                tensors[key] = torch.zeros(data.draw(st.lists(st.integers(0, 40), max_size=3)))
+            case 3:
+                tensors[key] = value.to(data.draw(st.sampled_from([torch.int64, torch.float16, torch.bool])))
+            case 4:
+                tensors[key] = value.mT.contiguous() if value.dim() == 2 else value
+            case 5:
+                tensors[key] = value  # nothing is wrong
+        save_file(tensors, folder / name)
+        seal(folder)
+        answer = resumed(out)
+        assert (answer == "accepted") == (kind == 5 or (kind in (2, 4) and tensors[key].shape == value.shape)), (
+            kind,
+            key,
+        )
+        return answer
+
+
+def damaged_files(data: st.DataObject, workspace: Workspace) -> str:
+    """Noise in any file of a checkpoint; what the checksums cover is never used."""
+    with a_copy(workspace) as (out, folder):
+        name = data.draw(st.sampled_from(["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]))
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(noisy(data, before))
+        changed = (folder / name).read_bytes() != before
+        forged = name != "manifest.json" and data.draw(st.booleans())
+        if forged:
+            seal(folder)
+        answer = resumed(out)
+        assert not (changed and not forged and name != "manifest.json") or answer == "refused", name
+        return answer
+
+
+def jsonl(data: st.DataObject, workspace: Workspace) -> str:
+    """Noise in the logs: a resume goes on, a plan against them is made or refused."""
+    with a_copy(workspace) as (out, folder):
+        name = data.draw(st.sampled_from(["metrics.jsonl", "events.jsonl"]))
+        content = (out / name).read_bytes()
+        for _ in range(data.draw(st.integers(1, 3))):
+            if data.draw(st.booleans()):
+                content = noisy(data, content)
+            else:
+                line = json.dumps(data.draw(JSON)).encode() + b"\n"
+                content = content + line if data.draw(st.booleans()) else line + content
+        (out / name).write_bytes(content)
+        if data.draw(st.booleans()):
+            assert resumed(out) == "accepted", "logs are no input of a resume"
+            return "accepted"
+        plan = ["--plan", f"--schedule={workspace.folder / 's.json'}", "--against", str(out)]
+        return command(*workspace.arguments(out_dir=out.parent / "new"), *plan)
+
+
+# -------------------------------------------------------------------------------- data and foreign weights
+
+
+class _Runs:
+    """A pickle that runs something when it is read."""
+
+    def __reduce__(self):
+        return os.system, ("touch CANARY",)
+
+
+def metas(data: st.DataObject, workspace: Workspace) -> str:
+    """A data folder's meta.json or meta.pkl, or a vocabulary map."""
+    with workspace.case() as folder, in_time():
+        kind = data.draw(st.integers(0, 3))
+        if kind == 0:
+            good = {"format": 1, "vocab_size": 9, "dtype": "uint16", "tokenizer": "char", "itos": list("abcdefghi")}
+            (folder / "meta.json").write_text(json.dumps(mutated(data, good)))
+        elif kind == 1:
+            value = data.draw(JSON)
+            bad = _Runs() if data.draw(st.booleans()) else value
+            made = {"vocab_size": 3, "itos": {0: "a", 1: bad}, "stoi": bad}
+            content = pickle.dumps(made, protocol=data.draw(st.integers(0, 5)))
+            (folder / "meta.pkl").write_bytes(noisy(data, content) if data.draw(st.booleans()) else content)
+        else:
+            name = data.draw(st.sampled_from(["map.json", "map.npy"]))
+            if name == "map.json":
+                (folder / name).write_text(json.dumps(data.draw(st.one_of(st.lists(st.integers(-3, 9)), JSON))))
+            else:
+                kind = data.draw(st.sampled_from(["i4", "f4", "U3"]))
+                array = np.array(data.draw(st.lists(st.integers(-3, 9), max_size=6)), dtype=kind)
+                np.save(folder / name, array)
+                (folder / name).write_bytes(noisy(data, (folder / name).read_bytes()))
+            try:
+                read_remap(str(folder / name), data.draw(st.sampled_from([None, 5])), data.draw(st.integers(1, 9)))
+            except ValueError:
+                return "refused"
+            return "accepted"
+        try:
+            read_meta(folder)
+        except ValueError:
+            return "refused"
+        return "accepted"
+
+
+def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
+    """A nanoGPT ckpt.pt with wrong parts, or with noise in it, or with something to run."""
+    with workspace.case() as folder, in_time():
+        arguments = {"n_layer": 1, "n_head": 2, "n_embd": 4, "block_size": 4, "bias": False, "vocab_size": 5}
+        weights: dict[str, Any] = {n: p.detach() for n, p in GPT(ModelConfig(**arguments)).named_parameters()}
+        made: Any = {"model_args": arguments, "model": weights}
+        match data.draw(st.integers(0, 4)):
+            case 0:
+                made["model_args"] = mutated(data, arguments)
+            case 1:
+                weights[data.draw(TEXTS)] = data.draw(JSON)
+            case 2:
+                made[data.draw(st.sampled_from(["optimizer", "config", "model"]))] = _Runs()
+            case 3:
+                made = data.draw(JSON)
+        torch.save(made, folder / "ckpt.pt")
+        if data.draw(st.booleans()):
+            (folder / "ckpt.pt").write_bytes(noisy(data, (folder / "ckpt.pt").read_bytes()))
+        try:
+            nanogpt.config_from_checkpoint(folder / "ckpt.pt")
+            nanogpt.load_checkpoint(folder / "ckpt.pt")
+        except ValueError:
+            return "refused"
+        return "accepted"
+
+
+TARGETS: dict[str, Callable[[st.DataObject, Workspace], str]] = {
+    f.__name__: f
+    for f in (schedule_entries, schedule_text, schedule_runs, config_values, config_file, forged_state, forged_tensors,
+              damaged_files, jsonl, metas, foreign_checkpoints)
+}  # fmt: skip
+
+
+def fuzz(target: str, workspace: Workspace, cases: int, first_seed: int = 0) -> Counter[str]:
+    """So many cases of a target; how many were accepted and refused. Raises what the smallest failing case raised."""
+    answers: Counter[str] = Counter()
+
+    @seed(first_seed)
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
+    @given(data=st.data())
+    def case(data: st.DataObject) -> None:
+        answers[TARGETS[target](data, workspace)] += 1
+
+    case()
+    return answers
