@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -154,6 +155,8 @@ def lock(out_dir: Path, ranks: Ranks) -> Iterator[None]:
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
             handle = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            with tempfile.TemporaryFile(dir=out_dir):
+                pass  # an old lock may be writable in a folder that is not
         except OSError as error:
             problem = f"out_dir {out_dir}: cannot be written to ({error.strerror})"
         else:

@@ -389,6 +389,12 @@ def check_shapes(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Siz
         raise ValueError(f"weights do not fit the model: {shown}")
 
 
+def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Set a parameter by its full name."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, parameter)
+
+
 def parameter_count(config: ModelConfig) -> int:
     """Exact number of parameters, without allocating them."""
     with torch.device("meta"):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import BLOCK_LAYERS, Fade, ModelConfig
-from model.gpt import GPT, initial_value
+from model.gpt import GPT, initial_value, put_parameter
 from model.lineage import Lineage, Origin, follow, known
 from model.lora import ADAPTER
 
@@ -135,7 +135,7 @@ def transform(
             before = old[origin.name]
             if not origin.index and isinstance(origin.weight_scale, float) and origin.weight_scale == 1.0:
                 lineage[name] = origin
-                _put(grown, name, before)
+                put_parameter(grown, name, before)
                 continue
             value = follow(before.detach(), origin, parameter.shape, origin.weight_scale)
             mask = known(origin, value.device)
@@ -144,7 +144,7 @@ def transform(
                 if drawn is not None:
                     value = torch.where(mask, value, drawn.to(device=value.device, dtype=value.dtype))
         lineage[name] = origin
-        _put(grown, name, nn.Parameter(value.contiguous()))
+        put_parameter(grown, name, nn.Parameter(value.contiguous()))
     grown.config = target
     grown.reset_buffers(next(iter(old.values())).device)
     return grown, lineage
@@ -152,11 +152,6 @@ def transform(
 
 def _or(value: Tensor | None, default: Tensor) -> Tensor:
     return default if value is None else value.to(device=default.device, dtype=default.dtype)
-
-
-def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, parameter)
 
 
 def _split(index: Tensor, noise: float, generator: torch.Generator) -> Tensor:
@@ -220,7 +215,7 @@ def stack(model: GPT, target: ModelConfig, layers: Sequence[Layer], zero: bool, 
     for n in added:
         if layers[n].source is not None:
             for name, parameter in list(grown.transformer["h"][n].named_parameters()):
-                _put(grown.transformer["h"][n], name, nn.Parameter(parameter.detach().clone()))
+                put_parameter(grown.transformer["h"][n], name, nn.Parameter(parameter.detach().clone()))
     return grown, lineage
 
 
@@ -501,7 +496,7 @@ def extend_context(model: GPT, target: ModelConfig, how: str, generator: torch.G
     grown, lineage = transform(model, target, generator, {path: (rows, None)})
     table = model.get_parameter(f"{path}.weight").detach()
     stretched = nn.functional.interpolate(table.T[None].float(), size=after, mode="linear", align_corners=True)
-    _put(grown, f"{path}.weight", nn.Parameter(stretched[0].T.to(table.dtype).contiguous()))
+    put_parameter(grown, f"{path}.weight", nn.Parameter(stretched[0].T.to(table.dtype).contiguous()))
     return grown, lineage
 
 
@@ -523,7 +518,7 @@ def untie(model: GPT, target: ModelConfig, generator: torch.Generator) -> Grown:
         right = old[f"transformer.wte.lora_embedding_B.{ADAPTER}"].detach()
         value += (spec.scaling * (left.T.double() @ right.T.double())).to(value.dtype)
         lineage["lm_head.weight"] = Origin(None, note="the adapted embedding did not train: no moments to carry")
-    _put(grown, "lm_head.weight", nn.Parameter(value))
+    put_parameter(grown, "lm_head.weight", nn.Parameter(value))
     return grown, lineage
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import LoraSpec, ModelConfig, layer_of_parameter
-from model.gpt import GPT
+from model.gpt import GPT, put_parameter
 from model.lineage import Lineage, Origin
 
 ADAPTER = "default"
@@ -140,7 +140,7 @@ def reshape_lora(model: GPT, target: ModelConfig, generator: torch.Generator) ->
             there = next(n for n in (name, f"{bare}.{leaf}", f"{path}.base_layer.{leaf}") if n in old)
             made[name], origins[name] = old[there], Origin(there)
         lineage[name] = origins[name]
-        _put(new_model, name, made[name])
+        put_parameter(new_model, name, made[name])
     new_model.reset_buffers(next(iter(old.values())).device)
     return new_model, lineage
 
@@ -153,11 +153,6 @@ def restart_adapters(model: GPT, layers: Iterable[str], generator: torch.Generat
     restarted, second = reshape_lora(merged, config, generator)
     # The second step only adds adapters, so what has an image in it is unchanged there.
     return restarted, {name: o if o.name is None else first[o.name] for name, o in second.items()}
-
-
-def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, parameter)
 
 
 @torch.no_grad()

@@ -241,7 +241,7 @@ def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
     from training.config import resolve
     from training.distributed import Ranks
     from training.schedule import check_settings, parse_schedule, plan_stages
-    from training.setup import open_run
+    from training.setup import check_lengths, open_run
 
     given = [tuple(a.removeprefix("--").split("=", 1)) for a in workspace.arguments(out_dir="out")]
     config, _ = resolve([], given)
@@ -249,8 +249,7 @@ def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
         run = open_run(config, None, parse_schedule("", "s"), Ranks("cpu"))
         try:
             schedule = parse_schedule(json.dumps(entries(data)), "s.json")
-            settings = run.settings
-            plan_stages(schedule, settings, 1)
+            check_lengths(plan_stages(schedule, run.settings, 1), run.source)
         except Refused:
             return "refused"
         for entry in schedule.entries:

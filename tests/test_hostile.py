@@ -71,6 +71,7 @@ def test_moments_of_another_model_are_refused(copy):
           "until_iter": 5, "then": "revert", "checkpoint": "../../elsewhere"}], "checkpoint"),
         (("orchestrator", "ramps", 0, "fields"), {"secret": [0.0, 1.0]}, "a ramp of set_lr does not fit"),
         (("orchestrator", "ramps", 0, "over"), 0, "over"),
+        (("log_sizes", "events.jsonl"), 0.0, "log_sizes"),
     ],
 )  # fmt: skip
 def test_a_state_that_was_not_saved_is_refused(copy, path, value, said):

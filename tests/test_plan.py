@@ -175,3 +175,13 @@ def test_124m_to_1_5b_is_planned_within_2_gib(tmp_path):
     assert code == 0 and kilobytes < 2 * 2**20
     stages = json.loads(done.stdout)["stages"]
     assert stages[0]["parameters"] == 124_373_760 and stages[-1]["parameters"] == 1_437_943_296
+
+
+def test_a_context_longer_than_the_data_is_refused_before_training(tiny, data, tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps([{"name": "extend_context", "value": 4096, "at_iter": 9}]))
+    schedule = json.loads((tmp_path / "s.json").read_text())
+    with pytest.raises(Refused, match=r"entry 1: extend_context 4096: .*val.bin: \d+ tokens are too few"):
+        tiny(schedule)
+    given = arguments(data, tmp_path / "run", schedule=tmp_path / "s.json")
+    with pytest.raises(Refused, match="too few for block_size 4096"):
+        train_orchestrated.main([*given, "--plan"])

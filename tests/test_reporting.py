@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+
+from conftest import lines
 
 from training.reporting import EVENTS, METRICS, JsonLines, Reporter, clean, rewind
 
@@ -59,3 +62,21 @@ def test_on_a_terminal_there_is_a_bar_and_elsewhere_plain_lines(tmp_path, monkey
     bar.close()
     shown = capsys.readouterr().err
     assert "50/100" in shown and "loss 1.5, next [2] set_lr 0.1" in shown
+
+
+def test_a_line_that_has_no_room_is_left_out_and_told(tmp_path, monkeypatch, capsys):
+    """The disk takes half a line: no half line stays, a person is told once, and later lines are written again."""
+    reporter = Reporter(tmp_path, 9, 0, None)
+    real = os.write
+    reporter.metrics("train", iter=1)
+    monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[: len(data) // 2]))
+    for i in (2, 3):
+        reporter.metrics("train", iter=i)
+    monkeypatch.undo()
+    reporter.metrics("train", iter=4)
+    reporter.close()
+    assert [line["iter"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 4]
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and "cannot be written to (No space left" in told[0] and "2 lines are lost" in told[1]
+    (event,) = lines(tmp_path / "events.jsonl")
+    assert event["kind"] == "error" and "2 lines are lost" in event["message"]

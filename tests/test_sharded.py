@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import arguments, assert_same_tensors, events, lines, on_ranks
+from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ranks
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
@@ -26,7 +28,7 @@ SCHEDULE = [
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 1, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 1, "reevaluate": True},
     {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "max_wait_iters": 1, "over": 3},
-    {"name": "set_batch_size", "value": 2, "max_wait_iters": 1},
+    {"name": "adjust_batch_size", "value": {"target": 1.0, "max_batch_size": 2}, "max_wait_iters": 1},
     {"name": "resize_vocabulary", "value": {"size": 40}, "max_wait_iters": 2, "reevaluate": True},
     {
         "name": "set_lr", "value": 3.0, "max_wait_iters": 1,
@@ -94,6 +96,7 @@ def test_sharded_is_the_same_run(data, tmp_path, processes):
     assert [e["entry"] for e in events(tmp_path / "fsdp", "rollback")] == [12]
     files = {path.name for path in (tmp_path / "fsdp" / "checkpoints" / "latest").iterdir()}
     assert sum(name.startswith("shard-") for name in files) == 2 * processes and "model.safetensors" not in files
+    assert "".join(sample(tmp_path / "fsdp").split()), "text from shards"
     sharded, whole = (checkpoint.load(tmp_path / name / "checkpoints" / "latest") for name in ("fsdp", "ddp"))
     assert {n: t.shape for n, t in sharded.model.items()} == {n: t.shape for n, t in whole.model.items()}
     for name, parts in whole.optimizer.items():
@@ -139,6 +142,12 @@ def test_a_sharded_run_goes_on_to_the_bit_and_with_any_other_split(data, tmp_pat
     assert train_orchestrated.main(resumed(alone, max_iters=18)) == 0
     assert events(back, "resume")[-1]["iter"] == 14
     assert_same_curve_from(back, alone, 14)
+
+
+def sample(out) -> str:
+    command = [sys.executable, str(ROOT / "sample.py"), f"--out_dir={out}", "--start=To", "--num_samples=1",
+               "--max_new_tokens=20", "--device=cpu"]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def whole_tensors(out) -> dict[str, torch.Tensor]:
@@ -189,8 +198,10 @@ def test_what_goes_wrong_in_a_sharded_run(data, tmp_path):
         arguments(data, tmp_path / "nan", inject="nan@6:rank1", on_sick_step="rollback", **given),
         arguments(data, tmp_path / "stop", inject="nan@6:rank1", on_sick_step="stop", **given),
         arguments(data, tmp_path / "raise", inject="raise@6", **given),
+        arguments(data, tmp_path / "oom", inject="oom@6", **given),
     ]
     one, _ = on_ranks(_runs, commands)
+    assert "OutOfMemoryError" in one[3] and [e["saved"] for e in events(tmp_path / "oom", "emergency")] == [False]
     assert one[0] == 0 and one[1].startswith("Stopped: not finite") and "injected" in one[2]
     (rollback,) = events(tmp_path / "nan", "rollback")
     assert rollback["checkpoint"] == "iter_000000004" and events(tmp_path / "nan", "end")[0]["iter"] == 12

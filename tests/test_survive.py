@@ -253,6 +253,24 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tiny, monkeypatch, capsys):
     assert {path.name for path in checkpoint.find(out)} == {"iter_000000004", "iter_000000012"}
 
 
+def test_a_run_folder_that_vanishes_is_made_anew(tiny, resume, monkeypatch, tmp_path, capsys):
+    """Somebody removes it during the run: what comes after is there, and that something is gone is said."""
+    real, out = Session.evaluate, tmp_path / "run"
+
+    def evaluate(self):
+        if self.run.progress.iter == 8:
+            shutil.rmtree(out)
+        return real(self)
+
+    monkeypatch.setattr(Session, "evaluate", evaluate)
+    assert tiny()[0] == 0
+    assert "was removed: a new one is begun" in capsys.readouterr().out
+    assert [m["iter"] for m in train_lines(out)] == [9, 10, 11, 12]
+    assert "metrics.jsonl was removed" in events(out, "error")[0]["message"]
+    monkeypatch.undo()
+    assert resume(out, max_iters=14) == 0, "its checkpoint goes on"
+
+
 def test_a_save_at_the_end_that_fails_is_an_error(tiny, monkeypatch, tmp_path):
     from training import checkpoint
 
@@ -320,6 +338,18 @@ def test_on_another_number_of_processes_it_is_the_same_curve(data, tmp_path, tin
     assert set(on_ranks(_goes_on, str(out), world_size=worlds[1])) == {0}
     for one, other in zip(train_lines(out), train_lines(whole), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def test_in_another_dtype_it_is_the_same_curve(tiny, resume, tmp_path):
+    """Weights and moments are float32 in any case; autocast decides what is computed in fewer bits."""
+    _, whole = tiny(out="whole")
+    _, out = tiny(max_iters=6)
+    assert resume(out, dtype="bfloat16", max_iters=12) == 0
+    assert events(out, "resume")[0]["dtype"] == "bfloat16"
+    assert {e["key"] for e in events(out, "override")} == {"dtype", "max_iters"}
+    for one, other in zip(train_lines(out), train_lines(whole), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=0.03)
+    assert all(value.dtype == torch.float32 for value in tensors(out).values())
 
 
 def _first_half(rank: int, data: str, out: str, keys: dict):

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from training.run import Run, is_out_of_memory
+from training.sharding import local
 
 
 def largest_batch_that_fits(run: Run, target: float, candidates: Sequence[int]) -> int:
@@ -23,12 +24,16 @@ def largest_batch_that_fits(run: Run, target: float, candidates: Sequence[int]) 
     if not candidates:
         raise ValueError("there is no batch size to try")
     limit = target * total_memory(run)
+    measured: dict[int, float] = {}
     low, high = -1, len(candidates)  # candidates[low] fits, candidates[high] does not
     probe = 0
     while high - low > 1:
         # Doubling first, because what is far too large is slow to try; then halving the interval.
         probe = min(max(2 * low + 1, 0), high - 1) if high == len(candidates) else (low + high) // 2
-        fits = all(run.ranks.gather(peak_memory(run, candidates[probe]) <= limit))
+        fits = expected(measured, candidates[probe]) <= limit or not run.ranks.sharded
+        if fits:
+            measured[candidates[probe]] = max(run.ranks.gather(peak_memory(run, candidates[probe])))
+            fits = measured[candidates[probe]] <= limit
         low, high = (probe, high) if fits else (low, probe)
     if low < 0:
         raise ValueError(
@@ -36,6 +41,18 @@ def largest_batch_that_fits(run: Run, target: float, candidates: Sequence[int]) 
             f"{total_memory(run) / 2**30:.1f} GiB"
         )
     return candidates[low]
+
+
+def expected(measured: dict[int, float], size: int) -> float:
+    """Peak bytes of a micro-batch on the line through the two nearest measured ones; 0 while there are none.
+
+    Where weights are sharded a size that would not fit is not tried: the others would wait for a rank whose memory
+    ran out.
+    """
+    if len(measured) < 2:
+        return 0.0
+    (a, low), (b, high) = sorted(sorted(measured.items(), key=lambda item: abs(item[0] - size))[:2])
+    return high + (high - low) / (b - a) * (size - b)
 
 
 def total_memory(run: Run) -> float:
@@ -59,7 +76,9 @@ def peak_memory(run: Run, batch_size: int) -> float:
             run.scaler.scale(loss).backward()
         # AdamW's moments, where the first step has not made them yet, and the gradients are there at the same time.
         missing = sum(
-            p.numel() * p.element_size() * 2 for p in run.optimizer.parameters if p not in run.optimizer.inner.state
+            local(p)[0].numel() * p.element_size() * 2
+            for p in run.optimizer.parameters
+            if p not in run.optimizer.inner.state
         )
         return meter.peak + missing
     except Exception as error:

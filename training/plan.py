@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.stream import open_data
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.lineage import Lineage
@@ -112,6 +113,12 @@ def make(config: TrainConfig, given: dict[str, str], world_size: int, against: s
         model, notes = setup.planned_model_config(config)
         settings = setup.settings_from(config, model)
     stages = plan_stages(schedule, settings, world_size)
+    try:
+        data = open_data(config.dataset, 1)
+    except ValueError as error:
+        notes.append(f"lengths are not checked against the data ({error})")
+    else:
+        setup.check_lengths(stages, data)
     share = world_size if config.parallel == "fsdp" else 1
     rows = _rows(stages, config, schedule.source, share)
     if config.parallel == "fsdp":

@@ -6,6 +6,8 @@ crash leaves it whole or absent; after a resume `rewind` cuts or marks what the 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -37,12 +39,21 @@ def clean(value: Any) -> Any:
 
 
 class JsonLines:
-    """A file that grows by whole lines."""
+    """A file that grows by whole lines. Where there is no room for one, it is left out and counted.
+
+    Attributes:
+        lost: lines that could not be written since the last one that could.
+        trouble: why, or why the file had to be made anew; to be told to a person and reset.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.lost, self.trouble = 0, ""
+        self._open()
         self._end_partial_line()
+
+    def _open(self) -> None:
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def _end_partial_line(self) -> None:
         data = self.path.read_bytes()
@@ -50,13 +61,37 @@ class JsonLines:
             os.truncate(self.path, data.rfind(b"\n") + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        os.write(self._handle, (json.dumps(clean(record), ensure_ascii=False) + "\n").encode("utf-8"))
+        line = (json.dumps(clean(record), ensure_ascii=False) + "\n").encode("utf-8")
+        size = None
+        try:
+            if os.fstat(self._handle).st_nlink == 0:
+                self._reopen()
+            size = self.size()
+            if os.write(self._handle, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if size is not None:
+                os.ftruncate(self._handle, size)  # no half line stays
+            self.trouble = "" if self.lost else f"{self.path} cannot be written to ({error.strerror})"
+            self.lost += 1
+        else:
+            if self.lost:
+                self.trouble = f"{self.path} can be written to again; {self.lost} lines are lost"
+            self.lost = 0
+
+    def _reopen(self) -> None:
+        """Somebody removed the file, or the whole folder."""
+        os.close(self._handle)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+        self.trouble = f"{self.path} was removed: a new one is begun"
 
     def size(self) -> int:
         return os.fstat(self._handle).st_size
 
     def sync(self) -> None:
-        os.fsync(self._handle)
+        with contextlib.suppress(OSError):  # a line that is lost is told by `write`
+            os.fsync(self._handle)
 
     def close(self) -> None:
         os.close(self._handle)
@@ -152,19 +187,30 @@ class Reporter(Silent):
     def event(self, kind: str, **fields: Any) -> None:
         record = {"kind": kind, **fields}
         record.setdefault("time", time.time())
+        self._write(EVENTS, record)
         if EVENTS in self._lines:
-            self._lines[EVENTS].write(record)
             self._lines[EVENTS].sync()
         if self._wandb is not None and kind == "operation":
             shown = {f"operation/{name}": value for name, value in fields["settings_after"].items()}
             self._wandb.log({name: v for name, v in shown.items() if isinstance(v, int | float)}, step=fields["iter"])
 
     def metrics(self, kind: str, **fields: Any) -> None:
-        if METRICS in self._lines:
-            self._lines[METRICS].write({"kind": kind, **fields})
+        self._write(METRICS, {"kind": kind, **fields})
         if self._wandb is not None:
             flat = {name: v for name, v in clean(fields).items() if isinstance(v, int | float)}
             self._wandb.log({f"{kind}/{name}": v for name, v in flat.items() if name != "iter"}, step=fields["iter"])
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        """A line in one of the files; what is wrong with a file is told once, and the run goes on."""
+        lines = self._lines.get(name)
+        if lines is None:
+            return
+        lines.write(record)
+        if lines.trouble:
+            told, lines.trouble = lines.trouble, ""
+            self.say(f"warning: {told}")
+            if not lines.lost:
+                self.event("error", message=told, action="go on")
 
     def say(self, text: str) -> None:
         """One line for a person."""

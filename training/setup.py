@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from data.stream import DataSet, find_folder, open_data, read_meta, read_remap
 from model import hugging_face, nanogpt
@@ -24,8 +24,8 @@ from training.errors import Refused
 from training.optimizer import State
 from training.records import Progress, Settings, get_field, with_field
 from training.run import Run, pick_device
-from training.schedule import Schedule, parse_schedule, plan_stages, read_schedule
-from training.values import NonNegativeInt, problems_of, shown
+from training.schedule import Schedule, Stage, parse_schedule, plan_stages, read_schedule
+from training.values import problems_of, shown
 
 DEFAULT_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as nanoGPT has it
 
@@ -203,9 +203,12 @@ def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
     return parts["config"], parts["settings"]
 
 
+_Count = Annotated[int, Field(ge=0, strict=True)]
+
+
 class _Position(BaseModel):
     model_config = ConfigDict(extra="allow")
-    fired: NonNegativeInt
+    fired: _Count
 
 
 class _Orchestrator(BaseModel):
@@ -224,7 +227,7 @@ class _State(BaseModel):
     orchestrator: _Orchestrator
     schedule: _Text
     scaler: dict[str, Any]
-    log_sizes: dict[str, NonNegativeInt]
+    log_sizes: dict[str, _Count]
     data: dict[str, str]
     tokenizer: dict[str, Any]
     wandb_id: str | None
@@ -305,7 +308,7 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
                 "(fingerprints differ); --allow_changed_data=True goes on all the same"
             )
         settings = resumed.settings
-        plan_stages(_rest(schedule, state), settings, ranks.world_size)
+        check_lengths(plan_stages(_rest(schedule, state), settings, ranks.world_size), data)
         model, moments = open_model(resumed.loaded, settings.model, ranks, device)
         return Run(
             config,
@@ -320,7 +323,7 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
         )
     model_config, _ = planned_model_config(config)
     settings = settings_from(config, model_config)
-    plan_stages(schedule, settings, ranks.world_size)
+    check_lengths(plan_stages(schedule, settings, ranks.world_size), data)
     vocab = config.shrunken_vocab_size or data.meta.vocab_size
     if vocab and vocab > model_config.vocab_size:
         raise Refused(
@@ -328,6 +331,17 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             f"more than the {model_config.vocab_size} of {config.init_from}"
         )
     return Run(config, settings, Progress(), initial_model(config, model_config), data, ranks, device)
+
+
+def check_lengths(stages: list[Stage], data: DataSet) -> None:
+    """Raises Refused where a stage's block_size is longer than a data file."""
+    for stage in stages:
+        for file in (data.train, data.val):
+            try:
+                file.require(stage.settings.model.block_size)
+            except ValueError as error:
+                place = f"entry {stage.entry.number}: {stage.entry}: " if stage.entry else ""
+                raise Refused(f"{place}{error}") from None
 
 
 def open_model(
