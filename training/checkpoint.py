@@ -302,7 +302,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
         if isinstance(manifest["iter"], int) and isinstance(manifest["files"], dict):
             return {"val_loss": None, **manifest, "format": manifest["format"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
 

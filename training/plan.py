@@ -32,6 +32,8 @@ from training.run import needs_agreement, reshapes
 from training.schedule import Entry, Schedule, Stage, plan_stages
 from training.values import brief
 
+_LONGEST = 10**7
+"""Iterations of a recorded run; every one of them is replayed."""
 _DECIDED_LATER = "adjust_batch_size"
 
 
@@ -371,8 +373,10 @@ def _recorded(run: Path) -> tuple[dict[int, float], dict[int, Mapping[str, Any]]
             records[iteration] = {"tokens": int(record["tokens"]), "seconds": float(record["seconds"])}
             if record["kind"] == "eval" and "why" not in record and record["val_loss"] is not None:
                 losses[iteration] = float(record["val_loss"])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise Refused(f"--against {path}:{number}: not a line of metrics") from None
+        if not 0 <= iteration <= _LONGEST:
+            raise Refused(f"--against {path}:{number}: iter must be from 0 to {_LONGEST}, got {iteration}")
     if not losses:
         raise Refused(f"--against {path}: it holds no validation loss")
     return losses, records
