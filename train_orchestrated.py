@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from training import checkpoint, plan, setup
+from training import checkpoint, out_of_memory, plan, setup
 from training import config as configuration
 from training.config import TrainConfig
 from training.distributed import Ranks
@@ -211,6 +211,7 @@ def announce(session: Session, resumed: setup.Resumed | None) -> None:
     schedule = session.orchestrator.schedule
     if run.ranks.is_first and not config.eval_only:
         out_dir = Path(config.out_dir)
+        out_of_memory.forget(out_dir)  # every rank has heeded it
         (out_dir / "config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n", "utf-8")
         (out_dir / "schedule.yaml").write_text(schedule.text or "[]\n", "utf-8")
     facts = {

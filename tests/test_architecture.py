@@ -14,7 +14,7 @@ from training.operations import OPERATIONS
 ROOMS = ("model", "data", "training")
 # Inside training: a file may import only files of a lower floor (docs/architecture.md).
 FLOORS = [
-    {"errors", "values", "injection", "optimizer"},
+    {"errors", "values", "injection", "optimizer", "out_of_memory"},
     {"sharding"},
     {"records", "config", "distributed"},
     {"learning_rate", "triggers", "checkpoint", "stopping", "evaluation"},

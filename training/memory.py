@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from training.run import Run, is_out_of_memory
+from training.out_of_memory import is_out_of_memory
+from training.run import Run
 from training.sharding import local
 
 

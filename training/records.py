@@ -79,6 +79,13 @@ class Settings:
     def tokens_per_iter(self) -> int:
         return self.samples_per_iter * self.sequence_length
 
+    def in_smaller_pieces(self) -> Settings | None:
+        """The same global batch in smaller micro-batches; None where a micro-batch is one sequence already."""
+        for factor in range(2, self.batch_size + 1):
+            if self.batch_size % factor == 0:
+                return replace(self, batch_size=self.batch_size // factor, grad_accum=self.grad_accum * factor)
+        return None
+
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         lists = {"frozen": list(self.frozen), "vocabulary_map": list(self.vocabulary_map)}

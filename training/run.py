@@ -31,6 +31,7 @@ from training.evaluation import validation_loss
 from training.injection import Injector
 from training.learning_rate import learning_rate
 from training.optimizer import NamedAdamW, State
+from training.out_of_memory import is_out_of_memory
 from training.records import Progress, Settings
 from training.sharding import gradient_norm, is_sharded, local
 
@@ -446,14 +447,6 @@ class Run:
         self.model, self.optimizer = model, optimizer
         self._trainable = optimizer.parameters
         self.wrapped = self.ranks.wrap(model, self.device)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that host or device memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and "alloc" in text and "memory" in text  # the CPU allocator's own words
 
 
 def shape_of(config: ModelConfig) -> ModelConfig:

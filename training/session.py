@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from training import checkpoint
+from training import checkpoint, out_of_memory
 from training.config import TrainConfig
 from training.errors import Stopped
 from training.orchestrator import Orchestrator
+from training.out_of_memory import is_out_of_memory
 from training.records import Progress, Settings, differences
 from training.reporting import Silent, machine, memory_percent
 from training.run import Run, StepResult
@@ -219,11 +220,10 @@ class Session:
         now = (p.iter, p.samples, p.tokens)
         while failed.sick == "out of memory":
             before = run.settings
-            factor = next((k for k in range(2, before.batch_size + 1) if before.batch_size % k == 0), 0)
-            if not factor:
+            smaller = before.in_smaller_pieces()
+            if smaller is None:
                 raise Stopped("out of memory with a micro-batch of one sequence: nothing is left to make smaller")
             p.iter, p.samples, p.tokens = failed.at
-            smaller = replace(before, batch_size=before.batch_size // factor, grad_accum=before.grad_accum * factor)
             run.adopt(smaller)
             changed = differences(before, smaller)
             total, trainable = run.parameter_counts()
@@ -424,6 +424,8 @@ class Session:
         Where parameters are sharded that cannot be, unless every rank raised the same (`Stopped`).
         """
         run = self.run
+        if is_out_of_memory(error):
+            out_of_memory.note(self.config.out_dir, run.settings.batch_size)
         together = run.ranks.sharded and isinstance(error, Stopped)
         if not run.ranks.is_first and not together:
             return

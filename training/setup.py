@@ -17,7 +17,7 @@ from data.stream import DataSet, find_folder, open_data, read_meta, read_remap
 from model import hugging_face, nanogpt
 from model.config import LIMITS, LoraSpec, ModelConfig
 from model.gpt import GPT, check_shapes, from_weights, init_weights
-from training import checkpoint, sharding
+from training import checkpoint, out_of_memory, sharding
 from training.config import TrainConfig
 from training.distributed import Ranks
 from training.errors import Refused
@@ -278,6 +278,12 @@ def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
                 }
             )
         schedule = new
+    if out_of_memory.noted(config.out_dir) == settings.batch_size and (smaller := settings.in_smaller_pieces()):
+        reason = "memory ran out in the last start: the same global batch in smaller pieces"
+        for key in ("batch_size", "gradient_accumulation_steps"):
+            before, after = (get_field(s, IN_SETTINGS[key]) for s in (settings, smaller))
+            overrides.append({"key": key, "before": before, "after": after, "applied": True, "reason": reason})
+        settings = smaller
     if recorded.log_dir and "log_dir" not in given:
         reason = "a checkpoint does not choose where files are written: give it again"
         overrides.append({"key": "log_dir", "before": recorded.log_dir, "after": "", "applied": True, "reason": reason})
