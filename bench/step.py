@@ -94,7 +94,7 @@ class _Quiet:
 
     def measure(self, why: str) -> float | None: ...
 
-    def save(self, why: str) -> str: ...
+    def save(self, why: str, *, mark: str = "") -> str: ...
 
     def go_back(self, checkpoint: str) -> dict: ...
 
@@ -105,9 +105,7 @@ def ours(run: Run, pending: int) -> Callable[[], None]:
     """One step of the loop: consult, then step, with this many entries waiting."""
     text = "".join(f"- {{name: set_lr, value: 1e-4, at_iter: {10**9 + i}, trigger_loss: 0}}\n" for i in range(pending))
     schedule = parse_schedule(text, "bench.yaml") if pending else Schedule()
-    orchestrator = Orchestrator(
-        schedule, run, _Quiet(), lambda why: None, lambda why: "", lambda name: {}, lambda why: None
-    )
+    orchestrator = Orchestrator(schedule, run, _Quiet())
 
     def step() -> None:
         orchestrator.consult(None, look_at_clock=False)

@@ -1,0 +1,25 @@
+"""The benchmarks still run: a few steps of each that no other test starts."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from conftest import ROOT, TINY
+
+
+def run(monkeypatch, script: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(ROOT / "bench" / script), run_name="__main__")
+
+
+def test_step(monkeypatch, capsys):
+    keys = [f"--{key}={value}" for key, value in {**TINY, "dataset": "shakespeare_char"}.items()]
+    run(monkeypatch, "step.py", "--rounds=1", "--steps=2", *keys)
+    shown = capsys.readouterr().out
+    assert "this project" in shown and "a consultation with 100 pending entries" in shown
+
+
+def test_save(monkeypatch, capsys):
+    run(monkeypatch, "save.py", "--rounds=1", "--megabytes=4")
+    assert "ratio" in capsys.readouterr().out
