@@ -23,7 +23,7 @@ demo: .venv/.stamp data/python_docs/meta.json
 test: .venv/.stamp
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest -n 2
 
 torture: .venv/.stamp
 	$(VENV)/python bench/torture.py
