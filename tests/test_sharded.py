@@ -17,6 +17,7 @@ import train_orchestrated
 from training import checkpoint
 from training.config import TrainConfig
 from training.errors import Refused
+from training.run import _bit_sums
 
 SCHEDULE = [
     {"name": "freeze_layer", "value": ["block.0", "wte"], "at_iter": 2},
@@ -291,6 +292,14 @@ def test_damaged_shards_are_refused(sharded, tmp_path, damage, said):
     damage(folder)
     with pytest.raises(Refused, match=said.replace(".", r"\.")):
         checkpoint.load(folder)
+
+
+def test_a_fingerprint_adds_up_over_the_parts():
+    values = torch.randn(7)
+    for cut in range(8):
+        parts = _bit_sums(values[:cut], 0) + _bit_sums(values[cut:], cut)
+        assert torch.equal(parts, _bit_sums(values, 0)), cut
+    assert not torch.equal(_bit_sums(values.flip(0), 0), _bit_sums(values.roll(1), 0)), "places count"
 
 
 def test_the_plan_shows_the_memory_of_one_rank(data, tmp_path):
