@@ -1,6 +1,6 @@
 """Ends a scheduled run again and again at random moments, and compares its end with a run that was left alone.
 
-    python bench/torture.py [--kills 200] [--signals 0] [--processes 1 2] [--parallel ddp] [--seed 0]
+    python bench/torture.py [--kills 200] [--signals 50] [--processes 1 2] [--parallel ddp] [--seed 0]
 
 The run grows, changes adapters, batch and accumulation while it is ended in steps, evaluations, operations, saves and
 at start-up: with SIGKILL (--kills), or with SIGTERM, SIGINT or SIGUSR1 to one rank or to all (--signals), after which
@@ -219,7 +219,7 @@ class Torture:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs, for each number of processes")
-    parser.add_argument("--signals", type=int, default=0, help="SIGTERM, SIGINT and SIGUSR1, likewise")
+    parser.add_argument("--signals", type=int, default=50, help="SIGTERM, SIGINT and SIGUSR1, likewise")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--seed", type=int, default=0)
