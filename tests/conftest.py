@@ -132,7 +132,7 @@ def _on_rank(function, rank: int, world_size: int, port: int, args: tuple, resul
         results.put((rank, None, traceback.format_exc()))
 
 
-def on_ranks(function, *args, world_size: int = 2, seconds: float = 90.0) -> list:
+def on_ranks(function, *args, world_size: int = 2, seconds: float = 180.0) -> list:
     """function(rank, *args) on gloo processes; their results in order. A deadlock fails after `seconds`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -23,7 +23,7 @@ def command(script: str, *args, **keys) -> subprocess.CompletedProcess:
         [sys.executable, str(ROOT / script), *map(str, args)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         cwd=ROOT,
         **keys,
     )
@@ -199,12 +199,12 @@ def test_a_signal_saves_and_exits_with_128_plus_n(data, tmp_path, number):
     )
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not (metrics.exists() and metrics.read_text().count("\n") > 3):
             assert time.monotonic() < deadline and job.poll() is None
             time.sleep(0.02)
         os.kill(job.pid, number)
-        _, stderr = job.communicate(timeout=30)
+        _, stderr = job.communicate(timeout=120)
     finally:
         job.kill()
     assert job.returncode == 128 + number and b"Traceback" not in stderr

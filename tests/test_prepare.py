@@ -20,7 +20,7 @@ from data.tokenizer import BpeTokenizer, CharTokenizer, RemappedTokenizer, token
 def script(name: str, *arguments, code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, arguments)],
-        capture_output=True, text=True, timeout=100, cwd=ROOT,
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr

@@ -79,7 +79,7 @@ def resumed(out, **more) -> list[str]:
     return ["--init_from=resume", f"--out_dir={out}", *(f"--{key}={value}" for key, value in more.items())]
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_sharded_is_the_same_run(data, tmp_path, processes):
     """Freezing, adapters up and down, growth, a fade and a guard: losses equal to rounding, decisions equal."""
@@ -92,7 +92,7 @@ def test_sharded_is_the_same_run(data, tmp_path, processes):
         arguments(data, tmp_path / "ddp", **given),
         arguments(data, tmp_path / "fsdp", parallel="fsdp", **given),
     ]
-    assert on_ranks(_runs, commands, world_size=processes, seconds=240) == [[0, 0]] * processes
+    assert on_ranks(_runs, commands, world_size=processes, seconds=400) == [[0, 0]] * processes
     assert_same_curve(tmp_path / "fsdp", tmp_path / "ddp")
     assert fired(tmp_path / "fsdp") == fired(tmp_path / "ddp")
     assert [e["entry"] for e in events(tmp_path / "fsdp", "operation")] == list(range(1, min(len(some), 11) + 1))
@@ -107,7 +107,7 @@ def test_sharded_is_the_same_run(data, tmp_path, processes):
         torch.testing.assert_close(sharded.optimizer[name]["exp_avg"], parts["exp_avg"], atol=1e-3, rtol=0)
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_sharded_run_goes_on_to_the_bit_and_with_any_other_split(data, tmp_path):
     """Stopped in the middle: fsdp again is bitwise; ddp and three processes are the same curve. And back."""
     schedule = tmp_path / "s.json"
@@ -120,7 +120,7 @@ def test_a_sharded_run_goes_on_to_the_bit_and_with_any_other_split(data, tmp_pat
         arguments(data, tmp_path / "plain", **given),
         arguments(data, part, parallel="fsdp", **stop),
     ]
-    assert on_ranks(_runs, commands, seconds=240) == [[0, 0, 0]] * 2
+    assert on_ranks(_runs, commands, seconds=400) == [[0, 0, 0]] * 2
     assert events(tmp_path / "whole", "checkpoint")[0]["path"] == "checkpoints/iter_000000004"
     ends = {}
     for name in ("fsdp", "ddp", "three"):
@@ -130,18 +130,18 @@ def test_a_sharded_run_goes_on_to_the_bit_and_with_any_other_split(data, tmp_pat
         on_ranks(
             _runs,
             [resumed(ends["fsdp"], max_iters=14), resumed(ends["ddp"], parallel="ddp", max_iters=14)],
-            seconds=120,
+            seconds=300,
         )
         == [[0, 0]] * 2
     )
     assert_same_tensors(whole_tensors(ends["fsdp"]), whole_tensors(tmp_path / "whole"))
-    assert on_ranks(_runs, [resumed(ends["three"], max_iters=14)], world_size=3, seconds=120) == [[0]] * 3
+    assert on_ranks(_runs, [resumed(ends["three"], max_iters=14)], world_size=3, seconds=300) == [[0]] * 3
     for out in ends.values():
         assert_same_curve_from(out, tmp_path / "plain", 8)
 
     # A whole checkpoint, resumed sharded, and the sharded one on one process.
     back, alone = ends["ddp"], ends["three"]
-    assert on_ranks(_runs, [resumed(back, max_iters=18, parallel="fsdp")], seconds=120) == [[0]] * 2
+    assert on_ranks(_runs, [resumed(back, max_iters=18, parallel="fsdp")], seconds=300) == [[0]] * 2
     assert train_orchestrated.main(resumed(alone, max_iters=18)) == 0
     assert events(back, "resume")[-1]["iter"] == 14
     assert_same_curve_from(back, alone, 14)
@@ -150,7 +150,7 @@ def test_a_sharded_run_goes_on_to_the_bit_and_with_any_other_split(data, tmp_pat
 def sample(out) -> str:
     command = [sys.executable, str(ROOT / "sample.py"), f"--out_dir={out}", "--start=To", "--num_samples=1",
                "--max_new_tokens=20", "--device=cpu"]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
 
 
 def whole_tensors(out) -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ def _no_room(rank: int, commands: list[list[str]]) -> list:
     return _runs(rank, commands)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("background", [False, True])
 def test_a_shard_that_cannot_be_written(data, tmp_path, background):
     out = tmp_path / "run"
@@ -193,7 +193,7 @@ def test_a_shard_that_cannot_be_written(data, tmp_path, background):
     assert {path.name for path in checkpoint.find(out)} == {"iter_000000004", "iter_000000012"}
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_what_goes_wrong_in_a_sharded_run(data, tmp_path):
     """Sick steps are rolled back; an error of all ranks together is saved; one of a rank alone cannot be."""
     given = {**keys(parallel="fsdp"), "max_iters": 12}
