@@ -177,7 +177,9 @@ def test_two_jobs_on_one_run_folder(tiny, monkeypatch, data, tmp_path):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ends", [["--kills=4", "--signals=0", "--processes=1"], ["--kills=1", "--signals=3", "--processes=2"]])
+@pytest.mark.parametrize(
+    "ends", [["--kills=4", "--signals=0", "--processes=1"], ["--kills=1", "--signals=3", "--processes=2"]]
+)
 def test_ended_at_random_moments(ends):
     """A short form of `make torture`: the end is that of the undisturbed run to the bit."""
     command = [sys.executable, str(ROOT / "bench" / "torture.py"), *ends]

@@ -83,10 +83,10 @@ def local(tensor: Tensor) -> tuple[Tensor, int]:
     """This rank's part, and how many elements of the full tensor lie before it."""
     if not is_sharded(tensor):
         return tensor, 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), offset[0] * (tensor.numel() // max(tensor.shape[0], 1))
+    # FSDP2 gives each rank as many rows as torch.chunk would: the same number, and the last ones fewer or none.
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    first = min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    return tensor.to_local(), first * (tensor.numel() // max(tensor.shape[0], 1))
 
 
 def is_sharded(tensor: Tensor) -> bool:
