@@ -169,7 +169,7 @@ def _finish(
         "iter": state["progress"]["iter"],
         "val_loss": val_loss if is_fresh else None,
         "torch": torch.__version__,
-        "files": {path.name: _facts(path) for path in sorted(writing.iterdir())},
+        "files": {path.name: _facts(path) for path in sorted(writing.iterdir()) if _FILE_NAME.fullmatch(path.name)},
     }
     with open(writing / "manifest.json", "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)

@@ -331,18 +331,18 @@ class Session:
 
     def go_back(self, name: str) -> dict[str, Any]:
         """Become the state of a checkpoint of this run, on every rank; what was logged since is marked void."""
-        run, loaded, error = self.run, None, None
+        run, found, error = self.run, None, None
         self.finish_save()
         try:
             loaded = checkpoint.load(checkpoint.folder(self.config.out_dir) / name)
+            settings = Settings.from_json(loaded.state["settings"])
+            found = loaded.state, settings, *open_model(loaded, settings.model, run.ranks, run.device)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = f"{type(caught).__name__}: {caught}"
         failures = [text for text in run.ranks.gather(error) if text]
-        if failures or loaded is None:
-            raise RuntimeError(f"cannot go back to checkpoint {name}: {failures[0]}")
-        state = loaded.state
-        settings = Settings.from_json(state["settings"])
-        model, moments = open_model(loaded, settings.model, run.ranks, run.device)
+        if failures or found is None:
+            raise Stopped(f"cannot go back to checkpoint {name}: {failures[0]}")
+        state, settings, model, moments = found
         run.restore(settings, Progress.from_json(state["progress"]), model, moments, state["scaler"])
         self.stops_seen = run.settings.stops_asked
         self._logged_tokens = run.progress.tokens
