@@ -325,19 +325,21 @@ def test_a_background_save_that_fails_is_told(tiny, monkeypatch):
 # ---------------------------------------------------------------------------------------------- elsewhere
 
 
-def _goes_on(rank: int, out: str):
-    return train_orchestrated.main(["--init_from=resume", f"--out_dir={out}", "--max_iters=12"])
+def _goes_on(rank: int, out: str, batch_size: int, accumulation: int):
+    split = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
+    return train_orchestrated.main(["--init_from=resume", f"--out_dir={out}", "--max_iters=12", *split])
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("worlds", [(1, 3), (4, 2)])
-def test_on_another_number_of_processes_it_is_the_same_curve(data, tmp_path, tiny, worlds):
-    """The same global batches; losses to rounding, because gradients are summed in another order."""
+@pytest.mark.parametrize("worlds, split", [((1, 3), (2, 6)), ((4, 2), (6, 2))])
+def test_on_another_number_of_processes_it_is_the_same_curve(data, tmp_path, tiny, worlds, split):
+    """And in other micro-batches: the same global batches; losses to rounding, because sums are in another order."""
     keys = dict(gradient_accumulation_steps=12, batch_size=1, max_iters=12)
     _, whole = tiny(out="whole", **keys)
     out = tmp_path / "moved"
     assert set(on_ranks(_first_half, str(data), str(out), keys, world_size=worlds[0])) == {0}
-    assert set(on_ranks(_goes_on, str(out), world_size=worlds[1])) == {0}
+    assert set(on_ranks(_goes_on, str(out), *split, world_size=worlds[1])) == {0}
+    assert [m["batch_size"] for m in train_lines(out)] == [1] * 6 + [split[0]] * 6
     for one, other in zip(train_lines(out), train_lines(whole), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
