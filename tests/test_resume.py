@@ -22,7 +22,7 @@ SCHEDULE = [
     {"name": "set_dropout", "value": 0.2},
     {"name": "save_checkpoint", "max_wait_iters": 1},
     {"name": "freeze_layer", "value": "mlp.0", "max_wait_iters": 0},
-    {"name": "set_batch_size", "value": 6, "trigger_loss": 99.0},
+    {"name": "set_batch_size", "value": 8, "trigger_loss": 99.0, "over": 3},
     {"name": "set_layer_lora_rank", "value": ["attn.*", 1], "max_wait_iters": 2, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 1},
     {

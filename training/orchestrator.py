@@ -114,7 +114,7 @@ class Orchestrator:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned. Raises ValueError for what it cannot have returned."""
         self.position = TypeAdapter(Position).validate_python(state["position"])
-        self.ramps = [TypeAdapter(Ramp).validate_python(ramp) for ramp in state["ramps"]]
+        self.ramps = [Ramp.from_json(ramp) for ramp in state["ramps"]]
         for ramp in self.ramps:
             try:
                 for name, ends in ramp.fields.items():

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -376,8 +376,8 @@ class Ramp:
     start_iter: NonNegativeInt
     over: PositiveInt
     style: Literal["linear", "cosine"]
-    fields: dict[str, tuple[float, float]]
-    """Dotted field name of Settings: (from, to)."""
+    fields: dict[str, tuple[int | float, int | float]]
+    """Dotted field name of Settings: (from, to). Whole numbers stay whole when they are read back."""
 
     @classmethod
     def between(cls, entry: Entry, before: Settings, after: Settings, start_iter: int) -> Ramp:
@@ -413,5 +413,6 @@ class Ramp:
         return {**self.__dict__, "fields": {name: list(ends) for name, ends in self.fields.items()}}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Ramp:
-        return cls(**{**values, "fields": {name: (a, b) for name, (a, b) in values["fields"].items()}})
+    def from_json(cls, values: Any) -> Ramp:
+        """Raises ValueError (pydantic's) for what `to_json` cannot have made."""
+        return TypeAdapter(cls).validate_python(values)
