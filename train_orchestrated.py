@@ -95,23 +95,21 @@ def main(arguments: Sequence[str]) -> int:
 def launch(resumed: setup.Resumed | None, schedule: Schedule, run: Run, watch: SignalWatch) -> int:
     """Train a run that is ready to; returns the exit code."""
     config, ranks = run.config, run.ranks
-    reporter: Silent = Silent()
-    wandb_id = resumed.loaded.state["wandb_id"] if resumed else None
-    if ranks.is_first:
-        reporter, wandb_id = open_reporter(config, run, resumed, wandb_id)
-    session = Session(config, run, schedule, reporter, watch, wandb_id)
-    if resumed is not None:
+    session = Session(config, run, schedule, Silent(), watch, resumed.loaded.state["wandb_id"] if resumed else None)
+    if resumed is not None:  # the last that can be refused: nothing is written before
         try:
             session.orchestrator.load_state(resumed.loaded.state["orchestrator"])
         except ValueError as error:
             raise Refused(f"checkpoint {resumed.loaded.path}: state.json: orchestrator: {error}") from None
+    if ranks.is_first:
+        session.reporter, session.wandb_id = open_reporter(config, run, resumed, session.wandb_id)
     announce(session, resumed)
     code = 1
     try:
         code = train(session)
     finally:
         session.finish_save()
-        reporter.close(code)
+        session.reporter.close(code)
     ranks.close()
     return code
 

@@ -20,6 +20,7 @@ import train_orchestrated
 from data.stream import read_remap
 from model.config import ModelConfig
 from model.gpt import from_weights
+from model.nanogpt import config_from_checkpoint
 from training import checkpoint
 from training.errors import Refused
 
@@ -83,8 +84,12 @@ def test_a_state_that_was_not_saved_is_refused(copy, path, value, said):
     inner[path[-1]] = value
     (folder / "state.json").write_text(json.dumps(state))
     seal(folder)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "iter": 5}\n')  # of an iteration that the checkpoint does not know
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
     with pytest.raises(Refused, match=said):
         resume(out)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before, "nothing was written"
 
 
 def test_a_checkpoint_does_not_choose_where_files_are_written(copy, tmp_path):
@@ -134,6 +139,36 @@ def test_a_vocabulary_map_is_not_unpickled(tmp_path):
     (tmp_path / "map.npy").write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="not a readable"):
         read_remap(tmp_path / "map.npy", None, 3)
+
+
+def test_a_broken_ckpt_is_refused(tmp_path):
+    torch.save({"model_args": {}, "model": {"w": torch.zeros(3)}}, tmp_path / "ckpt.pt")
+    content = (tmp_path / "ckpt.pt").read_bytes()
+    for at in range(0, len(content), 37):
+        (tmp_path / "ckpt.pt").write_bytes(content[:at] + content[at + 1 :])
+        with pytest.raises(ValueError, match="ckpt.pt"):
+            config_from_checkpoint(tmp_path / "ckpt.pt")
+
+
+_FAR = '{"kind": "train", "iter": 99999999999, "tokens": 1, "seconds": 1.0}'
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("[" * 5000, "not a line of metrics"),
+        ('{"kind": "eval", "iter": 1e400}', "not a line of metrics"),
+        ("null", "not a line of metrics"),
+        (_FAR, "iter must be from 0 to 10000000"),
+    ],
+)
+def test_a_plan_against_lines_that_are_no_metrics_is_refused(copy, workspace, line, said):
+    out, _ = copy
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    keys = workspace.arguments(out_dir=out.parent / "new", schedule=workspace.folder / "s.json")
+    with pytest.raises(Refused, match=rf"--against .*metrics.jsonl:\d+: {said}"):
+        train_orchestrated.main([*keys, "--plan", "--against", str(out)])
 
 
 def test_weights_must_be_tensors_of_numbers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 from conftest import lines
 
@@ -80,3 +81,22 @@ def test_a_line_that_has_no_room_is_left_out_and_told(tmp_path, monkeypatch, cap
     assert len(told) == 2 and "cannot be written to (No space left" in told[0] and "2 lines are lost" in told[1]
     (event,) = lines(tmp_path / "events.jsonl")
     assert event["kind"] == "error" and "2 lines are lost" in event["message"]
+
+
+def test_a_folder_that_cannot_be_made_anew_for_a_while(tmp_path, capsys):
+    """The file number of the removed log never becomes another file's: nothing of ours is written into that."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    reporter = Reporter(folder, 9, 0, None)
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    reporter.metrics("train", iter=1)
+    with open(tmp_path / "other", "w") as other:
+        reporter.metrics("train", iter=2)
+        other.flush()
+    assert (tmp_path / "other").read_text() == ""
+    folder.unlink()
+    reporter.metrics("train", iter=3)
+    reporter.close()
+    assert [line["iter"] for line in lines(folder / "metrics.jsonl")] == [3]
+    assert "2 lines are lost" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ranks
+from fuzzing import seal
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
@@ -230,13 +231,6 @@ def sharded(data, tmp_path_factory):
     return out
 
 
-def forge(folder, name: str) -> None:
-    """Make the manifest agree with a file that was changed."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = checkpoint._facts(folder / name)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 SHARD = "shard-00002-model-00001-of-00002.safetensors"
 
 
@@ -248,7 +242,7 @@ def _hole(folder):
     kept = load_file(folder / first)
     kept.popitem()
     save_file(kept, folder / first, metadata)
-    forge(folder, first)
+    seal(folder)
 
 
 def _offsets(text):
@@ -256,7 +250,7 @@ def _offsets(text):
         with checkpoint.safe_open(folder / SHARD, framework="pt") as file:
             metadata = {**file.metadata(), checkpoint._SHARDS: text}
         save_file(load_file(folder / SHARD), folder / SHARD, metadata)
-        forge(folder, SHARD)
+        seal(folder)
 
     return change
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -229,6 +231,16 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tiny, tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(Refused, match="cannot be written to"):
         tiny()
+
+
+def test_a_read_only_run_folder_is_refused_though_its_lock_can_be_opened(tiny, monkeypatch, tmp_path):
+    def read_only(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(Refused, match=r"out_dir .*run: cannot be written to \(Read-only file system\)"):
+        tiny()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 # ---------------------------------------------------------------------------------------------- storage

@@ -31,7 +31,7 @@ def largest_batch_that_fits(run: Run, target: float, candidates: Sequence[int]) 
     while high - low > 1:
         # Doubling first, because what is far too large is slow to try; then halving the interval.
         probe = min(max(2 * low + 1, 0), high - 1) if high == len(candidates) else (low + high) // 2
-        fits = expected(measured, candidates[probe]) <= limit or not run.ranks.sharded
+        fits = not run.ranks.sharded or expected(measured, candidates[probe]) <= limit
         if fits:
             measured[candidates[probe]] = max(run.ranks.gather(peak_memory(run, candidates[probe])))
             fits = measured[candidates[probe]] <= limit

@@ -81,9 +81,10 @@ class JsonLines:
 
     def _reopen(self) -> None:
         """Somebody removed the file, or the whole folder."""
-        os.close(self._handle)
+        old = self._handle
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
+        os.close(old)  # not before: where there is no new file, its number must not become another file's
         self.trouble = f"{self.path} was removed: a new one is begun"
 
     def size(self) -> int:
