@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +63,24 @@ def test_rolling_back_goes_past_the_offending_data(tiny):
     assert [m["iter"] for m in train_lines(out)] == list(range(1, 13))
     rates = {m["iter"]: m["step_lr"] for m in train_lines(out)}
     assert rates[5] < rates[6] < rates[7] < rates[4]
+
+
+def test_rolling_back_passes_over_a_damaged_checkpoint(tiny, monkeypatch):
+    real = Session._roll_back
+
+    def damage_first(self, why):
+        path = Path(self.config.out_dir) / "checkpoints" / "iter_000000008" / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(bytes(content))
+        real(self, why)
+
+    monkeypatch.setattr(Session, "_roll_back", damage_first)
+    code, out = tiny(inject="nan@10", on_sick_step="rollback")
+    assert code == 0
+    (back,) = events(out, "rollback")
+    assert back["iter"] == 4 and back["checkpoint"] == "iter_000000004"
+    assert [m["iter"] for m in train_lines(out)] == list(range(1, 13))
 
 
 def test_a_run_that_stays_sick_stops(tiny, tmp_path):

@@ -5,6 +5,7 @@ Holds what the loop does at a boundary, a method each; the order in which they h
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -17,14 +18,14 @@ import numpy as np
 
 from training import checkpoint, out_of_memory
 from training.config import TrainConfig
-from training.errors import Stopped
+from training.errors import Refused, Stopped
 from training.orchestrator import Orchestrator
 from training.out_of_memory import is_out_of_memory
 from training.records import Progress, Settings, differences
 from training.reporting import Silent, machine, memory_percent
 from training.run import Run, StepResult
 from training.schedule import Schedule
-from training.setup import open_model
+from training.setup import latest_good, open_model
 from training.stopping import NoSignals, SignalWatch
 from training.values import brief
 
@@ -249,10 +250,12 @@ class Session:
 
     def _roll_back(self, why: str) -> None:
         """Back to the newest whole checkpoint, and on with the samples after the sick ones."""
-        run, from_iter = self.run, self.run.progress.iter
+        run, from_iter, name = self.run, self.run.progress.iter, None
         self.finish_save()
-        found = checkpoint.find(self.config.out_dir) if run.ranks.is_first else []
-        name = run.ranks.broadcast(found[0].name if found else None)
+        if run.ranks.is_first:
+            with contextlib.suppress(Refused):
+                name = latest_good(self.config.out_dir)[0].path.name
+        name = run.ranks.broadcast(name)
         if name is None:
             raise Stopped(f"{why}; there is no checkpoint to go back to")
         self._rollbacks += 1
