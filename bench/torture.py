@@ -32,6 +32,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What a run imports late, imported once for all children: a start would be little else.
+import peft  # noqa: E402, F401
+import torch.distributed.checkpoint  # noqa: E402, F401
+import torch.distributed.fsdp  # noqa: E402, F401
+
 import train_orchestrated  # noqa: E402
 from training import checkpoint  # noqa: E402
 
