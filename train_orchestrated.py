@@ -22,18 +22,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-
-from training import checkpoint, out_of_memory, plan, setup
-from training import config as configuration
-from training.config import TrainConfig
-from training.distributed import Ranks
-from training.errors import Refused
-from training.loop import train
-from training.reporting import Reporter, Silent, rewind, start_wandb
-from training.run import Run
-from training.schedule import Schedule
-from training.session import Session
-from training.stopping import SignalWatch
+from orchestrate.training import plan
+from orchestrate.training.loop import train
+from orchestrate.training.run import out_of_memory
+from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.run.run import Run
+from orchestrate.training.schedule.file import Schedule
+from orchestrate.training.session import start as setup
+from orchestrate.training.session.session import Session
+from orchestrate.training.session.stopping import SignalWatch
+from orchestrate.training.settings import config as configuration
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.store import checkpoint
+from orchestrate.training.store.reporting import Reporter, Silent, rewind, start_wandb
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, str], argparse.Namespace]:

@@ -19,18 +19,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.stream import DataSet, Meta, TokenFile  # noqa: E402
-from model.config import ModelConfig  # noqa: E402
-from model.gpt import GPT, init_weights  # noqa: E402
-from training.config import TrainConfig  # noqa: E402
-from training.distributed import Ranks  # noqa: E402
-from training.records import Progress  # noqa: E402
-from training.reporting import Silent  # noqa: E402
-from training.run import Run  # noqa: E402
-from training.schedule import Schedule  # noqa: E402
-from training.session import Session  # noqa: E402
-from training.setup import settings_from  # noqa: E402
-from training.stopping import NoSignals  # noqa: E402
+from orchestrate.data.stream import DataSet, Meta, TokenFile  # noqa: E402
+from orchestrate.model.config import ModelConfig  # noqa: E402
+from orchestrate.model.gpt import GPT, init_weights  # noqa: E402
+from orchestrate.training.run.distributed import Ranks  # noqa: E402
+from orchestrate.training.run.run import Run  # noqa: E402
+from orchestrate.training.schedule.file import Schedule  # noqa: E402
+from orchestrate.training.session.session import Session  # noqa: E402
+from orchestrate.training.session.start import settings_from  # noqa: E402
+from orchestrate.training.session.stopping import NoSignals  # noqa: E402
+from orchestrate.training.settings.config import TrainConfig  # noqa: E402
+from orchestrate.training.settings.records import Progress  # noqa: E402
+from orchestrate.training.store.reporting import Silent  # noqa: E402
 
 
 def main() -> None:

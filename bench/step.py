@@ -21,13 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.stream import DataSet, Meta, TokenFile  # noqa: E402
-from training.config import resolve  # noqa: E402
-from training.distributed import Ranks  # noqa: E402
-from training.orchestrator import Orchestrator  # noqa: E402
-from training.run import Run, pick_device  # noqa: E402
-from training.schedule import Schedule, parse_schedule  # noqa: E402
-from training.setup import DEFAULT_VOCAB, initial_model, model_config_from, settings_from  # noqa: E402
+from orchestrate.data.stream import DataSet, Meta, TokenFile  # noqa: E402
+from orchestrate.training.run.distributed import Ranks  # noqa: E402
+from orchestrate.training.run.run import Run, pick_device  # noqa: E402
+from orchestrate.training.schedule.file import Schedule, parse_schedule  # noqa: E402
+from orchestrate.training.schedule.orchestrator import Orchestrator  # noqa: E402
+from orchestrate.training.session.start import DEFAULT_VOCAB, initial_model, model_config_from, settings_from  # noqa: E402
+from orchestrate.training.settings.config import resolve  # noqa: E402
 
 PENDING = 100
 
@@ -37,7 +37,7 @@ def make_run(config, tokens: Path) -> Run:
     device = pick_device(config.device, 0)
     vocab = 65 if "char" in config.dataset or "docs" in config.dataset else DEFAULT_VOCAB
     model_config = model_config_from(config, vocab)
-    from training.records import Progress
+    from orchestrate.training.settings.records import Progress
 
     file = TokenFile(tokens)
     data = DataSet(file, file, Meta(vocab))

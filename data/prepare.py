@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-
-from data.stream import Meta
-from data.tokenizer import BpeTokenizer, CharTokenizer
+from orchestrate.data.stream import Meta
+from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

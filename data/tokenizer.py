@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-
-from data.stream import Meta
+from orchestrate.data.stream import Meta
 
 
 class Tokenizer(Protocol):

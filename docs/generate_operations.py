@@ -13,8 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from training.operations import OPERATIONS, Operation  # noqa: E402
-from training.triggers import TRIGGERS  # noqa: E402
+from orchestrate.training.operations import OPERATIONS, Operation  # noqa: E402
+from orchestrate.training.schedule.triggers import TRIGGERS  # noqa: E402
 
 HEAD = """# Operations
 

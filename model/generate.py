@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+from orchestrate.model.gpt import GPT, Cache
 from torch import Tensor
-
-from model.gpt import GPT, Cache
 
 
 @torch.no_grad()

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from orchestrate.model.config import Fade, ModelConfig
 from torch import Tensor, nn
-
-from model.config import Fade, ModelConfig
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of the positions seen, one pair a block, each (batch, n_kv_head, positions, head_size)."""
@@ -202,7 +201,7 @@ class GPT(nn.Module):
         self.register_buffer("fade_logits", None, persistent=False)
         self.reset_buffers(self.transformer["wte"].weight.device)
         if config.lora:
-            from model.lora import attach  # peft's layers wrap what is built here
+            from orchestrate.model.lora import attach  # peft's layers wrap what is built here
 
             attach(self)
 
@@ -262,7 +261,7 @@ class GPT(nn.Module):
         if not self.config.tie_weights:
             return self.lm_head(x)
         if "wte" in self.config.lora:
-            from model.lora import tied_logits
+            from orchestrate.model.lora import tied_logits
 
             return tied_logits(self.transformer["wte"], x)
         return F.linear(x, self.transformer["wte"].weight)
@@ -309,7 +308,7 @@ def init_weights(model: GPT, seed: int) -> None:
             if "lora_" not in name:
                 parameter.copy_(initial_value(name, parameter.shape, model.config, generator))
         if model.config.lora:
-            from model.lora import init_adapters
+            from orchestrate.model.lora import init_adapters
 
             init_adapters(model, generator)
 

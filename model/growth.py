@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from orchestrate.model.config import BLOCK_LAYERS, Fade, ModelConfig
+from orchestrate.model.gpt import GPT, initial_value, put_parameter
+from orchestrate.model.lineage import Lineage, Origin, follow, known
+from orchestrate.model.lora import ADAPTER
 from torch import Tensor, nn
-
-from model.config import BLOCK_LAYERS, Fade, ModelConfig
-from model.gpt import GPT, initial_value, put_parameter
-from model.lineage import Lineage, Origin, follow, known
-from model.lora import ADAPTER
 
 Grown = tuple[GPT, Lineage]
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT, from_weights
 from torch import Tensor
-
-from model.config import ModelConfig
-from model.gpt import GPT, from_weights
 
 # n_layer, n_head, n_embd of OpenAI's releases; all have 50257 tokens, 1024 positions and biases.
 GPT2_MODELS = {

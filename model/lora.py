@@ -14,11 +14,10 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from orchestrate.model.config import LoraSpec, ModelConfig, layer_of_parameter
+from orchestrate.model.gpt import GPT, put_parameter
+from orchestrate.model.lineage import Lineage, Origin
 from torch import Tensor, nn
-
-from model.config import LoraSpec, ModelConfig, layer_of_parameter
-from model.gpt import GPT, put_parameter
-from model.lineage import Lineage, Origin
 
 ADAPTER = "default"
 _MATRICES = {"attn": ("c_attn", "c_proj"), "mlp": ("c_fc", "c_gate", "c_proj")}

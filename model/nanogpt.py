@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from model.config import ModelConfig
-from model.gpt import GPT, from_weights
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT, from_weights
 
 _ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 _COMPILED = "_orig_mod."  # torch.compile's prefix on every name

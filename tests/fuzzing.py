@@ -27,16 +27,16 @@ from conftest import ROOT, TINY, write_data
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from operation_examples import BEFORE, EXAMPLES
+from orchestrate.data.stream import read_meta, read_remap
+from orchestrate.model import nanogpt
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT
+from orchestrate.training.schedule.file import ENTRY_FIELDS
+from orchestrate.training.settings.config import KEYS, TrainConfig
+from orchestrate.training.settings.errors import OperationFailed, Refused, ScheduleError
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
-from data.stream import read_meta, read_remap
-from model import nanogpt
-from model.config import ModelConfig
-from model.gpt import GPT
-from training.config import KEYS, TrainConfig
-from training.errors import OperationFailed, Refused, ScheduleError
-from training.schedule import ENTRY_FIELDS
 
 SECONDS = 20
 NUMBERS = st.one_of(
@@ -238,10 +238,10 @@ def schedule_text(data: st.DataObject, workspace: Workspace) -> str:
 
 def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
     """What the plan accepts can be carried out: every entry is applied to a live run, and a step is made after it."""
-    from training.config import resolve
-    from training.distributed import Ranks
-    from training.schedule import check_settings, parse_schedule, plan_stages
-    from training.setup import check_lengths, open_run
+    from orchestrate.training.run.distributed import Ranks
+    from orchestrate.training.schedule.file import check_settings, parse_schedule, plan_stages
+    from orchestrate.training.session.start import check_lengths, open_run
+    from orchestrate.training.settings.config import resolve
 
     given = [tuple(a.removeprefix("--").split("=", 1)) for a in workspace.arguments(out_dir="out")]
     config, _ = resolve([], given)

@@ -7,10 +7,9 @@ import re
 import pytest
 import torch
 from conftest import ROOT
+from orchestrate.training.operations import OPERATIONS, make
+from orchestrate.training.settings.errors import ScheduleError
 from test_operations import apply, live_run, logits
-
-from training.errors import ScheduleError
-from training.operations import OPERATIONS, make
 
 
 @pytest.fixture

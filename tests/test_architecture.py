@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-from training.operations import OPERATIONS
+from orchestrate.training.operations import OPERATIONS
 
 ROOMS = ("model", "data", "training")
 # Inside training: a file may import only files of a lower floor (docs/architecture.md).
@@ -72,11 +71,11 @@ def test_imports_in_training_go_down(path):
         (
             "torch.distributed",
             r"import torch\.distributed(?!\.checkpoint)|from torch\.distributed|DistributedDataParallel",
-            {"training/distributed.py", "training/sharding.py"},
+            {"training/run/distributed.py", "training/run/sharding.py"},
         ),
-        ("print", r"^\s*print\(", {"training/reporting.py", "train_orchestrated.py", "sample.py"}),
-        ("save_file", r"save_file|torch\.save\(|distributed\.checkpoint", {"training/checkpoint.py"}),
-        ("requires_grad_", r"requires_grad_\(", {"training/run.py"}),
+        ("print", r"^\s*print\(", {"training/store/reporting.py", "train_orchestrated.py", "sample.py"}),
+        ("save_file", r"save_file|torch\.save\(|distributed\.checkpoint", {"training/store/checkpoint.py"}),
+        ("requires_grad_", r"requires_grad_\(", {"training/run/run.py"}),
         ("unpickling", r"pickle\.load|torch\.load\((?!path, map_location=.cpu., weights_only=True)", set()),
     ],
 )

@@ -7,9 +7,8 @@ import json
 import pytest
 import torch
 from conftest import events
-
-from training import checkpoint
-from training.errors import Refused
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.store import checkpoint
 
 
 def save(root, iteration: int, loss: float | None = None, keep_last: int = 2, keep_best: int = 1):

@@ -34,17 +34,17 @@ SCHEDULE = [
 
 
 def make_run(data: str, **keys):
-    from training.config import TrainConfig
-    from training.distributed import Ranks
-    from training.schedule import Schedule
-    from training.setup import open_run
+    from orchestrate.training.run.distributed import Ranks
+    from orchestrate.training.schedule.file import Schedule
+    from orchestrate.training.session.start import open_run
+    from orchestrate.training.settings.config import TrainConfig
 
     config = TrainConfig(**{**TINY, "dataset": data, **keys})
     return open_run(config, None, Schedule(), Ranks("cpu", parallel=config.parallel))
 
 
 def change(run, name: str, value=None) -> None:
-    from training.operations import make
+    from orchestrate.training.operations import make
 
     operation = make(name, {} if value is None else {"value": value})
     run.adopt(operation.plan(run.settings), operation.reshape)
@@ -105,9 +105,9 @@ def test_gradients_are_equal_after_every_change(data):
 
 def _every_operation(rank: int, data: str, parallel: str):
     """Each operation of the registry on its own run; the ranks compare all bits after it and after a step."""
-    from training.records import Progress
-    from training.run import Run
-    from training.setup import initial_model
+    from orchestrate.training.run.run import Run
+    from orchestrate.training.session.start import initial_model
+    from orchestrate.training.settings.records import Progress
 
     first = make_run(data, parallel=parallel)
     losses, prints = {}, []
@@ -137,7 +137,7 @@ def test_every_operation_leaves_the_ranks_equal(data):
 
 def _unequal_clocks(rank: int, data: str, out: str, schedule: str):
     """Rank 1's clock runs backwards: waits in seconds must be rank 0's."""
-    from training.session import Session
+    from orchestrate.training.session.session import Session
 
     tick = Session.tick
 
@@ -163,8 +163,8 @@ def test_a_whole_run_with_every_kind_of_change(data, tmp_path):
 
 def _losses_and_decisions(rank: int, data: str):
     """Losses that differ by rank reach the orchestrator as rank 0's decision alone."""
-    from training.orchestrator import Orchestrator
-    from training.schedule import parse_schedule
+    from orchestrate.training.schedule.file import parse_schedule
+    from orchestrate.training.schedule.orchestrator import Orchestrator
 
     run = make_run(data)
     text = json.dumps(
@@ -193,7 +193,7 @@ def test_a_decision_is_rank_0s(data):
 
 
 def _drifted(rank: int, data: str):
-    from training.errors import OperationFailed, RanksDisagree
+    from orchestrate.training.settings.errors import OperationFailed, RanksDisagree
 
     run = make_run(data)
     run.step()
@@ -206,7 +206,7 @@ def _drifted(rank: int, data: str):
         said = ""
     except RanksDisagree as error:
         said = str(error)
-    from training.operations import make
+    from orchestrate.training.operations import make
 
     operation = make("set_attn_lora_rank", {"value": 2})
 

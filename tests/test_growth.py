@@ -7,16 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import events
+from orchestrate.model.config import LoraSpec, ModelConfig, layer_names
+from orchestrate.model.gpt import GPT, init_weights
+from orchestrate.model.lineage import carry, known
+from orchestrate.training.operations import make
+from orchestrate.training.session.start import settings_from
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import ScheduleError
+from orchestrate.training.settings.records import Settings
 from test_operations import apply, live_run, logits
-
-from model.config import LoraSpec, ModelConfig, layer_names
-from model.gpt import GPT, init_weights
-from model.lineage import carry, known
-from training.config import TrainConfig
-from training.errors import ScheduleError
-from training.operations import make
-from training.records import Settings
-from training.setup import settings_from
 
 GPT2 = ModelConfig(block_size=12, vocab_size=19, n_layer=3, n_head=2, n_embd=8, bias=True)
 LLAMA = ModelConfig(

@@ -6,9 +6,8 @@ import json
 
 import pytest
 from conftest import assert_same_tensors, events, lines, tensors
-
-from training.checkpoint import find
-from training.session import Session
+from orchestrate.training.session.session import Session
+from orchestrate.training.store.checkpoint import find
 
 HURTS = {"name": "set_lr", "value": 3.0, "at_iter": 5}
 LATER = {"name": "set_grad_accum", "value": 4, "max_wait_iters": 3}

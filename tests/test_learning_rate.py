@@ -6,11 +6,10 @@ import math
 from dataclasses import replace
 
 import pytest
-
-from model.config import ModelConfig
-from training.config import TrainConfig
-from training.learning_rate import learning_rate
-from training.setup import settings_from
+from orchestrate.model.config import ModelConfig
+from orchestrate.training.run.learning_rate import learning_rate
+from orchestrate.training.session.start import settings_from
+from orchestrate.training.settings.config import TrainConfig
 
 CONFIG = dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=110, wsd_decay_fraction=0.2)
 SHAPE = ModelConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8)

@@ -7,11 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-
-from model.config import LoraSpec, ModelConfig, expand_layers, layer_names, layer_of_parameter
-from model.generate import generate
-from model.gpt import (
+from orchestrate.model.config import LoraSpec, ModelConfig, expand_layers, layer_names, layer_of_parameter
+from orchestrate.model.generate import generate
+from orchestrate.model.gpt import (
     GPT,
     compile_blocks,
     crop_block_size,
@@ -20,9 +18,10 @@ from model.gpt import (
     parameter_count,
     set_dropout,
 )
-from model.lineage import carry
-from model.lora import reshape_lora, tied_logits, trainable_parameters
-from training.plan import flops_per_token
+from orchestrate.model.lineage import carry
+from orchestrate.model.lora import reshape_lora, tied_logits, trainable_parameters
+from orchestrate.training.plan import flops_per_token
+from torch._dynamo.testing import CompileCounterWithBackend
 
 GPT2 = ModelConfig(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32, bias=True)
 LLAMA = replace(
@@ -298,7 +297,7 @@ def test_compiled_model_computes_the_same():
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    from model.gpt import Dropout
+    from orchestrate.model.gpt import Dropout
 
     drop, x = Dropout(0.25), torch.ones(200, 200)
     out = drop(x)

@@ -7,19 +7,18 @@ import dataclasses
 import pytest
 import torch
 from operation_examples import BEFORE, EXAMPLES
-
-from data.stream import open_data
-from model.config import ModelConfig, layer_of_parameter
-from model.gpt import GPT, from_weights, init_weights
-from model.lora import trainable_parameters
-from training import checkpoint
-from training.config import TrainConfig
-from training.distributed import Ranks
-from training.errors import OperationFailed, ScheduleError
-from training.operations import OPERATIONS, make
-from training.records import Progress, Settings, differences
-from training.run import Run
-from training.setup import settings_from
+from orchestrate.data.stream import open_data
+from orchestrate.model.config import ModelConfig, layer_of_parameter
+from orchestrate.model.gpt import GPT, from_weights, init_weights
+from orchestrate.model.lora import trainable_parameters
+from orchestrate.training.operations import OPERATIONS, make
+from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.run.run import Run
+from orchestrate.training.session.start import settings_from
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import OperationFailed, ScheduleError
+from orchestrate.training.settings.records import Progress, Settings, differences
+from orchestrate.training.store import checkpoint
 
 CONFIG = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, warmup_iters=2,
@@ -211,7 +210,7 @@ def test_reset_lr_schedule_starts_the_warmup_again(run):
 
 
 def test_adjust_batch_size_finds_the_largest_that_fits(run, monkeypatch):
-    from training import memory
+    from orchestrate.training.run import batch_memory as memory
 
     monkeypatch.setattr(memory, "total_memory", lambda run: 1000.0)
     tried = []

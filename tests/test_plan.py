@@ -9,12 +9,12 @@ import sys
 
 import pytest
 from conftest import ROOT, arguments, events
+from orchestrate.training import plan
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused
 from test_operations import apply, live_run
 
 import train_orchestrated
-from training import plan
-from training.config import TrainConfig
-from training.errors import Refused
 
 GROWS = [
     {"name": "set_grad_accum", "value": 4, "trigger_loss": 3.0, "max_wait_iters": 5},
@@ -93,7 +93,7 @@ def test_all_errors_at_once_with_their_places(data, tmp_path, capsys):
 
 
 def test_a_failing_reshape_is_found_before_the_run(data, tmp_path, capsys, monkeypatch):
-    from model import growth
+    from orchestrate.model import growth
 
     def broken(*args):
         raise RuntimeError("does not fit")

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import tiktoken
 from conftest import ROOT, TEXT
-
-from data.prepare import prepare_bpe
-from data.stream import TokenFile, open_data, read_meta
-from data.tokenizer import BpeTokenizer, CharTokenizer, RemappedTokenizer, tokenizer_of
+from orchestrate.data.prepare import prepare_bpe
+from orchestrate.data.stream import TokenFile, open_data, read_meta
+from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer, RemappedTokenizer, tokenizer_of
 
 
 def script(name: str, *arguments, code: int = 0) -> str:

@@ -7,8 +7,7 @@ import os
 import shutil
 
 from conftest import lines
-
-from training.reporting import EVENTS, METRICS, JsonLines, Reporter, clean, rewind
+from orchestrate.training.store.reporting import EVENTS, METRICS, JsonLines, Reporter, clean, rewind
 
 
 def test_nan_and_infinity_become_null():

@@ -9,11 +9,11 @@ import signal
 import pytest
 import torch
 from conftest import arguments, assert_same_tensors, events, lines, tensors, write_data
+from orchestrate.training.run.run import Run
+from orchestrate.training.session.stopping import SignalWatch
+from orchestrate.training.settings.errors import OperationFailed, Refused
 
 import train_orchestrated
-from training.errors import OperationFailed, Refused
-from training.run import Run
-from training.stopping import SignalWatch
 
 # One of every kind of change, chains included: entries 3 and 4 fire in one round with a checkpoint between them.
 SCHEDULE = [
@@ -132,7 +132,7 @@ def test_stopped_inside_an_evaluation(iteration, polls, uninterrupted, tiny, res
 
 def test_killed_between_two_entries_of_a_chain(uninterrupted, tiny, resume, monkeypatch, tmp_path):
     """The checkpoint that entry 4 asks for lies between entries; nothing after it survives."""
-    from training.session import Session
+    from orchestrate.training.session.session import Session
 
     original = Session.save
 
@@ -202,7 +202,7 @@ def test_an_exception_leaves_an_emergency_checkpoint(tiny, resume, monkeypatch, 
 
 
 def test_a_failing_operation_ends_the_run_after_a_checkpoint_or_is_skipped(tiny, resume, monkeypatch, tmp_path):
-    from training.operations.lora import SetAttentionLoraRank
+    from orchestrate.training.operations.lora import SetAttentionLoraRank
 
     def broken(self, model, target, generator):
         raise MemoryError("no room")

@@ -9,14 +9,13 @@ import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from model.config import ModelConfig
-from training.config import TrainConfig, resolve
-from training.errors import Refused
-from training.records import Measured, Waited
-from training.schedule import ENTRY_FIELDS, Ramp, parse_schedule, plan_stages, read_schedule
-from training.setup import planned_model_config, settings_from
-from training.triggers import TRIGGERS
+from orchestrate.model.config import ModelConfig
+from orchestrate.training.schedule.file import ENTRY_FIELDS, Ramp, parse_schedule, plan_stages, read_schedule
+from orchestrate.training.schedule.triggers import TRIGGERS
+from orchestrate.training.session.start import planned_model_config, settings_from
+from orchestrate.training.settings.config import TrainConfig, resolve
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.records import Measured, Waited
 
 # The example of the interface, and entries as nanoGPT's orchestrating fork writes them.
 INTERFACE = """

@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ranks
 from fuzzing import seal
+from orchestrate.training.run.run import _bit_sums
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.store import checkpoint
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
-from training import checkpoint
-from training.config import TrainConfig
-from training.errors import Refused
-from training.run import _bit_sums
 
 SCHEDULE = [
     {"name": "freeze_layer", "value": ["block.0", "wte"], "at_iter": 2},
@@ -297,7 +297,7 @@ def test_a_fingerprint_adds_up_over_the_parts():
 
 
 def test_the_plan_shows_the_memory_of_one_rank(data, tmp_path):
-    from training import plan
+    from orchestrate.training import plan
 
     config = TrainConfig(**{"dataset": str(data), "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16})
     whole, shared = (plan.make(config.model_copy(update={"parallel": p}), {}, 4) for p in ("ddp", "fsdp"))

@@ -7,8 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-
-from data.stream import (
+from orchestrate.data.stream import (
     Stream,
     TokenFile,
     eval_windows,

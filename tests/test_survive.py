@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ranks, tensors
+from orchestrate.training.run.injection import parse_faults
+from orchestrate.training.session.session import Session
+from orchestrate.training.settings.errors import Refused
 from test_operations import live_run
 
 import train_orchestrated
-from training.errors import Refused
-from training.injection import parse_faults
-from training.session import Session
 
 
 def train_lines(out_dir):
@@ -157,7 +157,9 @@ def test_what_hurts_one_rank_is_known_to_all(data, tmp_path, fault):
 
 def test_memory_beyond_the_limit_is_saved_once_per_crossing(tiny, monkeypatch, capsys):
     percents = iter([10, 10, 95, 96, 97, 50, 99] + [10] * 20)
-    monkeypatch.setattr("training.session.memory_percent", lambda device: {"host": float(next(percents))})
+    monkeypatch.setattr(
+        "orchestrate.training.session.session.memory_percent", lambda device: {"host": float(next(percents))}
+    )
     _, out = tiny(memory_checkpoint_percent=90.0, eval_interval=12)
     saved = [e["iter"] for e in events(out, "checkpoint") if "memory" in e["reason"]]
     assert saved == [3, 7]
@@ -267,7 +269,7 @@ def test_a_read_only_run_folder_is_refused_though_its_lock_can_be_opened(tiny, m
 
 def test_a_full_disk_is_said_and_the_run_goes_on(tiny, monkeypatch, capsys):
     """A save at an evaluation that fails leaves the checkpoint before as it was; the one at the end must succeed."""
-    from training import checkpoint
+    from orchestrate.training.store import checkpoint
 
     real, calls = checkpoint.save_file, []
 
@@ -305,7 +307,7 @@ def test_a_run_folder_that_vanishes_is_made_anew(tiny, resume, monkeypatch, tmp_
 
 
 def test_a_save_at_the_end_that_fails_is_an_error(tiny, monkeypatch, tmp_path):
-    from training import checkpoint
+    from orchestrate.training.store import checkpoint
 
     def full(tensors, path):
         raise OSError(28, "No space left on device")
@@ -319,7 +321,7 @@ def test_a_save_at_the_end_that_fails_is_an_error(tiny, monkeypatch, tmp_path):
 
 def test_saving_in_the_background_saves_the_same(tiny, resume, monkeypatch):
     """Each checkpoint is the state at its iteration, though the run goes on while it is written."""
-    from training import checkpoint
+    from orchestrate.training.store import checkpoint
 
     _, plain = tiny(out="plain", keep_last=9)
     real = checkpoint.save_file
@@ -337,7 +339,7 @@ def test_saving_in_the_background_saves_the_same(tiny, resume, monkeypatch):
 
 
 def test_a_background_save_that_fails_is_told(tiny, monkeypatch):
-    from training import checkpoint
+    from orchestrate.training.store import checkpoint
 
     real, calls = checkpoint.save_file, []
 

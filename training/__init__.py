@@ -1,4 +1,5 @@
 """The training room: from a configuration and a schedule to a run that can change while it runs.
 
-Imports inside go one way: records -> operations -> schedule, run -> orchestrator -> loop (docs/architecture.md).
+Its rooms, lowest floor first: settings, run, store and operations, schedule, session; then plan and loop. Imports go down
+only (docs/architecture.md).
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.session import Session
+from orchestrate.training.session.session import Session
 
 
 def train(session: Session) -> int:

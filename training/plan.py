@@ -15,22 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from data.stream import open_data
-from model.config import ModelConfig
-from model.gpt import GPT
-from model.lineage import Lineage
-from model.lora import trainable_parameters
-from training import setup
-from training.config import TrainConfig
-from training.errors import Refused
-from training.operations import Operation
-from training.orchestrator import Orchestrator
-from training.records import Progress, Settings, differences
-from training.reporting import METRICS
-from training.run import needs_agreement, reshapes
-from training.schedule import Entry, Schedule, Stage, plan_stages
-from training.values import brief
+from orchestrate.data.stream import open_data
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT
+from orchestrate.model.lineage import Lineage
+from orchestrate.model.lora import trainable_parameters
+from orchestrate.training.operations import Operation
+from orchestrate.training.run.run import needs_agreement, reshapes
+from orchestrate.training.schedule.file import Entry, Schedule, Stage, plan_stages
+from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.session import start as setup
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.records import Progress, Settings, differences
+from orchestrate.training.settings.values import brief
+from orchestrate.training.store.reporting import METRICS
 
 _LONGEST = 10**7
 """Iterations of a recorded run; every one of them is replayed."""

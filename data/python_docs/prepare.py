@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pydoc_data import topics  # noqa: E402
 
-from data.prepare import options, prepare_characters, run  # noqa: E402
+from orchestrate.data.prepare import options, prepare_characters, run  # noqa: E402
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.prepare import (  # noqa: E402
+from orchestrate.data.prepare import (  # noqa: E402
     SHAKESPEARE_SHA256,
     SHAKESPEARE_URL,
     download,
@@ -18,7 +18,7 @@ from data.prepare import (  # noqa: E402
     read_text,
     run,
 )
-from data.tokenizer import gpt2_tokenizer  # noqa: E402
+from orchestrate.data.tokenizer import gpt2_tokenizer  # noqa: E402
 
 
 def main() -> None:

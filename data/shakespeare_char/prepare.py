@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.prepare import (  # noqa: E402
+from orchestrate.data.prepare import (  # noqa: E402
     SHAKESPEARE_SHA256,
     SHAKESPEARE_URL,
     download,

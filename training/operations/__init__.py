@@ -1,6 +1,6 @@
 """All operations a schedule can name. Importing this package registers them."""
 
-from training.operations import batch, control, freezing, growth, hyperparameters, lora
-from training.operations.base import OPERATIONS, Operation, make
+from orchestrate.training.operations import batch, control, freezing, growth, hyperparameters, lora
+from orchestrate.training.operations.base import OPERATIONS, Operation, make
 
 __all__ = ["OPERATIONS", "Operation", "batch", "control", "freezing", "growth", "hyperparameters", "lora", "make"]

@@ -12,17 +12,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT
+from orchestrate.model.lineage import Lineage
+from orchestrate.training.settings.errors import ScheduleError
+from orchestrate.training.settings.records import Settings
+from orchestrate.training.settings.values import problems_of, shown
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from model.config import ModelConfig
-from model.gpt import GPT
-from model.lineage import Lineage
-from training.errors import ScheduleError
-from training.records import Settings
-from training.values import problems_of, shown
-
 if TYPE_CHECKING:
-    from training.run import Run
+    from orchestrate.training.run.run import Run
 
 
 class Operation(BaseModel):

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from orchestrate.training.operations.base import Operation, operation
+from orchestrate.training.settings.errors import ScheduleError
+from orchestrate.training.settings.records import Settings
+from orchestrate.training.settings.values import PositiveFloat, PositiveInt
 from pydantic import BaseModel, ConfigDict
 
-from training.errors import ScheduleError
-from training.operations.base import Operation, operation
-from training.records import Settings
-from training.values import PositiveFloat, PositiveInt
-
 if TYPE_CHECKING:
-    from training.run import Run
+    from orchestrate.training.run.run import Run
 
 
 def _scaled(what: str, value: int, factor: float) -> int:
@@ -120,7 +119,7 @@ class AdjustBatchSize(Operation):
 
     def resolve(self, run: Run) -> Operation:
         # Here and not above: probing needs the live run, and planning must not import it.
-        from training.memory import largest_batch_that_fits
+        from orchestrate.training.run.batch_memory import largest_batch_that_fits
 
         self.plan(run.settings)
         wanted, settings = self.wanted, run.settings

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-from training.operations.base import Operation, operation
-from training.records import Settings
-from training.values import PositiveInt
+from orchestrate.training.operations.base import Operation, operation
+from orchestrate.training.settings.records import Settings
+from orchestrate.training.settings.values import PositiveInt
 
 
 @operation("set_eval_interval")

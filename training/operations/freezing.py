@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-from model.config import layer_names
-from training.errors import ScheduleError
-from training.operations.base import Operation, operation
-from training.operations.layers import LayerNames, layers
-from training.records import Settings
+from orchestrate.model.config import layer_names
+from orchestrate.training.operations.base import Operation, operation
+from orchestrate.training.operations.layers import LayerNames, layers
+from orchestrate.training.settings.errors import ScheduleError
+from orchestrate.training.settings.records import Settings
 
 
 def _with_frozen(settings: Settings, frozen: set[str]) -> Settings:

@@ -11,18 +11,17 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from orchestrate.model import growth
+from orchestrate.model.config import LIMITS, ModelConfig, layer_names
+from orchestrate.model.gpt import GPT
+from orchestrate.model.growth import Layer
+from orchestrate.model.lineage import Lineage
+from orchestrate.training.operations.base import Operation, operation
+from orchestrate.training.operations.layers import LayerNames, layers
+from orchestrate.training.settings.errors import ScheduleError
+from orchestrate.training.settings.records import Settings
+from orchestrate.training.settings.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import BaseModel, ConfigDict, Field
-
-from model import growth
-from model.config import LIMITS, ModelConfig, layer_names
-from model.gpt import GPT
-from model.growth import Layer
-from model.lineage import Lineage
-from training.errors import ScheduleError
-from training.operations.base import Operation, operation
-from training.operations.layers import LayerNames, layers
-from training.records import Settings
-from training.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 _COPIES = "the function; every parameter and its moments, exactly where gradients have an exact image"
 

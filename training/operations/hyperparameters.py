@@ -6,16 +6,15 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
+from orchestrate.model.config import ModelConfig, layer_of_parameter
+from orchestrate.model.gpt import GPT
+from orchestrate.model.lineage import Lineage, Origin
+from orchestrate.training.operations.base import Operation, operation
+from orchestrate.training.operations.layers import LayerNames, layers
+from orchestrate.training.settings.errors import ScheduleError
+from orchestrate.training.settings.records import Settings
+from orchestrate.training.settings.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic import Strict
-
-from model.config import ModelConfig, layer_of_parameter
-from model.gpt import GPT
-from model.lineage import Lineage, Origin
-from training.errors import ScheduleError
-from training.operations.base import Operation, operation
-from training.operations.layers import LayerNames, layers
-from training.records import Settings
-from training.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 
 @operation("set_lr")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from orchestrate.model.config import ModelConfig, expand_layers
+from orchestrate.training.settings.errors import ScheduleError
 from pydantic import Field
-
-from model.config import ModelConfig, expand_layers
-from training.errors import ScheduleError
 
 LayerNames = str | Annotated[list[str], Field(min_length=1)]
 

@@ -12,17 +12,16 @@ from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
+from orchestrate.model.config import LoraSpec, ModelConfig
+from orchestrate.model.gpt import GPT
+from orchestrate.model.lineage import Lineage
+from orchestrate.model.lora import reshape_lora, restart_adapters
+from orchestrate.training.operations.base import Operation, operation
+from orchestrate.training.operations.layers import LayerNames, layers
+from orchestrate.training.settings.errors import ScheduleError
+from orchestrate.training.settings.records import Settings
+from orchestrate.training.settings.values import NonNegativeInt, PositiveFloat
 from pydantic import BaseModel, ConfigDict, Strict
-
-from model.config import LoraSpec, ModelConfig
-from model.gpt import GPT
-from model.lineage import Lineage
-from model.lora import reshape_lora, restart_adapters
-from training.errors import ScheduleError
-from training.operations.base import Operation, operation
-from training.operations.layers import LayerNames, layers
-from training.records import Settings
-from training.values import NonNegativeInt, PositiveFloat
 
 
 def adaptable(name: str) -> bool:

@@ -11,10 +11,16 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from orchestrate.model.config import ModelConfig
+from orchestrate.training.settings.values import (
+    Finite,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic import ConfigDict, TypeAdapter
-
-from model.config import ModelConfig
-from training.values import Finite, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 EXACTLY = ConfigDict(extra="forbid")
 """As __pydantic_config__ of a dataclass that is read from a file: a field that it has not is an error."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from training.records import Settings
+from orchestrate.training.settings.records import Settings
 
 
 def learning_rate(settings: Settings, iters_since_start: int, iters_since_rewarm: int | None = None) -> float:

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from training import checkpoint, out_of_memory
-from training.config import TrainConfig
-from training.errors import Refused, Stopped
-from training.orchestrator import Orchestrator
-from training.out_of_memory import is_out_of_memory
-from training.records import Progress, Settings, differences
-from training.reporting import Silent, machine, memory_percent
-from training.run import Run, StepResult
-from training.schedule import Schedule
-from training.setup import latest_good, open_model
-from training.stopping import NoSignals, SignalWatch
-from training.values import brief
+from orchestrate.training.run import out_of_memory
+from orchestrate.training.run.out_of_memory import is_out_of_memory
+from orchestrate.training.run.run import Run, StepResult
+from orchestrate.training.schedule.file import Schedule
+from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.session.start import latest_good, open_model
+from orchestrate.training.session.stopping import NoSignals, SignalWatch
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused, Stopped
+from orchestrate.training.settings.records import Progress, Settings, differences
+from orchestrate.training.settings.values import brief
+from orchestrate.training.store import checkpoint
+from orchestrate.training.store.reporting import Silent, machine, memory_percent
 
 
 class BackgroundSave:

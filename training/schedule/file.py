@@ -18,16 +18,22 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT
+from orchestrate.model.lora import trainable_parameters
+from orchestrate.training.operations import Operation, make
+from orchestrate.training.schedule.triggers import TRIGGERS, Trigger
+from orchestrate.training.settings.errors import Refused, ScheduleError
+from orchestrate.training.settings.records import EXACTLY, Settings, get_field
+from orchestrate.training.settings.values import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    nearest,
+    problems_of,
+    shown,
+)
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-
-from model.config import ModelConfig
-from model.gpt import GPT
-from model.lora import trainable_parameters
-from training.errors import Refused, ScheduleError
-from training.operations import Operation, make
-from training.records import EXACTLY, Settings, get_field
-from training.triggers import TRIGGERS, Trigger
-from training.values import NonNegativeFloat, NonNegativeInt, PositiveInt, nearest, problems_of, shown
 
 
 class Guard(BaseModel):

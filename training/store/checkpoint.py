@@ -22,16 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from orchestrate.training.run.optimizers import State
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.values import shown
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.errors import Refused
-from training.optimizer import State
-from training.values import shown
-
 if TYPE_CHECKING:
-    from training.distributed import SaveGroup
+    from orchestrate.training.run.distributed import SaveGroup
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -51,7 +50,7 @@ class Checkpoint:
     """A verified checkpoint folder; tensors are read when they are asked for.
 
     Attributes:
-        state: plain JSON; see `training.session.Session.state`.
+        state: plain JSON; see `orchestrate.training.session.session.Session.state`.
         shapes: of every tensor; a moment is called "PARAMETER|exp_avg" and so on.
     """
 

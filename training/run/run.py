@@ -17,23 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from orchestrate.data.stream import DataSet, Stream
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT, compile_blocks, set_dropout
+from orchestrate.model.lineage import Lineage, carry
+from orchestrate.model.lora import trainable_parameters
+from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.run.evaluation import validation_loss
+from orchestrate.training.run.injection import Injector
+from orchestrate.training.run.learning_rate import learning_rate
+from orchestrate.training.run.optimizers import NamedAdamW, State
+from orchestrate.training.run.out_of_memory import is_out_of_memory
+from orchestrate.training.run.sharding import gradient_norm, is_sharded, local
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import OperationFailed, RanksDisagree
+from orchestrate.training.settings.records import Progress, Settings
 from torch import nn
-
-from data.stream import DataSet, Stream
-from model.config import ModelConfig
-from model.gpt import GPT, compile_blocks, set_dropout
-from model.lineage import Lineage, carry
-from model.lora import trainable_parameters
-from training.config import TrainConfig
-from training.distributed import Ranks
-from training.errors import OperationFailed, RanksDisagree
-from training.evaluation import validation_loss
-from training.injection import Injector
-from training.learning_rate import learning_rate
-from training.optimizer import NamedAdamW, State
-from training.out_of_memory import is_out_of_memory
-from training.records import Progress, Settings
-from training.sharding import gradient_norm, is_sharded, local
 
 # A loss can be called a spike after this many, and the running mean remembers about that many.
 SPIKE_WARMUP, SPIKE_MEMORY = 20, 100

@@ -11,11 +11,10 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
-
-from data.stream import TokenFile, eval_windows, gather
-from model.gpt import GPT
-from training.distributed import Ranks
-from training.sharding import reshard
+from orchestrate.data.stream import TokenFile, eval_windows, gather
+from orchestrate.model.gpt import GPT
+from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.run.sharding import reshard
 
 
 @torch.no_grad()

@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap
+from orchestrate.model import hugging_face, nanogpt
+from orchestrate.model.config import LIMITS, LoraSpec, ModelConfig
+from orchestrate.model.gpt import GPT, check_shapes, from_weights, init_weights
+from orchestrate.training.run import out_of_memory, sharding
+from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.run.optimizers import State
+from orchestrate.training.run.run import Run, pick_device
+from orchestrate.training.schedule.file import Schedule, Stage, parse_schedule, plan_stages, read_schedule
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.records import Progress, Settings, get_field, with_field
+from orchestrate.training.settings.values import problems_of, shown
+from orchestrate.training.store import checkpoint
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-
-from data.stream import DataSet, find_folder, open_data, read_meta, read_remap
-from model import hugging_face, nanogpt
-from model.config import LIMITS, LoraSpec, ModelConfig
-from model.gpt import GPT, check_shapes, from_weights, init_weights
-from training import checkpoint, out_of_memory, sharding
-from training.config import TrainConfig
-from training.distributed import Ranks
-from training.errors import Refused
-from training.optimizer import State
-from training.records import Progress, Settings, get_field, with_field
-from training.run import Run, pick_device
-from training.schedule import Schedule, Stage, parse_schedule, plan_stages, read_schedule
-from training.values import problems_of, shown
 
 DEFAULT_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as nanoGPT has it
 
@@ -138,8 +138,8 @@ def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
         return model
     from dataclasses import replace
 
-    from model.gpt import crop_block_size
-    from model.lora import reshape_lora
+    from orchestrate.model.gpt import crop_block_size
+    from orchestrate.model.lora import reshape_lora
 
     load = nanogpt.load_checkpoint if Path(config.init_from).is_file() else hugging_face.load
     model = crop_block_size(load(config.init_from), config.block_size)

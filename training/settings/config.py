@@ -14,11 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from training.errors import Refused
-from training.injection import parse_faults
-from training.values import (
+from orchestrate.training.run.injection import parse_faults
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.values import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -28,6 +26,7 @@ from training.values import (
     problems_of,
     shown,
 )
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 def _key(default: Any, meaning: str) -> Any:

@@ -11,11 +11,10 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT, from_weights
+from orchestrate.training.run.optimizers import State
 from torch import Tensor, nn
-
-from model.config import ModelConfig
-from model.gpt import GPT, from_weights
-from training.optimizer import State
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -13,18 +13,17 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
+from orchestrate.training.run.run import Run
+from orchestrate.training.schedule.file import Entry, Ramp, Schedule, check_settings
+from orchestrate.training.settings.errors import OperationFailed, ScheduleError, Stopped
+from orchestrate.training.settings.records import EXACTLY, Measured, Settings, Waited, differences, with_field
+from orchestrate.training.settings.values import NonNegativeInt, PositiveInt
+from orchestrate.training.store import checkpoint
 from pydantic import Field, TypeAdapter
-
-from training import checkpoint
-from training.errors import OperationFailed, ScheduleError, Stopped
-from training.records import EXACTLY, Measured, Settings, Waited, differences, with_field
-from training.run import Run
-from training.schedule import Entry, Ramp, Schedule, check_settings
-from training.values import NonNegativeInt, PositiveInt
 
 
 class Host(Protocol):
-    """What the orchestrator asks of the session that it works for (training/session.py)."""
+    """What the orchestrator asks of the session that it works for (training/session/session.py)."""
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event."""

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import psutil
 import torch
-
-from training.out_of_memory import is_out_of_memory
-from training.run import Run
-from training.sharding import local
+from orchestrate.training.run.out_of_memory import is_out_of_memory
+from orchestrate.training.run.run import Run
+from orchestrate.training.run.sharding import local
 
 
 def largest_batch_that_fits(run: Run, target: float, candidates: Sequence[int]) -> int:

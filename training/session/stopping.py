@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from training.distributed import Ranks
+from orchestrate.training.run.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal's Ctrl-C reaches torchrun and its workers, and torchrun passes it on: within this time it is the same one.

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from orchestrate.training.settings.records import Measured, Waited
+from orchestrate.training.settings.values import Finite, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic import BaseModel, ConfigDict
-
-from training.records import Measured, Waited
-from training.values import Finite, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 class Trigger(BaseModel):

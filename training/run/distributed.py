@@ -16,11 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from orchestrate.model.gpt import GPT
+from orchestrate.training.run import sharding
+from orchestrate.training.run.optimizers import State
 from torch.nn.parallel import DistributedDataParallel
-
-from model.gpt import GPT
-from training import sharding
-from training.optimizer import State
 
 # Long enough for a slow evaluation or a big save on rank 0, short enough to end a job that is stuck.
 TIMEOUT = datetime.timedelta(minutes=30)

@@ -1,0 +1,1 @@
+"""The schedule: its file, its triggers, its ramps, and the orchestrator that fires its entries."""
