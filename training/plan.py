@@ -7,7 +7,7 @@ device, where nothing is allocated. What can only be guessed before a run is lab
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from orchestrate.training.operations import Operation
 from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.schedule.file import Entry, Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.schedule.stages import Stage, plan_stages
 from orchestrate.training.session.resume import resume
 from orchestrate.training.session.start import check_lengths, planned_model_config, settings_from, the_schedule
@@ -99,15 +100,22 @@ class Plan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def make(config: TrainConfig, given: dict[str, str], world_size: int, against: str = "") -> Plan:
+def make(
+    config: TrainConfig,
+    given: dict[str, str],
+    world_size: int,
+    against: str = "",
+    operations: Sequence[OwnFile] = (),
+) -> Plan:
     """The plan of a run. Raises Refused with every problem of the configuration and the schedule.
 
     Args:
         against: a run folder; says when each entry would have fired on its recorded losses.
+        operations: files of the user's own operations, registered now.
     """
     notes: list[str] = []
     if config.init_from == "resume":
-        resumed = resume(config, given)
+        resumed = resume(config, given, operations)
         fired = resumed.loaded.state["orchestrator"]["position"]["fired"]
         schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
         schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)

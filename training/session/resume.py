@@ -6,6 +6,7 @@ What is wrong with the folder or with the overrides is found here, as `Refused`,
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from orchestrate.training.run import out_of_memory, sharding
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import State
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
+from orchestrate.training.schedule.own import OwnFile, compare
 from orchestrate.training.session.start import IN_SETTINGS
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
@@ -66,6 +68,8 @@ def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Pa
     for path in checkpoint.find(out_dir):
         try:
             return checkpoint.load(path), problems, damaged
+        except FileNotFoundError:  # only where no lock is held
+            problems.append(f"checkpoint {path}: removed while it was read: another job is running in {out_dir}")
         except Refused as error:
             problems += error.problems
             damaged.append(path)
@@ -108,6 +112,11 @@ class _Text(BaseModel):
     text: str
 
 
+class _OwnFile(BaseModel):
+    file: str
+    sha256: str
+
+
 class _State(BaseModel):
     """What else is read from a checkpoint's state before the run is built."""
 
@@ -118,13 +127,14 @@ class _State(BaseModel):
     data: dict[str, str]
     tokenizer: dict[str, Any]
     wandb_id: str | None
+    operations: list[_OwnFile] = []
 
 
-def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
+def resume(config: TrainConfig, given: dict[str, str], operations: Sequence[OwnFile] = ()) -> Resumed:
     """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
     loaded, passed_over, damaged = latest_good(config.out_dir)
     recorded, settings = understood(loaded)
-    overrides: list[dict[str, Any]] = []
+    overrides = compare(loaded.state.get("operations", []), operations)
     problems: list[str] = []
     for key in given:
         before, after = getattr(recorded, key), getattr(config, key)

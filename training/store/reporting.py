@@ -291,6 +291,19 @@ def memory_percent(device: torch.device) -> dict[str, float]:
     return used
 
 
+def check_wandb() -> str:
+    """Why W&B cannot be logged to, or nothing. Asks for a key where there is a terminal and none is known."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return ""
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        return f"wandb_log: {error} (or set WANDB_MODE=offline)"
+    return ""
+
+
 def start_wandb(project: str, name: str, run_id: str | None, config: Mapping[str, Any], folder: Path) -> Any:
     """A W&B run; with the id of an earlier one, that run continued. WANDB_MODE=offline needs no network."""
     import wandb
