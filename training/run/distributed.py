@@ -81,16 +81,23 @@ class Ranks:
 
     Args:
         parallel: "ddp", a copy of the model on every rank, or "fsdp", one copy sharded over them.
+        dtype: of the computation; see `sharding.shard`.
         meeting: where the processes have met already.
 
     Attributes: rank, local_rank, world_size, backend; sharded, whether parameters are spread over the ranks.
     """
 
     def __init__(
-        self, device_type: str, backend: str = "auto", parallel: str = "ddp", meeting: Meeting | None = None
+        self,
+        device_type: str,
+        backend: str = "auto",
+        parallel: str = "ddp",
+        dtype: torch.dtype = torch.float32,
+        meeting: Meeting | None = None,
     ) -> None:
         meeting = meeting or Meeting()
         self.rank, self.world_size = meeting.rank, meeting.world_size
+        self.dtype = dtype
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.backend = backend if backend != "auto" else ("nccl" if device_type == "cuda" else "gloo")
         self._control: dist.ProcessGroup | None = None
@@ -121,7 +128,7 @@ class Ranks:
 
     def place(self, model: GPT, device: torch.device) -> GPT:
         """The model on this rank's device, sharded where the ranks are."""
-        return sharding.shard(model, self.mesh) if self.sharded else model.to(device)
+        return sharding.shard(model, self.mesh, self.dtype) if self.sharded else model.to(device)
 
     def place_state(self, state: State, model: GPT, device: torch.device) -> State:
         """The moments where the placed model's parameters are."""

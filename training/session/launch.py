@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from orchestrate.training.run import out_of_memory
-from orchestrate.training.run.device import pick_device
+from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.run.distributed import Meeting, Ranks
 from orchestrate.training.run.run import Run
 from orchestrate.training.schedule.orchestrator import Orchestrator
@@ -98,7 +98,8 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where tensors are float32; a CPU stays exact
-    ranks = Ranks(device.type, config.backend, config.parallel, meeting)
+    dtype = DTYPES[pick_dtype(config.dtype, device)]
+    ranks = Ranks(device.type, config.backend, config.parallel, dtype, meeting)
     if len(set(ranks.gather(tuple((file.path.name, file.sha256) for file in operations)))) > 1:
         raise Refused("--operations: the ranks have files of different names or contents")
     run = open_run(config, resumed, schedule, ranks)
