@@ -1,4 +1,4 @@
-"""How a start begins and ends: the lock before the first read, signals before the first step, what the last lines say."""
+"""How a start begins and ends: the lock before the first read, signals before the first step, the last lines."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _execute(path: Path, name: str) -> str:
     except OSError as error:
         raise Refused(f"--operations {path}: cannot be read ({error.strerror})") from None
     except SyntaxError as error:
-        raise Refused(f"{path}:{error.lineno}: not Python ({error.msg})") from None
+        raise Refused(f"{path}:{error.lineno or 1}: not Python ({error.msg})") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise Refused(f"{path}: not Python ({error})") from None
     module = ModuleType(name)
