@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.errors import Refused, Stopped
@@ -20,6 +21,12 @@ COMMANDS = {
     "plan": "check a configuration and its schedule, print the stages, train nothing",
     "sample": "generate text from a run folder, a Hugging Face model or a nanoGPT ckpt.pt",
 }
+
+
+def called(name: str) -> str:
+    """How a person calls a subcommand: by the script in the checkout, or by the installed command."""
+    script = Path(sys.argv[0]).name
+    return script if script in ("train_orchestrated.py", "sample.py") else f"orchestrate {name}"
 
 
 def command() -> int:

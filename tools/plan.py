@@ -16,6 +16,6 @@ from orchestrate.training.session.stopping import SignalWatch
 def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
     """Print the plan; returns the exit code. Raises Refused with every problem of the configuration and schedule."""
     if {"-h", "--help"} & set(arguments):
-        train.parse(["--help"], __doc__)
+        train.parse(["--help"], "plan", __doc__)
     form = "json" if "--json" in arguments else "table"
     return train.main([*(given for given in arguments if given != "--json"), f"--plan={form}"], watch)

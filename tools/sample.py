@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrate.model.gpt import compile_blocks
+from orchestrate.tools.main import called
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.session.sampling import open_foreign, open_run_folder, samples
 from orchestrate.training.session.stopping import SignalWatch
@@ -29,7 +30,9 @@ def _switch(text: str) -> bool:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; the prompt is read where it is a file. Raises Refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called("sample"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--init_from", default="resume", help="resume (a run folder) | gpt2* | folder | ckpt.pt")
     parser.add_argument("--out_dir", default="out", help="the run folder (default out)")
     parser.add_argument("--checkpoint", default="latest", help="latest | best | a folder's name (default latest)")

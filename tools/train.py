@@ -15,6 +15,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 
+from orchestrate.tools.main import called
 from orchestrate.training import plan
 from orchestrate.training.loop import train
 from orchestrate.training.schedule.own import registered
@@ -26,10 +27,11 @@ from orchestrate.training.settings.errors import Refused, refusing
 
 
 def parse(
-    arguments: Sequence[str], description: str | None = __doc__
+    arguments: Sequence[str], name: str = "train", description: str | None = __doc__
 ) -> tuple[TrainConfig, dict[str, str], argparse.Namespace]:
     """The configuration, where each key was given, and the options that are no keys. Raises Refused."""
     parser = argparse.ArgumentParser(
+        prog=called(name),
         description=description,
         epilog=configuration.help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

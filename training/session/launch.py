@@ -64,7 +64,8 @@ def launch(
             except Refused as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"out_dir {config.out_dir}: cannot be written to ({error.strerror or error})"
+                place = error.filename or f"out_dir {config.out_dir}"
+                problem = f"{place}: cannot be written to ({error.strerror or error})"
         if problem := run.ranks.broadcast(problem):
             raise Refused(problem.splitlines())
         session = Session(config, run, orchestrator, reporter, watch, wandb_id, operations)
