@@ -11,6 +11,7 @@ EXAMPLES = {
     "set_weight_decay": 0.05,
     "change_weight_decay": 0.5,
     "set_betas": [0.8, 0.9],
+    "set_momentum": 0.8,
     "set_grad_clip": 0.5,
     "set_dropout": 0.2,
     "set_batch_size": 6,

@@ -5,7 +5,7 @@ Everything new is built beside the present run; all ranks are asked whether they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,9 @@ import torch
 
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, compile_blocks, set_dropout
-from orchestrate.model.lineage import Lineage, carry
+from orchestrate.model.lineage import Lineage, State, carry
 from orchestrate.model.lora import trainable_parameters
-from orchestrate.training.run.optimizers import NamedAdamW, State
+from orchestrate.training.run.optimizers import OPTIMIZERS, Optimizer
 from orchestrate.training.run.sharding import is_sharded
 from orchestrate.training.settings.errors import OperationFailed
 from orchestrate.training.settings.records import Progress, Settings
@@ -86,12 +86,12 @@ def restore(
     if settings.vocabulary_map != run.settings.vocabulary_map:
         run.batches.map_vocabulary(settings.vocabulary_map)
     run.settings = settings
-    install(run, *placed(run, model, optimizer_state, settings.frozen))
+    install(run, *placed(run, model, optimizer_state, settings))
     if scaler_state:
         run.scaler.load_state_dict(scaler_state)
 
 
-def prepare(run: Run, target: Settings, reshape: Reshape | None) -> tuple[GPT, NamedAdamW, set[str]] | None:
+def prepare(run: Run, target: Settings, reshape: Reshape | None) -> tuple[GPT, Optimizer, set[str]] | None:
     """Everything new that the target needs, beside the present run; None where nothing live changes."""
     if not needs_agreement(run.settings, target):
         return None
@@ -106,27 +106,27 @@ def prepare(run: Run, target: Settings, reshape: Reshape | None) -> tuple[GPT, N
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
         assert shape_of(model.config) == shape_of(target.model), "the reshaped model is not the target's"
-        state = carry(state, lineage, shapes)
-        return placed(run, model, state, target.frozen)
+        state = carry(state, lineage, shapes, OPTIMIZERS[target.optimizer].slots)
+        return placed(run, model, state, target)
     trainable = trainable_parameters(model, target.frozen)
-    return model, NamedAdamW(model, trainable, state), trainable
+    return model, OPTIMIZERS[target.optimizer](model, trainable, state), trainable
 
 
-def placed(run: Run, model: GPT, state: State, frozen: Iterable[str]) -> tuple[GPT, NamedAdamW, set[str]]:
+def placed(run: Run, model: GPT, state: State, settings: Settings) -> tuple[GPT, Optimizer, set[str]]:
     """A model and its optimizer on this rank's device."""
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         model = run.ranks.place(model, run.device)
-    trainable = trainable_parameters(model, frozen)
+    trainable = trainable_parameters(model, settings.frozen)
     state = run.ranks.place_state(state, model, run.device)
-    return model, NamedAdamW(model, trainable, state), trainable
+    return model, OPTIMIZERS[settings.optimizer](model, trainable, state), trainable
 
 
-def install(run: Run, model: GPT, optimizer: NamedAdamW, trainable: set[str]) -> None:
+def install(run: Run, model: GPT, optimizer: Optimizer, trainable: set[str]) -> None:
     """Commit: from here on the run is this model and this optimizer."""
     run.wrapped = None  # the old DDP goes first: its hooks sit on shared parameters
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
-        # A stale gradient would still be applied by AdamW after a freeze.
+        # A stale gradient would still be applied by the optimizer after a freeze.
         parameter.grad = None
     model.train()
     if run.config.compile:

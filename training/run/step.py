@@ -85,13 +85,10 @@ def step(run: Run) -> StepResult:
         # The norm of the reduced gradients is the same number on every rank, and not finite if one of them is not.
         grad_norm = gradient_norm(run.optimizer.parameters, s.grad_clip)
         spike = _is_spike(run, total, out_of_memory)
-        run.optimizer.set(lr, s.beta1, s.beta2, s.weight_decay)
+        run.optimizer.set(lr, s)
         run.consistent = False
-        if not run.scaler.is_enabled():
-            # The fused kernels look at this on the device: no weight is touched, and no host waits to know.
-            bad = ~torch.isfinite(grad_norm) if not spike else torch.ones_like(grad_norm, dtype=torch.bool)
-            run.optimizer.inner.found_inf = bad.to(torch.float32)
-        run.scaler.step(run.optimizer.inner)
+        bad = ~torch.isfinite(grad_norm) if not spike else torch.ones_like(grad_norm, dtype=torch.bool)
+        run.optimizer.step(veto=bad.to(torch.float32))
         run.scaler.update()
         run.optimizer.zero_grad()
         p.iter += 1
@@ -146,7 +143,7 @@ def _diagnose(
 ) -> tuple[str, tuple[int, int, int]]:
     """What was wrong and where, on every rank alike. Reading it never waits for the step just enqueued on CUDA."""
     if run.scaler.is_enabled() and not out_of_memory:
-        return "", at  # a GradScaler tries scales that overflow; skipping those steps is its business
+        return "spike" if spike else "", at  # a GradScaler tries scales that overflow: those are its business
     finite: torch.Tensor | None = torch.isfinite(grad_norm)
     cause = "out of memory" if out_of_memory else "spike" if spike else "not finite"
     if run.device.type == "cuda":
