@@ -45,6 +45,8 @@ EXAMPLES = {
     "save_checkpoint": None,
     "stop": None,
 }
+# Operations on a number that not every optimizer has, and those that have it.
+ONLY_WITH = {"set_betas": ("adamw",), "set_momentum": ("sgd",)}
 # What must be there before, for the operations that need something to act on.
 BEFORE = {
     "unfreeze_layer": [("freeze_layer", ["block.1"])],

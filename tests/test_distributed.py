@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, arguments, assert_same_tensors, events, lines, on_ranks, tensors
-from operation_examples import BEFORE, EXAMPLES
+from operation_examples import BEFORE, EXAMPLES, ONLY_WITH
 
 import train_orchestrated
 
@@ -113,7 +114,8 @@ def _every_operation(rank: int, data: str, parallel: str):
     losses, prints = {}, []
     for name, value in EXAMPLES.items():
         model = initial_model(first.config, first.settings.model)
-        run = Run(first.config, first.settings, Progress(), model, first.batches.opened, first.ranks, first.device)
+        settings = replace(first.settings, optimizer=ONLY_WITH.get(name, ["adamw"])[0])
+        run = Run(first.config, settings, Progress(), model, first.batches.opened, first.ranks, first.device)
         for before in BEFORE.get(name, []):
             change(run, *before)
         prints.append(run.fingerprint())

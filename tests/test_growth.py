@@ -13,7 +13,7 @@ from orchestrate.model.config import LoraSpec, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.lineage import carry, known
 from orchestrate.training.operations import make
-from orchestrate.training.run.optimizers import AdamW
+from orchestrate.training.run.optimizers import SGD, AdamW
 from orchestrate.training.session.start import settings_from
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import ScheduleError
@@ -111,7 +111,9 @@ def test_function_and_moments(style, name, value, exact):
 
     old = gradients(model)
     state = {n: {"exp_avg": g, "exp_avg_sq": g * g, "step": torch.tensor(7.0)} for n, g in old.items()}
-    carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()}, AdamW.slots)
+    shapes = {n: p.shape for n, p in grown.named_parameters()}
+    carried = carry(state, lineage, shapes, AdamW.slots)
+    buffers = carry({n: {"momentum_buffer": g} for n, g in old.items()}, lineage, shapes, SGD.slots)
     fresh = gradients(grown)
     inexact = []
     for n, gradient in fresh.items():
@@ -127,6 +129,8 @@ def test_function_and_moments(style, name, value, exact):
         torch.testing.assert_close(carried[n]["exp_avg"][mask], gradient[mask], atol=1e-8, rtol=1e-5, msg=n)
         torch.testing.assert_close(carried[n]["exp_avg_sq"][mask], gradient[mask] ** 2, atol=1e-12, rtol=1e-5, msg=n)
         assert carried[n]["step"] == 7.0
+        torch.testing.assert_close(buffers[n]["momentum_buffer"][mask], gradient[mask], atol=1e-8, rtol=1e-5, msg=n)
+        assert not buffers[n]["momentum_buffer"][~mask].any(), "what is new has no momentum"
     assert bool(inexact) != exact, inexact
 
 
