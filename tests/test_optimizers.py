@@ -18,7 +18,7 @@ from torch import nn
 import train_orchestrated
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.lineage import Origin, Slot, carry
-from orchestrate.training.run import optimizers
+from orchestrate.training.run import batch_memory, optimizers
 from orchestrate.training.run.optimizers import OPTIMIZERS, SGD, AdamW, Group
 from orchestrate.training.session.start import settings_from
 from orchestrate.training.settings.config import TrainConfig, resolve
@@ -80,6 +80,24 @@ def test_bytes_by_hand():
     shape = torch.Size([6, 4])
     assert AdamW.state_bytes("any", shape) == 2 * 24 * 4 + 4 and SGD.state_bytes("any", shape) == 24 * 4
     assert AdamW.state_bytes("any", shape, share=2) == 24 * 4 + 4, "a count of steps is on every rank"
+
+
+@BOTH
+def test_memory_of_a_batch_counts_the_state_that_is_to_come(data, name, monkeypatch):
+    class Meter:
+        peak = 1000.0
+
+        def __enter__(self): ...
+
+        def __exit__(self, *error): ...
+
+    monkeypatch.setattr(batch_memory, "_HostMeter", Meter)
+    run = live_run(data, steps=0, optimizer=name)
+    sizes = [p.numel() for p in run.model.parameters()]
+    bytes_to_come = {"adamw": 8 * sum(sizes) + 4 * len(sizes), "sgd": 4 * sum(sizes)}
+    assert batch_memory.peak_memory(run, 2) == 1000 + bytes_to_come[name]
+    run.step()
+    assert batch_memory.peak_memory(run, 2) == 1000
 
 
 # ---------------------------------------------------------------------------------------------- groups
@@ -285,15 +303,16 @@ def test_any_kind_of_slot_follows_by_hand():
     lineage = {
         "w": Origin("w", (torch.tensor([1, -1, 0]), None), weight_scale=0.5, grad_scale=columns),
         "again": Origin("w"),
+        "third": Origin("w"),
         "kin": Origin(None, prior="w"),
         "none": Origin(None),
         "bias": Origin("bias"),
     }
-    shapes = {"w": (3, 2), "again": (2, 2), "kin": (1, 4), "none": (5,), "bias": (2,)}
+    shapes = {"w": (3, 2), "again": (2, 2), "third": (2, 2), "kin": (1, 4), "none": (5,), "bias": (2,)}
     shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
     state["bias"] = {"rows": torch.tensor([1.0, 2.0])}  # it has no other
     carried = carry(state, lineage, shapes, SLOTS)
-    assert list(carried) == ["w", "again", "kin", "bias"] and list(carried["bias"]) == ["rows"]
+    assert list(carried) == ["w", "again", "third", "kin", "bias"] and list(carried["bias"]) == ["rows"]
     w, kin = carried["w"], carried["kin"]
     assert w["rows"].tolist() == [[30.0], [4.0], [10.0]], "the mean of the squares of 1 and 3 is 5; kin is 4 as it was"
     assert w["average"].tolist() == [[1.5, 2.0], [0.0, 0.0], [0.5, 1.0]]
