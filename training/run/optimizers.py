@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrate.model.lineage import Slot, State
+from orchestrate.training.run.out_of_memory import is_out_of_memory
 from orchestrate.training.run.sharding import is_sharded, local
 from orchestrate.training.settings.records import Settings
 
@@ -168,7 +169,9 @@ class Optimizer:
                 self._begin(inner)
                 inner.found_inf = torch.ones((), device=like.device)
                 inner.step()
-            except RuntimeError:
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 return _PROBED.setdefault(key, (False, False))
             intact = bool((local(trial.detach())[0] == 1).all())
             _PROBED[key] = True, intact and not any(bool(local(v)[0].any()) for v in inner.state[trial].values())
@@ -218,3 +221,8 @@ class SGD(Optimizer):
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {cls.name: cls for cls in (AdamW, SGD)}
+
+
+def make_optimizer(settings: Settings, model: nn.Module, trainable: Iterable[str], state: State) -> Optimizer:
+    """The optimizer that the settings name, over these parameters; see `Optimizer`."""
+    return OPTIMIZERS[settings.optimizer](model, trainable, state)

@@ -80,7 +80,7 @@ def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
     try:
         parts["config"] = TrainConfig.model_validate(state["config"])
         parts["settings"] = Settings.from_json(state["settings"])
-        Progress.from_json(state["progress"])
+        Progress.from_json(state["progress"], parts["settings"])
         TypeAdapter(_State).validate_python(state)
     except ValidationError as error:
         raise Refused(
@@ -200,7 +200,7 @@ def open_model(
         raise Refused(f"checkpoint {loaded.path}: {error}") from None
     if not ranks.sharded:
         return from_weights(config, loaded.model), loaded.optimizer
-    model = sharding.empty(config, ranks.mesh, device)
+    model = sharding.empty(config, ranks.mesh, device, ranks.dtype)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = {
         key: sharding.empty_state(shape, weights[key.rpartition("|")[0]])
