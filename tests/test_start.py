@@ -128,7 +128,10 @@ def end_with(job: subprocess.Popen, number: int) -> str:
     """Send a signal, and what is on standard error when the job has ended, which must be soon."""
     sent = time.monotonic()
     job.send_signal(number)
-    _, told = job.communicate(timeout=60)
+    try:
+        _, told = job.communicate(timeout=60)
+    finally:
+        job.kill()
     assert job.returncode == 128 + number
     assert time.monotonic() - sent < 15
     return told

@@ -23,6 +23,7 @@ from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.operations import Operation
 from orchestrate.training.run.changes import needs_agreement, reshapes
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Entry, Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
@@ -169,7 +170,9 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
             trained = _with_moments(lineage, trained)
         trainable = trainable_parameters(model, s.frozen)
         trained = trained | trainable  # a parameter that ever trained keeps its moments
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        sizes = {name: shape.numel() for name, shape in shapes.items()}
+        state_bytes = OPTIMIZERS[s.optimizer].state_bytes
         new = {_block_kind(s, n) for n in range(s.model.n_layer)} - kinds
         recompiles = len(new) if i else 0
         kinds |= new
@@ -189,7 +192,7 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
                 trainable=sum(sizes[name] for name in trainable),
                 flops_per_token=flops_per_token(s.model, sum(sizes.values()), s.sequence_length),
                 model_bytes=4 * (sum(sizes.values()) + sum(sizes[name] for name in trainable)) // share,
-                optimizer_bytes=sum(8 * sizes[name] // share + 4 for name in trained),
+                optimizer_bytes=sum(state_bytes(name, shapes[name], share) for name in trained),
                 activation_bytes=activation_bytes(s, 4 if config.dtype in ("auto", "float32") else 2),
                 rewraps=int(before is not None and needs_agreement(before, s)),
                 recompiles=recompiles if config.compile else 0,

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrate.model.gpt import GPT
+from orchestrate.model.lineage import State
 from orchestrate.training.run import sharding
-from orchestrate.training.run.optimizers import State
 
 # Long enough for a slow evaluation or a big save on rank 0, short enough to end a job that is stuck.
 TIMEOUT = datetime.timedelta(minutes=30)

@@ -219,5 +219,7 @@ def announce(session: Session, resumed: Resumed | None) -> None:
         f"{run.ranks.world_size} process{'es' if run.ranks.world_size > 1 else ''}"
         + (", sharded (fsdp)" if run.ranks.sharded else "")
     )
+    if run.optimizer.note:
+        session.reporter.say(f"note: {run.optimizer.note}")
     if config.parallel == "fsdp" and not run.ranks.sharded:
         session.reporter.say("parallel=fsdp shards nothing on one process")

@@ -14,15 +14,15 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
+from orchestrate.model.lineage import State
 from orchestrate.training.run import out_of_memory, sharding
 from orchestrate.training.run.distributed import Ranks
-from orchestrate.training.run.optimizers import State
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
 from orchestrate.training.schedule.own import OwnFile, compare
 from orchestrate.training.session.start import IN_SETTINGS
-from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.config import TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Progress, Settings, get_field, with_field
 from orchestrate.training.settings.values import problems_of, shown
@@ -42,6 +42,7 @@ FIXED = {
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
     "seed": "the order of the data follows from it, and samples would repeat or be left out",
     "dataset": "the stream of samples would not go on where it stopped",
+    "optimizer": "what one optimizer has gathered means nothing to another",
 }
 
 
@@ -135,7 +136,7 @@ def resume(config: TrainConfig, given: dict[str, str], operations: Sequence[OwnF
     loaded, passed_over, damaged = latest_good(config.out_dir)
     recorded, settings = understood(loaded)
     overrides = compare(loaded.state.get("operations", []), operations)
-    problems: list[str] = []
+    problems = unread(settings.optimizer, given)
     for key in given:
         before, after = getattr(recorded, key), getattr(config, key)
         in_force = get_field(settings, IN_SETTINGS[key]) if key in IN_SETTINGS else before
@@ -192,16 +193,17 @@ def resume(config: TrainConfig, given: dict[str, str], operations: Sequence[OwnF
 
 
 def open_model(
-    loaded: checkpoint.Checkpoint, config: ModelConfig, ranks: Ranks, device: torch.device
+    loaded: checkpoint.Checkpoint, settings: Settings, ranks: Ranks, device: torch.device
 ) -> tuple[GPT, State]:
     """A checkpoint's model and moments; where the ranks are sharded each reads its own parts. Raises Refused."""
+    config, optimizer = settings.model, OPTIMIZERS[settings.optimizer]
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
     wanted = dict(shapes)
     for name in {key.rpartition("|")[0] for key in loaded.shapes if "|" in key}:
         if name not in shapes:
             raise Refused(f"checkpoint {loaded.path}: there are moments of {name}, which is not in the model")
-        wanted |= {f"{name}|exp_avg": shapes[name], f"{name}|exp_avg_sq": shapes[name], f"{name}|step": torch.Size([])}
+        wanted |= {f"{name}|{slot}": shape for slot, shape in optimizer.state_shapes(name, shapes[name]).items()}
     try:
         check_shapes(wanted, loaded.shapes)
     except ValueError as error:
@@ -211,8 +213,8 @@ def open_model(
     model = sharding.empty(config, ranks.mesh, device, ranks.dtype)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = {
-        key: torch.zeros(()) if key.endswith("|step") else torch.zeros_like(weights[key.rpartition("|")[0]])
-        for key in loaded.shapes
+        key: sharding.empty_state(shape, weights[key.rpartition("|")[0]])
+        for key, shape in loaded.shapes.items()
         if "|" in key
     }
     loaded.read_into({**weights, **moments})

@@ -228,7 +228,7 @@ class Session:
         try:
             loaded = checkpoint.load(checkpoint.folder(self.config.out_dir) / name)
             settings = Settings.from_json(loaded.state["settings"])
-            found = loaded.state, settings, *open_model(loaded, settings.model, run.ranks, run.device)
+            found = loaded.state, settings, *open_model(loaded, settings, run.ranks, run.device)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = f"{type(caught).__name__}: {caught}"
         failures = [text for text in run.ranks.gather(error) if text]
