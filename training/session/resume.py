@@ -82,7 +82,7 @@ def reading(path: Path) -> Iterator[None]:
     """What comes of a checkpoint that is removed while it is read, in one line. That can be only without the lock."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         # A removal begins with the manifest; but a checkpoint without one may also be refused for that.
         if (path if isinstance(error, Refused) else path / "manifest.json").exists():
             raise
