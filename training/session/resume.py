@@ -5,8 +5,9 @@ What is wrong with the folder or with the overrides is found here, as `Refused`,
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,13 +69,24 @@ def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Pa
     damaged: list[Path] = []
     for path in checkpoint.find(out_dir):
         try:
-            return checkpoint.load(path), problems, damaged
-        except FileNotFoundError:  # only where no lock is held
-            problems.append(f"checkpoint {path}: removed while it was read: another job is running in {out_dir}")
+            with reading(path):
+                return checkpoint.load(path), problems, damaged
         except Refused as error:
             problems += error.problems
-            damaged.append(path)
+            damaged += [path] if path.exists() else []
     raise Refused([*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"])
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What comes of a checkpoint that is removed while it is read, in one line. That can be only without the lock."""
+    try:
+        yield
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        # A removal begins with the manifest; but a checkpoint without one may also be refused for that.
+        if (path if isinstance(error, Refused) else path / "manifest.json").exists():
+            raise
+        raise Refused(f"checkpoint {path}: removed while it was read: another job is running, try again") from error
 
 
 def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
@@ -209,7 +221,8 @@ def open_model(
     except ValueError as error:
         raise Refused(f"checkpoint {loaded.path}: {error}") from None
     if not ranks.sharded:
-        return from_weights(config, loaded.model), loaded.optimizer
+        with reading(loaded.path):
+            return from_weights(config, loaded.model), loaded.optimizer
     model = sharding.empty(config, ranks.mesh, device, ranks.dtype)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = {
@@ -217,7 +230,8 @@ def open_model(
         for key, shape in loaded.shapes.items()
         if "|" in key
     }
-    loaded.read_into({**weights, **moments})
+    with reading(loaded.path):
+        loaded.read_into({**weights, **moments})
     return model, checkpoint.by_parameter(moments)
 
 

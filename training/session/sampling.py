@@ -17,7 +17,7 @@ from orchestrate.data.tokenizer import RemappedTokenizer, Tokenizer, tokenizer_o
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import GPT, from_weights
-from orchestrate.training.session.resume import latest_good, understood
+from orchestrate.training.session.resume import latest_good, reading, understood
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
 
@@ -35,7 +35,8 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
     else:
         loaded = checkpoint.load(checkpoint.folder(out_dir) / name)
     recorded, settings = understood(loaded)
-    model = from_weights(settings.model, loaded.model)
+    with reading(loaded.path):
+        model = from_weights(settings.model, loaded.model)
     meta = read_meta(find_folder(dataset)) if dataset else Meta.from_json(loaded.state["tokenizer"])
     tokenizer = tokenizer_of(meta)
     if recorded.shrunken_vocab_size:
