@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from orchestrate.model.config import LoraSpec, ModelConfig
@@ -21,7 +21,7 @@ from orchestrate.training.operations.layers import LayerNames, layers
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import NonNegativeInt, PositiveFloat
-from pydantic import BaseModel, ConfigDict, Strict
+from pydantic import BaseModel, ConfigDict, Strict, field_validator
 
 
 def adaptable(name: str) -> bool:
@@ -62,6 +62,13 @@ class SetLayerLoraRank(LoraOperation):
     """Set the LoRA rank of the named layers: [names, rank], e.g. ["attn.2", 16] or [["attn.*", "mlp.0"], 8]."""
 
     value: Annotated[tuple[LayerNames, NonNegativeInt], Strict(False)]
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _names_first(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], int):
+            raise ValueError('must be [names, rank] in this order, e.g. ["attn.2", 16]')
+        return value
 
     def plan(self, settings: Settings) -> Settings:
         return with_rank(settings, layers(settings.model, self.value[0]), self.value[1])
@@ -115,7 +122,7 @@ class MergeLoraWeights(LoraOperation):
         if not names:
             raise ScheduleError(
                 f"merge_lora_weights: no adapter on {self.value or 'any layer'}; "
-                f"adapted: {', '.join(adapted) or 'none'}"
+                f"adapted: {', '.join(adapted) or 'none'} (merging removes adapters; relora merges and keeps them)"
             )
         return with_rank(settings, names, 0)
 
