@@ -65,7 +65,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def shown(value: Any, limit: int = 80) -> str:
     """A value as it is quoted in a message: its repr, cut where it is long."""
-    text = f"a whole number of {value.bit_length()} bits" if is_large(value) else repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = f"a {type(value).__name__} of too many digits to show"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
