@@ -102,7 +102,7 @@ def twin(run: Run) -> Run:
     state = {n: {k: v.clone() for k, v in m.items()} for n, m in run.optimizer.state_by_name().items()}
     model = copy.deepcopy(run.model)
     return Run(
-        run.config, run.settings, replace(run.progress), model, run.source, run.ranks, run.device, state
+        run.config, run.settings, replace(run.progress), model, run.batches.opened, run.ranks, run.device, state
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def main() -> None:
                 started = time.perf_counter()
                 session.save("bench", required=False)
                 seconds[background].append(time.perf_counter() - started)
-                session.finish_save()
+                session.saver.finish()
     print(f"{size / 1e6:.0f} MB of weights and moments, torch {torch.__version__}")
     for background, values in seconds.items():
         name = "in the background" if background else "in the foreground"

@@ -22,8 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrate.data.stream import DataSet, Meta, TokenFile  # noqa: E402
+from orchestrate.training.run.device import pick_device  # noqa: E402
 from orchestrate.training.run.distributed import Ranks  # noqa: E402
-from orchestrate.training.run.run import Run, pick_device  # noqa: E402
+from orchestrate.training.run.run import Run  # noqa: E402
 from orchestrate.training.schedule.file import Schedule, parse_schedule  # noqa: E402
 from orchestrate.training.schedule.orchestrator import Orchestrator  # noqa: E402
 from orchestrate.training.session.start import DEFAULT_VOCAB, initial_model, model_config_from, settings_from  # noqa: E402

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import events
+from test_operations import apply, live_run, logits
+
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.lineage import carry, known
@@ -15,7 +17,6 @@ from orchestrate.training.session.start import settings_from
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
-from test_operations import apply, live_run, logits
 
 GPT2 = ModelConfig(block_size=12, vocab_size=19, n_layer=3, n_head=2, n_embd=8, bias=True)
 LLAMA = ModelConfig(

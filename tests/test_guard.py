@@ -6,6 +6,7 @@ import json
 
 import pytest
 from conftest import assert_same_tensors, events, lines, tensors
+
 from orchestrate.training.session.session import Session
 from orchestrate.training.store.checkpoint import find
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from operation_examples import BEFORE, EXAMPLES
+
 from orchestrate.data.stream import open_data
 from orchestrate.model.config import ModelConfig, layer_of_parameter
 from orchestrate.model.gpt import GPT, from_weights, init_weights
@@ -77,7 +78,7 @@ def reloaded(run: Run, folder) -> Run:
     loaded = checkpoint.load(checkpoint.save(folder, state, weights, moments, keep_last=1, keep_best=0))
     settings = Settings.from_json(loaded.state["settings"])
     model, progress = from_weights(settings.model, loaded.model), Progress.from_json(loaded.state["progress"])
-    return Run(run.config, settings, progress, model, run.source, run.ranks, run.device, loaded.optimizer)
+    return Run(run.config, settings, progress, model, run.batches.opened, run.ranks, run.device, loaded.optimizer)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

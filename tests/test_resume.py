@@ -9,11 +9,11 @@ import signal
 import pytest
 import torch
 from conftest import arguments, assert_same_tensors, events, lines, tensors, write_data
+
+import train_orchestrated
 from orchestrate.training.run.run import Run
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.errors import OperationFailed, Refused
-
-import train_orchestrated
 
 # One of every kind of change, chains included: entries 3 and 4 fire in one round with a checkpoint between them.
 SCHEDULE = [

@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from orchestrate.data.stream import (
     Stream,
     TokenFile,

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ranks, tensors
-from orchestrate.training.run.injection import parse_faults
-from orchestrate.training.session.session import Session
-from orchestrate.training.settings.errors import Refused
 from test_operations import live_run
 
 import train_orchestrated
+from orchestrate.training.session.session import Session
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.faults import parse_faults
 
 
 def train_lines(out_dir):
@@ -66,7 +66,7 @@ def test_rolling_back_goes_past_the_offending_data(tiny):
 
 
 def test_rolling_back_passes_over_a_damaged_checkpoint(tiny, monkeypatch):
-    real = Session._roll_back
+    real = Session.roll_back
 
     def damage_first(self, why):
         path = Path(self.config.out_dir) / "checkpoints" / "iter_000000008" / "model.safetensors"
@@ -75,7 +75,7 @@ def test_rolling_back_passes_over_a_damaged_checkpoint(tiny, monkeypatch):
         path.write_bytes(bytes(content))
         real(self, why)
 
-    monkeypatch.setattr(Session, "_roll_back", damage_first)
+    monkeypatch.setattr(Session, "roll_back", damage_first)
     code, out = tiny(inject="nan@10", on_sick_step="rollback")
     assert code == 0
     (back,) = events(out, "rollback")

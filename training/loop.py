@@ -10,7 +10,7 @@ def train(session: Session) -> int:
     try:
         return _train(session)
     except Exception as error:
-        session.emergency(error)
+        session.saver.emergency(error)
         raise
 
 

@@ -13,13 +13,16 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field, TypeAdapter
+
 from orchestrate.training.run.run import Run
-from orchestrate.training.schedule.file import Entry, Ramp, Schedule, check_settings
+from orchestrate.training.schedule.file import Entry, Schedule
+from orchestrate.training.schedule.ramps import Ramp
+from orchestrate.training.schedule.stages import check_settings
 from orchestrate.training.settings.errors import OperationFailed, ScheduleError, Stopped
 from orchestrate.training.settings.records import EXACTLY, Measured, Settings, Waited, differences, with_field
 from orchestrate.training.settings.values import NonNegativeInt, PositiveInt
 from orchestrate.training.store import checkpoint
-from pydantic import Field, TypeAdapter
 
 
 class Host(Protocol):

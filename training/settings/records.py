@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pydantic import ConfigDict, TypeAdapter
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.training.settings.values import (
     Finite,
@@ -20,7 +22,6 @@ from orchestrate.training.settings.values import (
     PositiveFloat,
     PositiveInt,
 )
-from pydantic import ConfigDict, TypeAdapter
 
 EXACTLY = ConfigDict(extra="forbid")
 """As __pydantic_config__ of a dataclass that is read from a file: a field that it has not is an error."""
