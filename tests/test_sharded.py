@@ -213,7 +213,7 @@ def test_what_goes_wrong_in_a_sharded_run(data, tmp_path):
         (e["key"], e["before"], e["after"]) for e in events(tmp_path / "oom", "override") if "memory" in e["reason"]
     ]
     assert halved == [("batch_size", 4, 2), ("gradient_accumulation_steps", 6, 12)]
-    assert checkpoint.load(tmp_path / "oom/checkpoints/latest").state["progress"]["samples"] == 14 * 24
+    assert checkpoint.load(tmp_path / "oom/checkpoints/latest").state["progress"]["cursor"]["sample"] == 14 * 24
     (rollback,) = events(tmp_path / "nan", "rollback")
     assert rollback["checkpoint"] == "iter_000000004" and events(tmp_path / "nan", "end")[0]["iter"] == 12
     (saved,) = events(tmp_path / "stop", "emergency")

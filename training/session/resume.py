@@ -79,7 +79,7 @@ def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
     try:
         parts["config"] = TrainConfig.model_validate(state["config"])
         parts["settings"] = Settings.from_json(state["settings"])
-        Progress.from_json(state["progress"])
+        Progress.from_json(state["progress"], parts["settings"])
         TypeAdapter(_State).validate_python(state)
     except ValidationError as error:
         raise Refused(
