@@ -3,7 +3,7 @@
     python sample.py --out_dir=RUN --start="ROMEO:" [--num_samples --max_new_tokens --temperature --top_k --seed]
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt
 
-A run folder carries its tokenizer; the other models speak GPT-2's, or that of --dataset.
+A run folder carries its tokenizer, and so does a Hugging Face folder; the others speak GPT-2's, or that of --dataset.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from orchestrate.data.stream import Meta, find_folder, read_meta, read_remap
-from orchestrate.data.tokenizer import RemappedTokenizer, Tokenizer, tokenizer_of
+from orchestrate.data.tokenizer import HuggingFaceTokenizer, RemappedTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import GPT, compile_blocks, from_weights
@@ -66,7 +66,9 @@ def open_model(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     if options.init_from != "resume":
         is_file = Path(options.init_from).is_file()
         model = nanogpt.load_checkpoint(options.init_from) if is_file else hugging_face.load(options.init_from)
-        return model, tokenizer_of(meta)
+        if options.dataset or is_file or options.init_from in hugging_face.GPT2_MODELS:
+            return model, tokenizer_of(meta)
+        return model, HuggingFaceTokenizer(options.init_from)
     if options.checkpoint == "latest":
         loaded, passed_over, _ = latest_good(options.out_dir)
         for problem in passed_over:

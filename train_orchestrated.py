@@ -33,7 +33,7 @@ from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.session.opening import open_run
 from orchestrate.training.session.resume import Resumed, resume
 from orchestrate.training.session.session import Session
-from orchestrate.training.session.start import the_schedule
+from orchestrate.training.session.start import doubts, the_schedule, with_foreign_shape
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings import config as configuration
 from orchestrate.training.settings.config import TrainConfig
@@ -128,7 +128,7 @@ def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[Resumed | None,
         resumed = resume(config, given)
         config, schedule = resumed.config, resumed.schedule
     else:
-        schedule = the_schedule(config)
+        schedule, config = the_schedule(config), with_foreign_shape(config)
         refuse_to_overwrite(config)
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
@@ -251,6 +251,8 @@ def announce(session: Session, resumed: Resumed | None) -> None:
         f"{run.ranks.world_size} process{'es' if run.ranks.world_size > 1 else ''}"
         + (", sharded (fsdp)" if run.ranks.sharded else "")
     )
+    for doubt in doubts(run.batches.opened, config, run.settings):
+        session.reporter.say(f"warning: {doubt}")
     if config.parallel == "fsdp" and not run.ranks.sharded:
         session.reporter.say("parallel=fsdp shards nothing on one process")
 

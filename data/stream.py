@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,33 @@ class TokenFile:
     def fingerprint(self) -> str:
         """SHA-256 over length, type and 64 evenly spaced samples of 64 KiB: cheap for a file of any size."""
         digest = hashlib.sha256(f"{len(self)} {self.dtype}".encode())
-        piece = 65536 // self.dtype.itemsize
-        last = max(0, len(self) - piece)
-        for start in sorted({last * i // 63 for i in range(64)}):
-            digest.update(self.tokens[start : start + piece].tobytes())
+        for piece in self._pieces():
+            digest.update(piece.tobytes())
         if self.remap is not None:
             digest.update(np.ascontiguousarray(self.remap).tobytes())
         return digest.hexdigest()
+
+    def sampled(self) -> np.ndarray:
+        """The ids of the evenly spaced samples, mapped. Raises ValueError for one that the map does not have."""
+        return self.mapped(np.concatenate(list(self._pieces())))
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        """64 evenly spaced pieces of 64 KiB; the whole of a short file."""
+        size = 65536 // self.dtype.itemsize
+        last = max(0, len(self) - size)
+        for start in sorted({last * i // 63 for i in range(64)}):
+            yield self.tokens[start : start + size]
+
+    def mapped(self, ids: np.ndarray) -> np.ndarray:
+        """Ids as they are in the file as the int64 ids that they are read as. Raises ValueError."""
+        if self.remap is None:
+            return ids.astype(np.int64)
+        try:
+            return self.remap[ids]
+        except IndexError:
+            raise ValueError(
+                f"{self.path}: token id {int(ids.max())} is beyond the {len(self.remap)} entries of the vocabulary map"
+            ) from None
 
     def require(self, block_size: int) -> None:
         """Raises ValueError when the file has not one window of block_size tokens and the token after it."""
@@ -281,10 +302,22 @@ def eval_windows(tokens: TokenFile, count: int, block_size: int) -> np.ndarray:
     return block_size * permute(np.arange(min(count, n), dtype=np.int64), n, _EVALUATION_KEY, 0)
 
 
-def gather(tokens: TokenFile, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y), each (len(starts), block_size) int64: the windows and, one further, what follows each token."""
-    windows = tokens.tokens[starts[:, None] + np.arange(block_size + 1)]
-    windows = windows.astype(np.int64) if tokens.remap is None else tokens.remap[windows]
+def within(ids: np.ndarray, vocab_size: int, place: str | Path) -> None:
+    """Raises ValueError where an id is not below vocab_size."""
+    if len(ids) and (largest := int(ids.max())) >= vocab_size:
+        raise ValueError(f"{place}: token id {largest} is beyond the model's vocabulary of {vocab_size}")
+
+
+def gather(
+    tokens: TokenFile, starts: np.ndarray, block_size: int, vocab_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y), each (len(starts), block_size) int64: the windows and, one further, what follows each token.
+
+    Raises ValueError for an id that the file's map or a model with vocab_size ids does not have.
+    """
+    windows = tokens.mapped(tokens.tokens[starts[:, None] + np.arange(block_size + 1)])
+    if vocab_size is not None:
+        within(windows, vocab_size, tokens.path)
     return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
 
@@ -332,8 +365,8 @@ class Stream:
     tokens: TokenFile
     seed: int
 
-    def batch(self, cursor: Cursor, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next `count` samples from a place on, as (x, y), each (count, cursor.length) int64.
+    def batch(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The next `count` samples from a place on, as (x, y), each (count, cursor.length) int64; as `gather` does it.
 
         The order is one of windows of block_size tokens; shorter samples are their pieces in turn, so the tokens of
         the stream come in the same order whatever the length.
@@ -347,7 +380,7 @@ class Stream:
             low = int(window[0])
             starts = window_starts(self.seed, low, int(window[-1]) - low + 1, len(self.tokens), block_size)
             starts = starts[window - low] + piece * cursor.length
-        return gather(self.tokens, starts, cursor.length)
+        return gather(self.tokens, starts, cursor.length, vocab_size)
 
     def passes(self, cursor: Cursor) -> float:
         """How often the data set has been seen up to a place."""

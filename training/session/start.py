@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from orchestrate.data.stream import DataSet, find_folder, read_meta
+from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
+from orchestrate.data.tokenizer import tokenizer_kind
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.config import LIMITS, LoraSpec, ModelConfig
 from orchestrate.model.gpt import GPT, from_weights, init_weights
@@ -160,6 +162,55 @@ def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
 
 def the_schedule(config: TrainConfig) -> Schedule:
     return read_schedule(config.schedule) if config.schedule else Schedule()
+
+
+def data_of(config: TrainConfig) -> DataSet:
+    """The data set of a configuration, read through its vocabulary map. Raises ValueError."""
+    remap = None
+    if config.shrunken_vocab_size:
+        old = read_meta(find_folder(config.dataset)).vocab_size
+        remap = read_remap(config.vocab_remapping_file, old, config.shrunken_vocab_size)
+    return open_data(config.dataset, config.block_size, remap)
+
+
+def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
+    """Raises Refused where the data does not fit the models of a run: too few tokens, or ids that a model lacks.
+
+    Of the files only samples are looked at; a batch is looked at whole before it is used.
+    """
+    check_lengths(stages, data)
+    settings = stages[0].settings
+    known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
+    if known and known > size and not settings.vocabulary_map:
+        whose = "" if config.init_from in ("scratch", "resume") else f" of {config.init_from}"
+        raise Refused(f"dataset {config.dataset} has a vocabulary of {known}, more than the {size} of the model{whose}")
+    mapped = data.remapped(np.array(settings.vocabulary_map) if settings.vocabulary_map else None)
+    for file in (mapped.train, mapped.val):
+        try:
+            within(file.sampled(), size, file.path)
+        except ValueError as error:
+            raise Refused(f"dataset {config.dataset}: {error}") from None
+
+
+def doubts(data: DataSet, config: TrainConfig, settings: Settings) -> list[str]:
+    """What is allowed and likely not meant, one sentence each."""
+    told = []
+    known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
+    if known and not settings.vocabulary_map and size > -(-known // 128) * 128:  # more than padding
+        told.append(f"dataset {config.dataset} has {known} tokens, and the model's vocabulary is {size}")
+    foreign = config.init_from not in ("scratch", "resume")
+    theirs = "gpt2" if config.init_from in hugging_face.GPT2_MODELS else tokenizer_kind(config.init_from)
+    if foreign and theirs and theirs != data.meta.tokenizer:
+        told.append(
+            f"dataset {config.dataset} is written in tokens of {data.meta.tokenizer}, and {config.init_from} speaks "
+            f"{theirs}: a token means something else to it"
+        )
+    if settings.decay_lr and config.max_iters <= settings.warmup_iters and config.max_iters:
+        told.append(
+            f"the run ends within its warm-up (max_iters {config.max_iters}, warmup_iters {settings.warmup_iters}): "
+            "the learning rate never gets to its peak"
+        )
+    return told
 
 
 def check_lengths(stages: list[Stage], data: DataSet) -> None:
