@@ -23,9 +23,8 @@ from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import GPT, compile_blocks, from_weights
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
-from orchestrate.training.session.resume import latest_good, understood
+from orchestrate.training.session.resume import latest_good, named, understood
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.store import checkpoint
 
 
 def _switch(text: str) -> bool:
@@ -74,7 +73,7 @@ def open_model(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
         for problem in passed_over:
             print(f"passed over: {problem}", file=sys.stderr)
     else:
-        loaded = checkpoint.load(checkpoint.folder(options.out_dir) / options.checkpoint)
+        loaded = named(options.out_dir, options.checkpoint)
     recorded, settings = understood(loaded)
     model = from_weights(settings.model, loaded.model)
     tokenizer = tokenizer_of(meta if options.dataset else Meta.from_json(loaded.state["tokenizer"]))

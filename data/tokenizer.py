@@ -108,10 +108,8 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         known = len(self._inner)
-        pieces: list[str] = []
-        for inside, run in itertools.groupby(ids, lambda i: 0 <= i < known):
-            pieces.append(self._inner.decode(list(run)) if inside else "\ufffd" * len(list(run)))
-        return "".join(pieces)
+        runs = [(inside, list(run)) for inside, run in itertools.groupby(ids, lambda i: 0 <= i < known)]
+        return "".join(self._inner.decode(run) if inside else "\ufffd" * len(run) for inside, run in runs)
 
 
 def tokenizer_kind(folder: str | Path) -> str:

@@ -150,7 +150,7 @@ def test_training_starts_from_them(tiny, tmp_path):
     code, out_dir = tiny(init_from=tmp_path / "ckpt.pt", max_iters=2, attn_lora_rank=2)
     assert code == 0
     gpt2().save_pretrained(tmp_path / "hf")
-    code, out_dir = tiny(out="hf-run", init_from=tmp_path / "hf", max_iters=2)
+    code, out_dir = tiny(out="hf-run", init_from=tmp_path / "hf", max_iters=2, n_head=4, n_embd=32)
     assert code == 0
     from conftest import events
 

@@ -115,7 +115,7 @@ class Schedule:
 
 # No schedule that people or programs write is near these. They are counted with every alias written out, and before
 # anything is built, so that a short file cannot become a long one. A vocabulary map is the longest thing in a schedule.
-LONGEST_FILE = 16 * 2**20
+LONGEST_FILE = 8 * 2**20
 """Bytes."""
 MOST_VALUES = 300_000
 MOST_ENTRIES = 10_000

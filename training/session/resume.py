@@ -72,6 +72,15 @@ def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Pa
     raise Refused([*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"])
 
 
+def named(out_dir: str, name: str) -> checkpoint.Checkpoint:
+    """The checkpoint of a name, or `best`. Raises Refused."""
+    path = checkpoint.folder(out_dir) / name
+    if not path.exists():
+        there = [found.name for found in checkpoint.find(out_dir)]
+        raise Refused(f"out_dir {out_dir}: there is no checkpoint {name}; there are {', '.join(there) or 'none'}")
+    return checkpoint.load(path)
+
+
 def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
     """The configuration and settings of a checkpoint. Raises Refused for a state that this version did not write."""
     state, place = loaded.state, f"checkpoint {loaded.path}: state.json"

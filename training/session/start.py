@@ -115,7 +115,7 @@ def with_foreign_shape(config: TrainConfig) -> TrainConfig:
     keys |= {"n_hidden": model.n_hidden[0], "use_rotary_embeddings": model.position == "rotary"}
     given = config.model_fields_set
     problems = [
-        f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {shown(value)}"
+        f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {key} {shown(value)}"
         for key, value in keys.items()
         if key in given and getattr(config, key) != value and (getattr(config, key) or key not in _USUAL)
     ]
