@@ -380,7 +380,7 @@ def growing_configs(data: st.DataObject, workspace: Workspace) -> str:
         st.sampled_from(
             ["_a + _a", "_a * _a", "_a ** 64", "_a ** _a", "f'{_a}{_a}'", "f'" + "{_a}" * 300 + "'",
              "str(_a) + str(_a)", "int(_a)", "int(str(_a) + str(_a))", "round(_a, -10**9)", "round(_a, 10**9)",
-             "min(_a, _a + _a)", "max(_a, _a * _a)", "abs(_a) + _a", "_a % _a", "'%9999999999d' % _a", "_a // 1e-300", "-_a", "_a - _a",
+             "min(_a, _a + _a)", "max(_a, _a * _a)", "abs(_a) + _a", "_a % _a", "'%9999999999d' % _a", "_a // 1e-300",
              "time.strftime(str(_a) + '%99999999d')", "_a if _a else _a * _a"]
         )
     )  # fmt: skip
