@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ _COMPILED = "_orig_mod."  # torch.compile's prefix on every name
 
 def _read(path: str | Path) -> dict[str, Any]:
     """The checkpoint's dictionary, memory-mapped. Raises ValueError for anything else."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not a checkpoint: torch.save writes a zip archive, and this is none")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken file can raise nearly anything
