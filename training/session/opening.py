@@ -28,7 +28,7 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
         check_fingerprint(config, state, data)
         settings = resumed.settings
         check_data(data, config, plan_stages(pending(schedule, state), settings, ranks.world_size))
-        model, moments = open_model(resumed.loaded, settings.model, ranks, device)
+        model, moments = open_model(resumed.loaded, settings, ranks, device)
         return Run(
             config,
             settings,
