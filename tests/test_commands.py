@@ -164,7 +164,7 @@ def test_sample(trained, capsys, tmp_path):
         (["--start="], "prompt is empty"),
         (["--out_dir=nowhere"], "no complete checkpoint"),
         (["--init_from=nothing"], "nothing"),
-        (["--checkpoint=iter_9"], "never completed"),
+        (["--checkpoint=iter_9"], "no checkpoint iter_9; there are iter_000000012, iter_000000008"),
     ],
 )
 def test_sample_refuses_with_a_message(trained, args, message):

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from orchestrate.data.stream import DataSet
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
 from orchestrate.model.lineage import State
 from orchestrate.training.run import out_of_memory, sharding
@@ -42,7 +43,6 @@ FIXED = {
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
     "seed": "the order of the data follows from it, and samples would repeat or be left out",
-    "dataset": "the stream of samples would not go on where it stopped",
     "optimizer": "what one optimizer has gathered means nothing to another",
 }
 
@@ -87,6 +87,15 @@ def reading(path: Path) -> Iterator[None]:
         if (path if isinstance(error, Refused) else path / "manifest.json").exists():
             raise
         raise Refused(f"checkpoint {path}: removed while it was read: another job is running, try again") from error
+
+
+def named(out_dir: str, name: str) -> checkpoint.Checkpoint:
+    """The checkpoint of a name, or `best`. Raises Refused."""
+    path = checkpoint.folder(out_dir) / name
+    if not path.exists():
+        there = [found.name for found in checkpoint.find(out_dir)]
+        raise Refused(f"out_dir {out_dir}: there is no checkpoint {name}; there are {', '.join(there) or 'none'}")
+    return checkpoint.load(path)
 
 
 def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
@@ -163,15 +172,15 @@ def resume(config: TrainConfig, given: dict[str, str], operations: Sequence[OwnF
             problems.append(
                 f"{given[key]}: {key} cannot change on resume from {shown(before)} to {shown(after)}: {FIXED[key]}"
             )
-        elif key not in ("init_from", "out_dir"):
+        elif key not in ("init_from", "out_dir", "schedule"):
             if key in IN_SETTINGS:
                 settings = with_field(settings, IN_SETTINGS[key], after)
             overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
 
     schedule = parse_schedule(loaded.state["schedule"]["text"], loaded.state["schedule"]["source"] or "schedule")
-    if "schedule" in given and config.schedule:
-        new = read_schedule(config.schedule)
-        fired = loaded.state["orchestrator"]["position"]["fired"]
+    fired = loaded.state["orchestrator"]["position"]["fired"]
+    if "schedule" in given:
+        new = read_schedule(config.schedule) if config.schedule else _only(schedule, fired)
         for i, done in enumerate(schedule.as_given[:fired]):
             if i >= len(new.entries) or new.as_given[i] != done:
                 problems.append(
@@ -233,6 +242,22 @@ def open_model(
     with reading(loaded.path):
         loaded.read_into({**weights, **moments})
     return model, checkpoint.by_parameter(moments)
+
+
+def _only(schedule: Schedule, fired: int) -> Schedule:
+    """A schedule of the entries that have fired, and no more."""
+    return parse_schedule(json.dumps(schedule.as_given[:fired], indent=1), "fired.json")
+
+
+def check_fingerprint(config: TrainConfig, state: dict[str, Any], data: DataSet) -> None:
+    """Raises Refused where the data is not what the checkpoint was trained on, whatever its name is."""
+    changed = [name for name, print_ in data.fingerprint().items() if state["data"].get(name) != print_]
+    if changed and not config.allow_changed_data:
+        raise Refused(
+            f"dataset {config.dataset}: the content of {' and '.join(f'{name}.bin' for name in changed)} is not what "
+            f"the checkpoint was trained on ({state['config']['dataset']}; fingerprints differ): the stream of samples "
+            "would not go on where it stopped; --allow_changed_data=True goes on all the same"
+        )
 
 
 def pending(schedule: Schedule, state: dict[str, Any]) -> Schedule:
