@@ -74,6 +74,111 @@ def test_batches_are_the_tokens_and_what_follows(tmp_path):
     assert stream.passes(61, 16) == 1.0 and stream.coverage(30, 16) == 30 / 61 and stream.coverage(99, 16) == 1.0
 
 
+MASK = 2**64 - 1
+
+
+def mix(x: int) -> int:
+    """The finaliser of SplitMix64 on one Python integer."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
+    return x ^ (x >> 31)
+
+
+def keys_of(seed: int, number: int) -> list[int]:
+    start = mix(mix((seed + 0x632BE59BD9B4E019) & MASK) ^ number)
+    return [mix((start + i * 0x9E3779B97F4A7C15) & MASK) for i in range(1, 6)]
+
+
+def image(index: int, n: int, seed: int, number: int) -> int:
+    """Where a Feistel network of four rounds with cycle walking sends one index."""
+    if n == 1:
+        return 0
+    half = 1
+    while 4**half < n:
+        half += 1
+    while True:
+        left, right = index >> half, index % 2**half
+        for key in keys_of(seed, number)[:4]:
+            left, right = right, left ^ mix((right + key) & MASK) % 2**half
+        index = left << half | right
+        if index < n:
+            return index
+
+
+def start_of(seed: int, sample: int, n_tokens: int, block_size: int) -> int:
+    """The first token of one sample: the window's place in its pass, behind a phase that only the first has not."""
+    n = max(1, (n_tokens - block_size) // block_size)
+    number, place = divmod(sample, n)
+    phase = keys_of(seed, number)[4] % min(block_size, n_tokens - n * block_size) if number else 0
+    return phase + block_size * image(place, n, seed, number)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 61, 64, 65, 300])
+def test_the_permutation_is_that_of_one_integer_at_a_time(n):
+    """The order of the data is part of a seed's meaning: a resumed run of an older version goes on in it."""
+    assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF, "SplitMix64's first output for seed 0"
+    for seed, number in [(0, 0), (1337, 3), (-1, 2), (2**70 + 5, 0)]:
+        assert permute(np.arange(n), n, seed, number).tolist() == [image(i, n, seed & MASK, number) for i in range(n)]
+
+
+@pytest.mark.parametrize("n_tokens, block_size", [(17, 16), (31, 16), (33, 16), (700, 16), (701, 7), (65, 1)])
+def test_windows_start_where_one_sample_at_a_time_does(n_tokens, block_size):
+    expected = [start_of(4, sample, n_tokens, block_size) for sample in range(150)]
+    assert window_starts(4, 0, 150, n_tokens, block_size).tolist() == expected
+    assert window_starts(4, 67, 29, n_tokens, block_size).tolist() == expected[67:96]
+
+
+def test_every_pass_has_an_order_of_its_own():
+    """42 windows; not the order of pass 1 behind another phase."""
+    passes = [window_starts(4, 42 * p, 42, 700, 16) // 16 for p in range(4)]
+    assert len({tuple(order.tolist()) for order in passes}) == 4
+    for one, other in zip(passes, passes[1:], strict=False):
+        assert np.mean(one == other) < 0.2
+
+
+@pytest.mark.parametrize(
+    "samples, before, after, expected",
+    [
+        # (block_size, length): a window that is begun counts as seen.
+        (5, (16, 4), (16, 16), 2),
+        (8, (16, 4), (16, 16), 2),
+        (9, (16, 4), (16, 8), 6),
+        (0, (16, 4), (16, 16), 0),
+        (3, (16, 16), (16, 4), 12),
+        # Another block_size: the same share of the data, rounded up.
+        (3, (16, 16), (32, 32), 2),
+        (3, (16, 16), (24, 24), 2),
+        (3, (32, 32), (16, 16), 6),
+        (7, (16, 8), (32, 16), 4),
+        (9, (16, 4), (24, 8), 6),
+    ],
+)
+def test_the_next_sample_after_a_change_of_length(tmp_path, samples, before, after, expected):
+    assert Stream(token_file(tmp_path, 1000), seed=1).moved(samples, before, after) == expected
+
+
+@pytest.mark.parametrize("before, after", [(16, 4), (4, 16), (8, 2), (2, 8), (4, 8)])
+def test_nothing_seen_comes_again_and_less_than_a_window_is_left_out(tmp_path, before, after):
+    """Whatever the number of samples; the file is a pass of 61 windows whose tokens are their own places."""
+    stream = Stream(token_file(tmp_path, 1000), seed=1)
+    for samples in (1, 2, 3, 7, 8, 13, 22):
+        seen = set(stream.batch(0, samples, 16, before)[0].flatten().tolist())
+        first = stream.moved(samples, (16, before), (16, after))
+        come = set(stream.batch(first, 61 * (16 // after) - first, 16, after)[0].flatten().tolist())
+        assert not seen & come
+        assert len(seen) + len(come) > 60 * 16
+
+
+@pytest.mark.parametrize("first, count", [(0, 5), (3, 1), (5, 9), (7, 2)])
+def test_pieces_are_cut_from_their_windows_in_turn(tmp_path, first, count):
+    stream = Stream(token_file(tmp_path, 1000), seed=1)
+    x, y = stream.batch(first, count, 16, 4)
+    starts = window_starts(1, 0, 10, 1000, 16)
+    expected = [[int(starts[s // 4]) + 4 * (s % 4) + i for i in range(4)] for s in range(first, first + count)]
+    assert x.tolist() == expected and np.array_equal(y, x + 1)
+    assert stream.passes(61 * 4, 16, 4) == 1.0 and stream.coverage(61, 16, 4) == 0.25
+
+
 def test_evaluation_windows_are_fixed_and_extend(tmp_path):
     tokens = token_file(tmp_path, 1000)
     few, many, all_ = (eval_windows(tokens, count, 16) for count in (10, 30, 10**6))
