@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from conftest import events, lines
+
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import events, lines
+from torch import nn
+
 from orchestrate.data.stream import TokenFile
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.evaluation import validation_loss
 from orchestrate.training.run.run import Run
-from torch import nn
 
 
 class MeanOfTokens(nn.Module):

@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.hugging_face import GPT2_MODELS, config_from_folder, from_hf, gpt2_config, load, to_hf
 from orchestrate.model.nanogpt import config_from_checkpoint, load_checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 def gpt2(**keys):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from orchestrate.training.run.optimizers import NamedAdamW
 from torch import nn
+
+from orchestrate.training.run.optimizers import NamedAdamW
 
 
 class Small(nn.Module):

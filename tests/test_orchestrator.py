@@ -6,10 +6,11 @@ import json
 
 import pytest
 from conftest import events
+from test_operations import live_run
+
 from orchestrate.training.schedule.file import parse_schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.session.session import Session
-from test_operations import live_run
 
 
 class Host:

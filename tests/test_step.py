@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import events, on_ranks
-from orchestrate.data.stream import Stream
-from orchestrate.model.gpt import from_weights
-from orchestrate.training.settings.errors import OperationFailed
-from orchestrate.training.settings.records import Progress
 from test_distributed import make_run
 from test_operations import apply, live_run
 from torch.nn.functional import cross_entropy
+
+from orchestrate.data.stream import Cursor, Stream
+from orchestrate.model.gpt import from_weights
+from orchestrate.training.settings.errors import OperationFailed
+from orchestrate.training.settings.records import Place, Progress
 
 RATES = [1e-2 * 1 / 3, 1e-2 * 2 / 3, 1e-2]
 """Of the first steps of test_operations.CONFIG: two iterations of warm-up, then the peak."""
@@ -31,7 +32,7 @@ def plain_loop(model, data, batch_size: int, grad_accum: int, decay: float, clip
     stream, sample, norms = Stream(data.train, 1337), 0, []
     for lr in RATES:
         for _ in range(grad_accum):
-            x, y = (torch.from_numpy(a) for a in stream.batch(sample, batch_size, 16))
+            x, y = (torch.from_numpy(a) for a in stream.batch(Cursor(16, 16, sample), batch_size))
             sample += batch_size
             loss = cross_entropy(model.logits(x).flatten(0, 1), y.flatten())
             (loss / grad_accum).backward()
@@ -53,7 +54,7 @@ def test_steps_are_those_of_a_plain_loop(data, clip):
     run = live_run(data, steps=0, **keys)
     model = copy.deepcopy(run.model)
     results = [run.step() for _ in RATES]
-    norms = plain_loop(model, run.source, 3, 2, decay=3.0, clip=clip)
+    norms = plain_loop(model, run.data, 3, 2, decay=3.0, clip=clip)
     assert [float(r.grad_norm) for r in results] == pytest.approx(norms, rel=1e-4)
     assert [r.lr for r in results] == pytest.approx(RATES, rel=1e-12) and min(norms) > 0.7
     for name, expected in model.named_parameters():
@@ -69,7 +70,7 @@ def test_steps_are_those_of_a_plain_loop(data, clip):
 def test_a_change_that_fails_moves_no_counter(data):
     """Warm-up, rewarming, samples and the vocabulary stay those of the run that goes on."""
     run = live_run(data)
-    before, tokens = dataclasses.replace(run.progress), run.stream.batch(40, 2, 16)[0]
+    before, tokens = dataclasses.replace(run.progress), run.stream.batch(Cursor(16, 16, 40), 2)[0]
     target = dataclasses.replace(
         run.settings, lr_restarts=1, rewarms=1, rewarm_iters=5, sequence_length=8, reshapes_asked=1,
         vocabulary_map=tuple([0] * 30),
@@ -80,8 +81,8 @@ def test_a_change_that_fails_moves_no_counter(data):
 
     with pytest.raises(OperationFailed):
         run.adopt(target, broken)
-    assert run.progress == before and before.samples == 24
-    assert np.array_equal(run.stream.batch(40, 2, 16)[0], tokens)
+    assert run.progress == before and before.cursor.sample == 24
+    assert np.array_equal(run.stream.batch(Cursor(16, 16, 40), 2)[0], tokens)
 
 
 def test_restarts_and_rewarmings_count_from_the_iteration_of_the_change(data):
@@ -100,12 +101,11 @@ def test_going_back_converts_the_place_in_the_stream_and_keeps_the_clock(data):
     then, progress = run.settings, dataclasses.replace(run.progress)
     weights, moments = {n: p.detach().clone() for n, p in run.model.named_parameters()}, {}
     apply(run, "set_sequence_length", 8)
-    assert run.progress.samples == 2 * 24
-    run.progress.samples, run.progress.seconds = 37, 12.5
+    assert run.progress.cursor == Cursor(16, 8, 2 * 24)
     run.step()
-    run.progress.samples = 37
+    run.progress.cursor, run.progress.seconds = Cursor(16, 8, 37), 12.5
     run.restore(then, progress, from_weights(then.model, weights), moments, {})
-    assert run.progress == dataclasses.replace(progress, samples=19, seconds=12.5)
+    assert run.progress == dataclasses.replace(progress, cursor=Cursor(16, 16, 19), seconds=12.5)
     assert run.settings is then and progress.iter == 3
 
 
@@ -120,7 +120,7 @@ def test_a_revert_across_lengths_converts_the_samples(tiny):
     assert (back["iter"], back["from_iter"]) == (5, 8)
     state = json.loads((out / "checkpoints" / "latest" / "state.json").read_text())
     assert state["settings"]["sequence_length"] == 16
-    assert state["progress"]["samples"] == 41
+    assert state["progress"]["cursor"] == {"block_size": 16, "length": 16, "sample": 41}
 
 
 def test_the_vocabulary_map_is_read_through_from_every_door(data):
@@ -130,7 +130,7 @@ def test_the_vocabulary_map_is_read_through_from_every_door(data):
     weights = {n: p.detach().clone() for n, p in run.model.named_parameters()}
 
     def tokens(run) -> tuple[list, list]:
-        x, y = run.stream.batch(31, 3, 16)
+        x, y = run.stream.batch(Cursor(16, 16, 31), 3)
         val = run.data.val
         ids = np.array(val.tokens[:20], dtype=np.int64)
         return [x.tolist(), y.tolist()], (ids if val.remap is None else val.remap[ids]).tolist()
@@ -143,12 +143,19 @@ def test_the_vocabulary_map_is_read_through_from_every_door(data):
     loss = run.evaluate(lambda: 0)
     model = from_weights(run.settings.model, {n: p.detach().clone() for n, p in run.model.named_parameters()})
     again = type(run)(
-        run.config, run.settings, Progress(), model, run.source, run.ranks, run.device, run.optimizer.state_by_name()
+        run.config,
+        run.settings,
+        Progress.start(run.settings),
+        model,
+        run.batches.opened,
+        run.ranks,
+        run.device,
+        run.optimizer.state_by_name(),
     )
     assert tokens(again) == mapped
     assert again.evaluate(lambda: 0) == loss
     again.restore(settings, progress, from_weights(settings.model, weights), {}, {})
-    assert tokens(again) == plain and again.source.train.remap is None
+    assert tokens(again) == plain and again.batches.opened.train.remap is None
 
 
 @pytest.mark.parametrize(
@@ -165,17 +172,17 @@ def test_what_was_fetched_ahead_is_used_only_where_it_is_what_the_step_asks_for(
     run = live_run(data, steps=0)
     apply(run, "set_sequence_length", 8)
 
-    def asked_for(first: int, count: int) -> None:
-        wanted = run.stream.batch(first, count, run.settings.model.block_size, run.settings.sequence_length)
-        assert all(np.array_equal(a, b) for a, b in zip(run._batch(first, count), wanted, strict=True))
+    def asked_for(cursor: Cursor, count: int) -> None:
+        wanted = run.stream.batch(cursor, count)
+        assert all(np.array_equal(a, b) for a, b in zip(run.batches.read(cursor, count), wanted, strict=True))
 
-    run._prefetch(8, 4)
-    asked_for(9, 4)
-    asked_for(8, 4)
-    run._prefetch(0, 4)
+    run.batches.prefetch(Cursor(16, 8, 8), 4)
+    asked_for(Cursor(16, 8, 9), 4)
+    asked_for(Cursor(16, 8, 8), 4)
+    run.batches.prefetch(run.progress.cursor, 4)
     apply(run, name, value)
-    assert run.progress.samples == 0
-    asked_for(0, run.settings.batch_size)
+    assert run.progress.cursor.sample == 0
+    asked_for(run.progress.cursor, run.settings.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------- two processes
@@ -196,7 +203,7 @@ def _spike(rank: int, data: str, out: str):
     same = all(torch.equal(w, weights[n]) for n, w in run.model.named_parameters())
     after = (p.loss_mean, p.losses_seen)
     run.ranks.close()
-    return told, (result.sick, result.at), (same, after == (mean, 51))
+    return told, (result.sick.cause, result.sick.at), (same, after == (mean, 51))
 
 
 def test_a_spike_on_one_rank_is_a_spike_of_the_mean(data, tmp_path):
@@ -207,7 +214,7 @@ def test_a_spike_on_one_rank_is_a_spike_of_the_mean(data, tmp_path):
     distance = (first + second) / 2 - 3.0  # the 51st loss weighs 1/51
     assert first != second and mean == pytest.approx(3.0 + distance / 51, abs=1e-9)
     assert variance == pytest.approx(50 / 51 * (0.04 + distance**2 / 51), abs=1e-9)
-    assert result == ("spike", (1, 8, 128)) and untouched == (True, True)
+    assert result == ("spike", Place(1, Cursor(16, 16, 8), 128)) and untouched == (True, True)
 
 
 def _exchanges(rank: int, data: str):

@@ -7,7 +7,9 @@ import pickle
 
 import numpy as np
 import pytest
+
 from orchestrate.data.stream import (
+    Cursor,
     Stream,
     TokenFile,
     eval_windows,
@@ -68,10 +70,12 @@ def test_any_split_and_any_order_give_the_same_stream():
 
 def test_batches_are_the_tokens_and_what_follows(tmp_path):
     stream = Stream(token_file(tmp_path, 1000), seed=1)
-    x, y = stream.batch(55, 8, 16)
+    x, y = stream.batch(Cursor(16, 16, 55), 8)
     assert x.shape == y.shape == (8, 16) and x.dtype == y.dtype == np.int64
     assert np.array_equal(x[:, 1:], y[:, :-1]) and np.array_equal(y, x + 1)
-    assert stream.passes(61, 16) == 1.0 and stream.coverage(30, 16) == 30 / 61 and stream.coverage(99, 16) == 1.0
+    places = [Cursor(16, 16, sample) for sample in (61, 30, 99)]
+    assert stream.passes(places[0]) == 1.0 and stream.passes(places[1]) == 30 / 61
+    assert [stream.coverage(place) for place in places] == [1.0, 30 / 61, 1.0]
 
 
 MASK = 2**64 - 1
@@ -153,8 +157,8 @@ def test_every_pass_has_an_order_of_its_own():
         (9, (16, 4), (24, 8), 6),
     ],
 )
-def test_the_next_sample_after_a_change_of_length(tmp_path, samples, before, after, expected):
-    assert Stream(token_file(tmp_path, 1000), seed=1).moved(samples, before, after) == expected
+def test_the_next_sample_after_a_change_of_length(samples, before, after, expected):
+    assert Cursor(*before, samples).cut(*after) == Cursor(*after, expected)
 
 
 @pytest.mark.parametrize("before, after", [(16, 4), (4, 16), (8, 2), (2, 8), (4, 8)])
@@ -162,9 +166,10 @@ def test_nothing_seen_comes_again_and_less_than_a_window_is_left_out(tmp_path, b
     """Whatever the number of samples; the file is a pass of 61 windows whose tokens are their own places."""
     stream = Stream(token_file(tmp_path, 1000), seed=1)
     for samples in (1, 2, 3, 7, 8, 13, 22):
-        seen = set(stream.batch(0, samples, 16, before)[0].flatten().tolist())
-        first = stream.moved(samples, (16, before), (16, after))
-        come = set(stream.batch(first, 61 * (16 // after) - first, 16, after)[0].flatten().tolist())
+        start = Cursor(16, before)
+        seen = set(stream.batch(start, samples)[0].flatten().tolist())
+        cursor = start.skip(samples).cut(16, after)
+        come = set(stream.batch(cursor, 61 * (16 // after) - cursor.sample)[0].flatten().tolist())
         assert not seen & come
         assert len(seen) + len(come) > 60 * 16
 
@@ -172,11 +177,11 @@ def test_nothing_seen_comes_again_and_less_than_a_window_is_left_out(tmp_path, b
 @pytest.mark.parametrize("first, count", [(0, 5), (3, 1), (5, 9), (7, 2)])
 def test_pieces_are_cut_from_their_windows_in_turn(tmp_path, first, count):
     stream = Stream(token_file(tmp_path, 1000), seed=1)
-    x, y = stream.batch(first, count, 16, 4)
+    x, y = stream.batch(Cursor(16, 4, first), count)
     starts = window_starts(1, 0, 10, 1000, 16)
     expected = [[int(starts[s // 4]) + 4 * (s % 4) + i for i in range(4)] for s in range(first, first + count)]
     assert x.tolist() == expected and np.array_equal(y, x + 1)
-    assert stream.passes(61 * 4, 16, 4) == 1.0 and stream.coverage(61, 16, 4) == 0.25
+    assert stream.passes(Cursor(16, 4, 61 * 4)) == 1.0 and stream.coverage(Cursor(16, 4, 61)) == 0.25
 
 
 def test_evaluation_windows_are_fixed_and_extend(tmp_path):
@@ -190,7 +195,7 @@ def test_a_file_larger_than_memory_costs_nothing(tmp_path):
     path = tmp_path / "huge.bin"
     with open(path, "wb") as file:
         file.truncate(200 * 2**30)  # sparse
-    x, _ = Stream(TokenFile(path), 1).batch(10**12, 12, 1024)
+    x, _ = Stream(TokenFile(path), 1).batch(Cursor(1024, 1024, 10**12), 12)
     assert x.shape == (12, 1024)
     assert TokenFile(path).fingerprint()
 

@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrate.training.run.injection import parse_faults
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.faults import parse_faults
 from orchestrate.training.settings.values import (
     Fraction,
     NonNegativeFloat,
@@ -26,7 +28,6 @@ from orchestrate.training.settings.values import (
     problems_of,
     shown,
 )
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 def _key(default: Any, meaning: str) -> Any:
