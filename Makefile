@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test torture format
+.PHONY: demo test torture mutants format
 
 .venv/.stamp: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ test: .venv/.stamp
 
 torture: .venv/.stamp
 	$(VENV)/python bench/torture.py
+
+MUTANTS ?= 40
+mutants: .venv/.stamp
+	$(VENV)/python bench/mutants.py --mutants $(MUTANTS)
 
 format: .venv/.stamp
 	$(VENV)/ruff format .

@@ -15,6 +15,7 @@ The checkout itself is never changed. Test processes are forked from one that ha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import hashlib
 import json
@@ -24,9 +25,11 @@ import queue
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,10 +51,31 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "learning rate": (["training/run/learning_rate.py"], ["learning_rate"]),
     "triggers": (["training/schedule/triggers.py"], ["orchestrator", "schedule"]),
     "stream": (["data/stream.py"], ["stream"]),
-    "evaluation": (["training/run/evaluation.py"], ["evaluation", "sharded"]),
+    "evaluation": (["training/run/evaluation.py"], ["evaluation"]),
     "optimizer": (["training/run/optimizers.py"], ["optimizer", "step"]),
+    "orchestrator": (["training/schedule/orchestrator.py"], ["orchestrator", "guard", "resume"]),
+    "schedule": (
+        ["training/schedule/file.py", "training/schedule/stages.py", "training/schedule/ramps.py"],
+        ["schedule", "orchestrator"],
+    ),
+    "session": (
+        [
+            "training/loop.py",
+            "training/session/session.py",
+            "training/session/healing.py",
+            "training/session/saving.py",
+        ],
+        ["evaluation", "guard", "sickness", "survive", "resume", "reporting", "commands"],
+    ),
+    "run": (
+        [f"training/run/{name}.py" for name in ("run", "step", "changes", "sickness", "batches")],
+        ["step", "changes", "sickness", "operations"],
+    ),
+    "checkpoint": (["training/store/checkpoint.py"], ["checkpoint", "sharded"]),
 }
 """Files, and tests/test_NAME.py in the order in which they are run: those that notice most, and soon, come first."""
+NOT_RUN = "not fuzz and not random_moments and not torchrun"
+"""Tests that take long, or that are other tests each time."""
 
 ARITHMETIC = (
     "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul FloorDiv_Div Mod_FloorDiv Pow_Mul RShift_LShift LShift_RShift "
@@ -131,16 +155,20 @@ class Mutant:
         return f"{self.file}:{self.line}\n    - {self.before}\n    + {self.after}"
 
 
-def _in_annotation(node) -> bool:
-    """What stands behind a colon or an arrow is not evaluated (`from __future__ import annotations`)."""
+def _computes(operator) -> bool:
+    """Whether an operator stands between two values: no bare star of a signature, and no annotation, because what
+    stands behind a colon or an arrow is not evaluated (`from __future__ import annotations`)."""
+    if operator.parent.type not in ("arith_expr", "term", "shift_expr", "expr", "and_expr", "xor_expr", "power"):
+        return False
+    node = operator
     while node.parent is not None:
         parent = node.parent
         if parent.type in ("annassign", "tfpdef") and node is parent.children[1 if parent.type == "annassign" else 2]:
-            return True
+            return False
         if parent.type == "funcdef" and node is parent.annotation:
-            return True
+            return False
         node = parent
-    return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -160,7 +188,7 @@ def places_of(file: str) -> list[Place]:
     for name, operator in OPERATORS.items():
         hits = [(node, start) for node in nodes for start, _ in operator.mutation_positions(node)]
         for occurrence, (node, start) in enumerate(hits):
-            if not (name.startswith("ReplaceBinary") and _in_annotation(node)):
+            if not name.startswith("ReplaceBinary") or _computes(node):
                 found.append(Place(file, start, name, occurrence))
     return sorted(found, key=lambda place: place.start)
 
@@ -194,7 +222,7 @@ def _run_tests(copy: str, tests: list[str], log: str) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    code = pytest.main(["-x", "-n0", "--ff", "--no-header", "--tb=line", f"--basetemp={copy}/.tmp", *tests])
+    code = pytest.main(["-x", "-n0", "--ff", "-k", NOT_RUN, "--tb=line", f"--basetemp={copy}/.tmp", *tests])
     sys.stdout.flush()
     os._exit(int(code))
 
@@ -221,8 +249,9 @@ class Copy:
         process.start()
         process.join(limit)
         late = process.is_alive()
-        for left in [*psutil.Process(process.pid).children(recursive=True), process] if late else []:
-            left.kill()
+        if late:
+            for left in [*psutil.Process(process.pid).children(recursive=True), process]:
+                left.kill()
         process.join()
         told = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
         failed = next((line for line in told if line.startswith(("FAILED", "ERROR"))), told[-1] if told else "")
@@ -238,6 +267,17 @@ class Copy:
         finally:
             path.write_bytes(original)
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+ENDING = threading.Event()
+
+
+def end_all() -> None:
+    """End every process that this one has begun; what they have answered by then does not count."""
+    ENDING.set()
+    for left in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
 
 
 # ---------------------------------------------------------------------------------------------- the whole
@@ -288,12 +328,21 @@ def try_subject(subject: str, wanted: int | None, seed: int, copies: queue.Queue
                 outcome, told = copy.try_out(mutant, names, limit)
             finally:
                 copies.put(copy)
+            if ENDING.is_set():
+                return
+            if outcome == "passed":
+                print(f"survived: {mutant}", file=sys.stderr, flush=True)
             known[mutant.key] = {"key": mutant.key, "outcome": outcome, "tests": tests, "told": told}
             with open(ANSWERS, "a", encoding="utf-8") as file:
                 file.write(json.dumps({**known[mutant.key], "subject": subject, "mutant": str(mutant)}) + "\n")
 
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(try_one, pending))
+            try:
+                list(pool.map(try_one, pending))
+            except BaseException:  # Ctrl-C: what is under way ends, and nothing is begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                end_all()
+                raise
     outcomes = [known[mutant.key]["outcome"] for mutant in rest]
     survived = [mutant for mutant, outcome in zip(rest, outcomes, strict=True) if outcome == "passed"]
     return {
@@ -326,24 +375,27 @@ def main() -> int:
     if options.fresh:
         ANSWERS.unlink(missing_ok=True)
     os.environ.update(OMP_NUM_THREADS="1", HYPOTHESIS_STORAGE_DIRECTORY=os.devnull)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_ONCE)
     copies: queue.Queue[Copy] = queue.Queue()
     wanted = None if options.mutants == "all" else int(options.mutants)
     with tempfile.TemporaryDirectory() as folder:
         for n in range(options.workers):
             copies.put(Copy(Path(folder) / str(n)))
-        rows = [
-            try_subject(subject, wanted, options.seed, copies, options.workers)
-            for subject in options.subjects or SUBJECTS
-        ]
+        try:
+            rows = [
+                try_subject(subject, wanted, options.seed, copies, options.workers)
+                for subject in options.subjects or SUBJECTS
+            ]
+        finally:
+            end_all()
     columns = ["subject", "of", "mutants", "equivalent", "noticed", "timed out", "survived"]
     print("| " + " | ".join([*columns, "noticed %"]) + " |")
     print("|" + "---|" * (len(columns) + 1))
     for row in rows:
         print("| " + " | ".join([*(str(row[column]) for column in columns), f"{row['share']:.0f}"]) + " |")
-    for row in rows:
-        for mutant in row["survivors"]:
-            print(f"\nsurvived: {mutant}")
+    for mutant in [mutant for row in rows for mutant in row["survivors"]]:
+        print(f"\nsurvived: {mutant}")
     return int(any(row["share"] < options.least for row in rows))
 
 
