@@ -68,23 +68,25 @@ def test_it_stops_between_two_batches_when_it_is_asked_to(tmp_path):
 
 def _on_two(rank: int, data: str, parallel: str):
     run = make_run(data, parallel=parallel, eval_batch_size=3, eval_iters=2)
+    before = run.fingerprint()
     losses = [run.evaluate(lambda: 0), run.evaluate(lambda: 0)]
+    same = run.fingerprint() == before
     run.settings = dataclasses.replace(run.settings, eval_iters=100)
     losses.append(run.evaluate(lambda: 0))
     polls = iter([0, 2])
     stopped = run.evaluate(lambda: next(polls))
-    run.step()  # the weights are where the optimizer knows them
+    run.step()
     run.check_ranks_agree("a step")
     run.ranks.close()
-    return losses, stopped
+    return losses, stopped, same
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_share_the_batches_of_one(data, parallel):
     """An odd number of batches, too: one process has none in the last turn. Sharded, it computes along."""
     one, other = on_ranks(_on_two, str(data), parallel)
-    ((alone, _),) = on_ranks(_on_two, str(data), "ddp", world_size=1)
-    assert one == other and one[1] is None and one[0][0] == one[0][1]
+    ((alone, _, _),) = on_ranks(_on_two, str(data), "ddp", world_size=1)
+    assert one == other and one[1:] == (None, True) and one[0][0] == one[0][1]
     assert one[0] == (pytest.approx(alone, rel=1e-6) if parallel == "fsdp" else alone)
     assert len(TokenFile(data / "val.bin")) == 522 and 521 // 16 == 32, "32 windows are eleven batches"
 

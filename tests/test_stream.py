@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 
@@ -10,6 +11,7 @@ import pytest
 
 from orchestrate.data.stream import (
     Cursor,
+    Meta,
     Stream,
     TokenFile,
     eval_windows,
@@ -238,6 +240,104 @@ def test_nanogpt_meta_is_read_without_running_it(tmp_path):
         read_meta(tmp_path)
 
 
+def write_meta(folder, **values) -> None:
+    (folder / "meta.json").write_text(json.dumps({"format": 1, "tokenizer": "gpt2", **values}))
+
+
+def test_a_meta_goes_through_json(tmp_path):
+    meta = Meta(3, "uint8", "char", ("a", "b", "\n"))
+    assert Meta.from_json(json.loads(json.dumps(meta.to_json()))) == meta
+    assert read_meta(tmp_path) == Meta() and Meta().dtype == "uint16", "without one it is GPT-2's, as in nanoGPT"
+    write_meta(tmp_path, vocab_size=1, dtype="uint32")
+    (tmp_path / "meta.pkl").write_bytes(b"not looked at")
+    assert read_meta(tmp_path) == Meta(1, "uint32", "gpt2")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"format": 2}, "not a meta of format 1"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number of at least 1, got 0"),
+        ({"vocab_size": "65"}, "got '65'"),
+        ({"vocab_size": True}, "got True"),
+        ({"dtype": "int64"}, "dtype must be uint8, uint16 or uint32, got 'int64'"),
+        ({"tokenizer": "words"}, "got 'words'"),
+        ({"itos": "abc"}, "itos must be a list of texts"),
+        ({"itos": ["a", 1]}, "itos must be a list of texts"),
+    ],
+)
+def test_what_is_no_meta_is_refused(tmp_path, values, message):
+    write_meta(tmp_path, **values)
+    with pytest.raises(ValueError, match=f"meta.json: .*{message}"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"vocab_size": 0}, {"vocab_size": "3"}, {}, [3]])
+def test_a_meta_of_nanogpt_needs_a_size(tmp_path, values):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(values))
+    with pytest.raises(ValueError, match="needs a vocab_size"):
+        read_meta(tmp_path)
+
+
+def test_a_meta_of_nanogpt_with_and_without_characters(tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1}))
+    assert read_meta(tmp_path) == Meta(1)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": {0: "a", 2: "c"}}))
+    assert read_meta(tmp_path) == Meta(3, tokenizer="char", itos=("a", "\ufffd", "c"))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Stream))
+    with pytest.raises(ValueError, match="it names orchestrate.data.stream.Stream"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["train.bin", "val.bin"])
+def test_a_data_set_has_both_files(tmp_path, missing):
+    for name in {"train.bin", "val.bin"} - {missing}:
+        np.arange(40, dtype=np.uint16).tofile(tmp_path / name)
+    with pytest.raises(ValueError, match="no train.bin and val.bin in .*; a data set has both"):
+        open_data(str(tmp_path), 16)
+    np.arange(20, dtype=np.uint16).tofile(tmp_path / missing)
+    data = open_data(str(tmp_path), 19)
+    assert {len(data.train), len(data.val)} == {40, 20} and data.name == str(tmp_path)
+    with pytest.raises(ValueError, match=f"{missing}: 20 tokens are too few for block_size 20 .at least 21."):
+        open_data(str(tmp_path), 20)
+
+
+def test_a_data_set_is_read_through_one_map_after_the_other(tmp_path):
+    for name in ("train.bin", "val.bin"):
+        np.arange(40, dtype=np.uint16).tofile(tmp_path / name)
+    data = open_data(str(tmp_path), 16, np.arange(40) // 2)
+    assert data.remapped(None) is data
+    twice = data.remapped(np.arange(20) % 5)
+    for file in (twice.train, twice.val):
+        assert gather(file, np.array([7]), 8)[0][0].tolist() == [t // 2 % 5 for t in range(7, 15)]
+    once = open_data(str(tmp_path), 16).remapped(np.arange(40) % 3)
+    assert gather(once.val, np.array([7]), 8)[1][0].tolist() == [t % 3 for t in range(8, 16)]
+
+
+@pytest.mark.parametrize("tokens, dtype", [(5, "uint16"), (200_000, "uint8"), (10_000_000, "uint16")])
+def test_a_fingerprint_samples_a_file_evenly(tmp_path, tokens, dtype):
+    """64 pieces of 64 KiB from the first token to the last; in a file smaller than that every token counts."""
+    values = (np.arange(tokens) % 251).astype(dtype)
+    values.tofile(tmp_path / "t.bin")
+    file = TokenFile(tmp_path / "t.bin", dtype)
+    expected = hashlib.sha256(f"{tokens} {dtype}".encode())
+    piece = 65536 // values.itemsize
+    places = sorted({max(0, tokens - piece) * i // 63 for i in range(64)})
+    for start in places:
+        expected.update(values[start : start + piece].tobytes())
+    assert file.fingerprint() == expected.hexdigest()
+    mapped = TokenFile(tmp_path / "t.bin", dtype, np.arange(300) % 7)
+    expected.update((np.arange(300) % 7).tobytes())
+    assert mapped.fingerprint() == expected.hexdigest()
+
+
+def test_the_windows_of_an_evaluation_stay_what_they_are(tmp_path):
+    """A loss trigger of an older run is compared with losses over the same windows."""
+    assert eval_windows(token_file(tmp_path, 1000), 9, 16).tolist() == [
+        16 * image(i, 62, 0x5EED0FE7A1, 0) for i in range(9)
+    ]
+
+
 def test_remapping_files(tmp_path):
     np.save(tmp_path / "r.npy", np.array([0, 1, 1, 2]))
     assert read_remap(tmp_path / "r.npy", 4, 3).tolist() == [0, 1, 1, 2]
@@ -246,6 +346,17 @@ def test_remapping_files(tmp_path):
         read_remap(tmp_path / "r.json", 2, 3)
     with pytest.raises(ValueError, match="2 entries for a vocabulary of 9"):
         read_remap(tmp_path / "r.json", 9, 6)
+    for bad, message in [
+        ([0, -1], "new ids go from -1 to 0"),
+        ([[0]], "one list"),
+        ([], "one list"),
+        ([0.5], "one list"),
+    ]:
+        (tmp_path / "r.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=message):
+            read_remap(tmp_path / "r.json", None, 3)
+    (tmp_path / "r.json").write_text("[2, 0]")
+    assert read_remap(tmp_path / "r.json", None, 3).tolist() == [2, 0] == read_remap(tmp_path / "r.json", 1, 3).tolist()
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="not a readable"):
         read_remap(tmp_path / "o.npy", 1, 3)
