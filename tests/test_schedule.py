@@ -285,7 +285,15 @@ def test_loss_and_clock_triggers():
 
 @pytest.mark.parametrize(
     "history, expected",
-    [((3.0, 2.9, 2.8), False), ((3.0, 2.995, 2.994), True), ((3.0, 2.995), False), ((3.0, 3.5, 2.0), False)],
+    [
+        ((3.0, 2.9, 2.8), False),
+        ((3.0, 2.995, 2.994), True),
+        ((3.0, 2.995), False),
+        ((3.0, 3.5, 2.0), False),
+        ((2.0, 2.5, 2.45, 2.44), True),  # better than the last before, not than the best before
+        ((3.0, 2.5, 2.99), False),  # one of the two gained
+        ((1.0, 0.99, 0.99), False),  # a gain of min_delta is one (0.99 is 1.0 - 0.01 in floating point)
+    ],
 )
 def test_plateau(history, expected):
     plateau = {"evals": 2, "min_delta": 0.01}
@@ -300,6 +308,42 @@ def test_ramps_start_where_they_are_and_end_exactly():
     values = [ramp.at(i)["learning_rate"] for i in range(100, 108)]
     assert values == sorted(values) and ramp.done(107) and not ramp.done(106)
     assert Ramp.from_json(json.loads(json.dumps(ramp.to_json()))) == ramp
+
+
+@pytest.mark.parametrize(
+    "name, value, over, expected",
+    [
+        # A half goes to the even neighbour, as Python rounds.
+        ("set_batch_size", 17, 10, [12, 12, 13, 14, 14, 14, 15, 16, 16, 16, 17]),
+        ("set_batch_size", 9, 4, [12, 11, 10, 10, 9]),
+        # Accumulation moves in steps of the largest number that divides both ends: here 8 (from 40), then 1.
+        ("set_grad_accum", 16, 8, [40, 40, 32, 32, 32, 24, 24, 16, 16]),
+        ("set_grad_accum", 43, 4, [40, 41, 42, 42, 43]),
+    ],
+)
+def test_ramps_of_whole_numbers_round(name, value, over, expected):
+    (entry,) = parse_schedule(json.dumps([{"name": name, "value": value, "over": over}]), "s.json").entries
+    before = start(batch_size=12, gradient_accumulation_steps=40)
+    ramp = Ramp.between(entry, before, entry.operation.plan(before), start_iter=7)
+    (values,) = zip(*[ramp.at(7 + i).values() for i in range(over + 1)], strict=True)
+    assert list(values) == expected and {type(v) for v in values} == {int}
+
+
+def test_a_cosine_ramp_is_slow_at_its_ends():
+    (entry,) = parse_schedule("- {name: set_lr, value: 0.5, over: 4, style: cosine}", "s.yaml").entries
+    before = start(learning_rate=0.1)
+    ramp = Ramp.between(entry, before, entry.operation.plan(before), start_iter=0)
+    values = [ramp.at(i)["learning_rate"] for i in range(5)]
+    assert values == pytest.approx([0.1, 0.1 + 0.2 * (1 - 0.5**0.5), 0.3, 0.1 + 0.2 * (1 + 0.5**0.5), 0.5])
+
+
+def test_nothing_left_to_train_is_refused_whatever_causes_it():
+    """Block 3 is the last that trains, and it is dropped."""
+    text = "- {name: freeze_layer, value: [block.0, block.1, block.2, wte, wpe, ln_f]}\n"
+    assert problems(text) == [] == problems(text + "- {name: drop_layers, value: [2]}")
+    assert problems(text + "- {name: drop_layers, value: [3]}") == [
+        "s.yaml:2: entry 2: nothing would be left to train: every parameter is frozen"
+    ]
 
 
 def test_accumulation_ramps_in_steps_that_both_ends_share():
