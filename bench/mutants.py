@@ -52,7 +52,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "triggers": (["training/schedule/triggers.py"], ["orchestrator", "schedule"]),
     "stream": (["data/stream.py"], ["stream"]),
     "evaluation": (["training/run/evaluation.py"], ["evaluation"]),
-    "optimizer": (["training/run/optimizers.py"], ["optimizer", "step"]),
+    "optimizer": (["training/run/optimizers.py"], ["adamw", "optimizers"]),
     "orchestrator": (["training/schedule/orchestrator.py"], ["orchestrator", "guard", "resume"]),
     "schedule": (
         ["training/schedule/file.py", "training/schedule/stages.py", "training/schedule/ramps.py"],
