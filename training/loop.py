@@ -41,7 +41,7 @@ def _train(session: Session) -> int:
             session.event("end", reason=f"signal {number}", best_val_loss=p.best_val_loss)
             return 128 + number
 
-        if reason := session.why_end(evaluated):
+        if reason := session.why_end():
             if p.last_eval_iter != p.iter:
                 session.evaluate()
             session.save_unless_saved("the end of the run")
