@@ -282,6 +282,7 @@ def _cells(row: Row) -> list[str]:
 def _replay(schedule: Schedule, settings: Settings, run: Path) -> tuple[dict[int, str], list[str]]:
     """When each entry fires on a recorded run's metrics, by the orchestrator's own code; and notes. Raises Refused."""
     # Without guards nothing is taken back; a fade has no part in when entries fire, but for what waits for it.
+    settings = replace(settings, model=replace(settings.model, fading={}))
     entries = [
         replace(entry, guard=None, over=None if entry.operation.fades else entry.over) for entry in schedule.entries
     ]

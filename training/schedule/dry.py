@@ -7,7 +7,6 @@ a model or a file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from orchestrate.training.run.changes import Reshape
@@ -45,8 +44,7 @@ class DryRun:
         self.events: list[tuple[int, str, dict[str, Any]]] = []
 
     def adopt(self, target: Settings, reshape: Reshape | None = None) -> None:
-        """What fades in has done so at once: no step is made in which it would."""
-        self.settings = replace(target, model=replace(target.model, fading={}))
+        self.settings = target
 
     def largest_batch(self, target: float, candidates: Sequence[int]) -> int:
         """The batch in force: what fits more is for a machine to say."""
@@ -66,7 +64,7 @@ class DryRun:
     def save(self, why: str, *, mark: str = "") -> str:
         return ""
 
-    def go_back(self, checkpoint: str) -> dict[str, Any]:
+    def go_back(self, name: str) -> dict[str, Any]:
         raise NotImplementedError("nothing is saved, so there is nothing to go back to")
 
     def keep(self, why: str) -> None: ...

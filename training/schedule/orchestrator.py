@@ -71,7 +71,7 @@ class Host(Protocol):
     def save(self, why: str, *, mark: str = "") -> str:
         """Save a checkpoint and return its name, which ends in `mark`."""
 
-    def go_back(self, checkpoint: str) -> dict[str, Any]:
+    def go_back(self, name: str) -> dict[str, Any]:
         """Become the state of a checkpoint, all but the place in the stream of samples; returns its `state()`."""
 
     def keep(self, why: str) -> None:
@@ -248,11 +248,11 @@ class Orchestrator:
             return False  # it has been held
         if evaluated or self.ramps:
             return True
-        now = self._now(None)
+        now, head = self._now(None), self.head
         for watch in position.watches:
             if watch.metric in now or (watch.metric == VAL_LOSS and iteration >= watch.until_iter):
                 return True
-        return self.head is not None and self._may_fire(self.head, look_at_clock, now)
+        return head is not None and self._may_fire(head, look_at_clock, now)
 
     def consult(self, val_loss: float | None, look_at_clock: bool) -> None:
         """One round at a step boundary: move the ramps, then fire what is due, in order.

@@ -44,8 +44,11 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value of Settings in one short piece of a line; adapters as names and ranks, fades as names and shares, names of
-    layers as ranges, equal numbers as N x value, entries of a schedule by their names."""
+    """A value in one short piece of a line.
+
+    Adapters are names and ranks, fades names and shares, layers ranges of names, equal numbers N x value, and entries
+    of a schedule their names.
+    """
     if isinstance(value, dict):
         groups: dict[str, list[str]] = {}
         for name, spec in value.items():
@@ -57,7 +60,8 @@ def brief(value: Any) -> str:
         return "[" + ", ".join(layer_ranges(value)) + "]"
     if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
         names = [str(item["name"]) for item in value]
-        return f"{len(names)} entries ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        counted = "1 entry" if len(names) == 1 else f"{len(names)} entries"
+        return f"{counted} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
     if isinstance(value, list) and len(value) > 2 and value.count(value[0]) == len(value):
         return f"[{len(value)} x {value[0]}]"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
