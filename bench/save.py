@@ -25,6 +25,7 @@ from orchestrate.model.gpt import GPT, init_weights  # noqa: E402
 from orchestrate.training.run.distributed import Ranks  # noqa: E402
 from orchestrate.training.run.run import Run  # noqa: E402
 from orchestrate.training.schedule.file import Schedule  # noqa: E402
+from orchestrate.training.schedule.orchestrator import Orchestrator  # noqa: E402
 from orchestrate.training.session.session import Session  # noqa: E402
 from orchestrate.training.session.start import settings_from  # noqa: E402
 from orchestrate.training.session.stopping import NoSignals  # noqa: E402
@@ -51,16 +52,15 @@ def main() -> None:
         config = TrainConfig(out_dir=folder, batch_size=1, gradient_accumulation_steps=1, device="cpu", compile=False)
         settings = settings_from(config, shape)
         data = DataSet(tokens, tokens, Meta(64))
-        run = Run(config, settings, Progress(), model, data, Ranks("cpu"), torch.device("cpu"))
+        run = Run(config, settings, Progress.start(settings), model, data, Ranks("cpu"), torch.device("cpu"))
         run.step()
         size = sum(p.nbytes for p in run.model.parameters())
         size += sum(t.nbytes for moments in run.optimizer.state_by_name().values() for t in moments.values())
         for _ in range(options.rounds):
             for background in (False, True):
                 run.progress.iter += 1
-                session = Session(
-                    config.model_copy(update={"async_save": background}), run, Schedule(), Silent(), NoSignals()
-                )  # fmt: skip
+                saves = config.model_copy(update={"async_save": background})
+                session = Session(saves, run, Orchestrator(Schedule(), run), Silent(), NoSignals())
                 started = time.perf_counter()
                 session.save("bench", required=False)
                 seconds[background].append(time.perf_counter() - started)

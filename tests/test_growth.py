@@ -9,10 +9,12 @@ import torch
 from conftest import events
 from test_operations import apply, live_run, logits
 
+from orchestrate.data.stream import Cursor
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.lineage import carry, known
 from orchestrate.training.operations import make
+from orchestrate.training.run.optimizers import SGD, AdamW
 from orchestrate.training.session.start import settings_from
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import ScheduleError
@@ -110,7 +112,9 @@ def test_function_and_moments(style, name, value, exact):
 
     old = gradients(model)
     state = {n: {"exp_avg": g, "exp_avg_sq": g * g, "step": torch.tensor(7.0)} for n, g in old.items()}
-    carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
+    shapes = {n: p.shape for n, p in grown.named_parameters()}
+    carried = carry(state, lineage, shapes, AdamW.slots)
+    buffers = carry({n: {"momentum_buffer": g} for n, g in old.items()}, lineage, shapes, SGD.slots)
     fresh = gradients(grown)
     inexact = []
     for n, gradient in fresh.items():
@@ -126,6 +130,8 @@ def test_function_and_moments(style, name, value, exact):
         torch.testing.assert_close(carried[n]["exp_avg"][mask], gradient[mask], atol=1e-8, rtol=1e-5, msg=n)
         torch.testing.assert_close(carried[n]["exp_avg_sq"][mask], gradient[mask] ** 2, atol=1e-12, rtol=1e-5, msg=n)
         assert carried[n]["step"] == 7.0
+        torch.testing.assert_close(buffers[n]["momentum_buffer"][mask], gradient[mask], atol=1e-8, rtol=1e-5, msg=n)
+        assert not buffers[n]["momentum_buffer"][~mask].any(), "what is new has no momentum"
     assert bool(inexact) != exact, inexact
 
 
@@ -204,7 +210,7 @@ def test_which_block_comes_from_which(value, sources):
     pointers = [p.data_ptr() for p in grown.parameters()]
     assert len(set(pointers)) == len(pointers), "two blocks share a parameter"
     state = {n: {"exp_avg": p, "exp_avg_sq": p, "step": torch.tensor(1.0)} for n, p in model.named_parameters()}
-    carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
+    carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()}, AdamW.slots)
     for key in ("exp_avg", "step"):
         pointers = [moments[key].data_ptr() for moments in carried.values()]
         assert len(set(pointers)) == len(pointers), f"two parameters share {key}"
@@ -249,12 +255,12 @@ def test_more_words_keep_the_old_logits():
 def test_fewer_words_by_a_map(data):
     run = live_run(data)
     ids = [i if i < 20 else 19 for i in range(30)]
-    x, _ = run.stream.batch(run.progress.samples, 2, 16)
+    x, _ = run.stream.batch(run.progress.cursor, 2)
     old = run.model.get_parameter("transformer.wte.weight").detach().clone()
     apply(run, "resize_vocabulary", {"size": 20, "map": ids})
     new = run.model.get_parameter("transformer.wte.weight")
     assert torch.equal(new, old[:20])
-    y, _ = run.stream.batch(run.progress.samples, 2, 16)
+    y, _ = run.stream.batch(run.progress.cursor, 2)
     assert (y == [[ids[i] for i in row] for row in x]).all()
     assert run.evaluate(lambda: 0) is not None
     run.step()
@@ -310,17 +316,17 @@ def test_longer_contexts():
 
 def test_sequences_of_another_length_are_the_same_stream(data):
     run = live_run(data, steps=0)
-    whole, _ = run.stream.batch(0, 8, 16)
-    pieces, targets = run.stream.batch(0, 32, 16, 4)
+    whole, _ = run.stream.batch(Cursor(16, 16), 8)
+    pieces, targets = run.stream.batch(Cursor(16, 4), 32)
     assert (pieces.reshape(8, 16) == whole).all()
     assert (targets[:, :-1] == pieces[:, 1:]).all()
     run.step()
     apply(run, "set_sequence_length", 4)
-    assert run.progress.samples == 8 * 4 and run.settings.tokens_per_iter == 8 * 4
+    assert run.progress.cursor.sample == 8 * 4 and run.settings.tokens_per_iter == 8 * 4
     run.step()
-    assert run.progress.tokens == 8 * 16 + 8 * 4 and run.progress.samples == 40
+    assert run.progress.tokens == 8 * 16 + 8 * 4 and run.progress.cursor.sample == 40
     apply(run, "set_sequence_length", 16)
-    assert run.progress.samples == 10
+    assert run.progress.cursor.sample == 10
 
 
 # ---------------------------------------------------------------------------------------------- masked growth
@@ -388,7 +394,7 @@ def test_what_is_new_starts_with_the_moments_of_its_kin():
     }
     for name, value in (("widen_mlp", {"width": 40, "how": "zero"}), ("stack_layers", {"n_layer": 4})):
         _, grown, lineage = grow(model, name, value)
-        carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
+        carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()}, AdamW.slots)
         assert set(carried) == set(lineage)
         for n, moments in carried.items():
             assert (moments["exp_avg_sq"] == 4.0).all() and moments["step"] == 9.0

@@ -32,7 +32,7 @@ class Driven(DryRun):
     """A dry run that can go back, with its orchestrator, driven boundary by boundary."""
 
     def __init__(self, entries: list[dict]) -> None:
-        super().__init__(start(), Progress())
+        super().__init__(start(), Progress.start(start()))
         self.saved: dict[str, tuple] = {}
         self.cut = False  # whether a signal cuts measurements short
         self.orchestrator = Orchestrator(parse_schedule(json.dumps(entries), "s.json"), self, self)
@@ -468,7 +468,7 @@ def test_protocols_are_what_their_implementations_are(protocol, implementation):
 
 
 def test_a_dry_run_follows_settings():
-    dry = DryRun(start(), Progress())
+    dry = DryRun(start(), Progress.start(start()))
     assert isinstance(dry.settings, Settings) and dry.largest_batch(0.5, range(1, 9)) == dry.settings.batch_size
     dry.adopt(start(batch_size=3))
     assert dry.settings.batch_size == 3 and dry.ranks.gather(1) == [1] and dry.ranks.broadcast(2) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrate.training.session import ending
 from orchestrate.training.session.session import Session
 
 
@@ -11,6 +12,7 @@ def train(session: Session) -> int:
         return _train(session)
     except Exception as error:
         session.saver.emergency(error)
+        ending.tell(session, f"an error ({type(error).__name__})")
         raise
 
 
@@ -19,12 +21,14 @@ def _train(session: Session) -> int:
     logged_at = -1
     while True:
         p, s = run.progress, run.settings
-        ends = p.iter >= config.max_iters
-
+        ends, clock = p.iter >= config.max_iters, logged_at == p.iter
         # Validation loss at every eval_interval, at the start and at the end; never twice at one iteration.
-        loss = None
-        if config.eval_only or ((p.iter % s.eval_interval == 0 or ends) and p.last_eval_iter != p.iter):
-            loss = session.evaluate()
+        due = config.eval_only or ((p.iter % s.eval_interval == 0 or ends) and p.last_eval_iter != p.iter)
+
+        # Where something is decided, it is decided on a last step whose outcome is known.
+        if (due or orchestrator.acts(due, clock)) and not session.settle():
+            continue
+        loss = session.evaluate() if due else None
         if config.eval_only:
             return 128 + signals.agreed if loss is None else 0
         evaluated = loss is not None
@@ -32,21 +36,21 @@ def _train(session: Session) -> int:
 
         # The schedule acts between two steps, on numbers that every rank has.
         if not signals.agreed:
-            orchestrator.consult(loss, look_at_clock=logged_at == p.iter)
+            orchestrator.consult(loss, look_at_clock=clock)
 
         # A signal is agreed on by all ranks before anybody stops; it may have cut the evaluation above short.
         if number := signals.poll():
+            session.settle()
             session.event("signal", signal=number)
             session.save_unless_saved(f"signal {number}")
-            session.event("end", reason=f"signal {number}", best_val_loss=p.best_val_loss)
+            ending.by_signal(session, number)
             return 128 + number
 
         if reason := session.why_end():
             if p.last_eval_iter != p.iter:
                 session.evaluate()
             session.save_unless_saved("the end of the run")
-            missed = [entry.number for entry in orchestrator.missed()]
-            session.event("end", reason=reason, best_val_loss=p.best_val_loss, not_fired=missed)
+            ending.by_itself(session, reason)
             return 0
         if evaluated and p.iter > 0 and (improved or config.always_save_checkpoint):
             session.save_unless_saved("best validation loss" if improved else "evaluation", required=False)

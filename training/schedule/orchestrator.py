@@ -145,12 +145,15 @@ def _present_watch(saved: Any) -> Any:
 
 
 class Orchestrator:
-    """Fires the entries of a schedule on a run."""
+    """Fires the entries of a schedule on a run. The host may be set later: before the first `consult`."""
 
-    def __init__(self, schedule: Schedule, run: Steerable, host: Host) -> None:
+    host: Host
+
+    def __init__(self, schedule: Schedule, run: Steerable, host: Host | None = None) -> None:
         self.schedule = schedule
         self.run = run
-        self.host = host
+        if host is not None:
+            self.host = host
         self.position = Position()
         self.ramps: list[Ramp] = []
         # What the last N entries ask for, at index N.

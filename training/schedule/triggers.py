@@ -1,13 +1,13 @@
 """When an entry fires: each trigger is one small pure class, `fires(elapsed, measured) -> reason | None`.
 
 A trigger sees only numbers that are the same on every rank, but for the clock, which rank 0 reads; so what rank 0
-decides every other rank could have decided too. To add a trigger, add a class here: the schedule's field, its
+decides every other rank could have decided too. A trigger is one class under `@trigger`: the schedule's field, its
 validation and the documentation follow from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -77,10 +77,26 @@ def _no_gain(metric: str, plateau: Plateau, measured: Measured) -> str | None:
     return None
 
 
+TRIGGERS: dict[str, type[Trigger]] = {}
+
+
+def trigger(field: str) -> Callable[[type[Trigger]], type[Trigger]]:
+    """Class decorator: make the trigger a field of a schedule's entries. Raises ValueError for a name that is taken."""
+
+    def register(cls: type[Trigger]) -> type[Trigger]:
+        if field in TRIGGERS:
+            raise ValueError(f"there is a trigger {field} already")
+        cls.field = field
+        TRIGGERS[field] = cls
+        return cls
+
+    return register
+
+
+@trigger("trigger_loss")
 class TriggerLoss(Trigger):
     """The validation loss is at or below this."""
 
-    field: ClassVar[str] = "trigger_loss"
     value: Finite
 
     @property
@@ -91,10 +107,10 @@ class TriggerLoss(Trigger):
         return _at_or_below(VAL_LOSS, self.value, measured)
 
 
+@trigger("max_wait_iters")
 class MaxWaitIters(Trigger):
     """So many iterations have passed since the previous entry fired, or since the start."""
 
-    field: ClassVar[str] = "max_wait_iters"
     value: NonNegativeInt
 
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
@@ -103,10 +119,10 @@ class MaxWaitIters(Trigger):
         return None
 
 
+@trigger("max_wait_tokens")
 class MaxWaitTokens(Trigger):
     """So many training tokens have passed since the previous entry fired, or since the start."""
 
-    field: ClassVar[str] = "max_wait_tokens"
     value: NonNegativeInt
 
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
@@ -115,10 +131,10 @@ class MaxWaitTokens(Trigger):
         return None
 
 
+@trigger("max_wait_seconds")
 class MaxWaitSeconds(Trigger):
     """So many seconds of running have passed since the previous entry fired; looked at every log_interval."""
 
-    field: ClassVar[str] = "max_wait_seconds"
     reads_clock: ClassVar[bool] = True
     value: NonNegativeFloat
 
@@ -128,30 +144,30 @@ class MaxWaitSeconds(Trigger):
         return None
 
 
+@trigger("at_iter")
 class AtIter(Trigger):
     """The run has done this many iterations."""
 
-    field: ClassVar[str] = "at_iter"
     value: NonNegativeInt
 
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         return f"iteration {elapsed.iter} (at_iter {self.value})" if elapsed.iter >= self.value else None
 
 
+@trigger("at_tokens")
 class AtTokens(Trigger):
     """The run has seen this many training tokens."""
 
-    field: ClassVar[str] = "at_tokens"
     value: NonNegativeInt
 
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         return f"{elapsed.tokens} tokens (at_tokens {self.value})" if elapsed.tokens >= self.value else None
 
 
+@trigger("trigger_plateau")
 class TriggerPlateau(Trigger):
     """The validation loss has stopped falling: {evals: 5, min_delta: 0.01}. Counted since the previous entry fired."""
 
-    field: ClassVar[str] = "trigger_plateau"
     value: Plateau
 
     @property
@@ -178,6 +194,7 @@ class OnMetric(BaseModel):
         return self
 
 
+@trigger("trigger")
 class TriggerMetric(Trigger):
     """A metric has come to a number or below (above) it, or has stopped falling.
 
@@ -186,7 +203,6 @@ class TriggerMetric(Trigger):
     plateau counts the values since the previous entry fired.
     """
 
-    field: ClassVar[str] = "trigger"
     value: OnMetric
 
     @property
@@ -205,18 +221,3 @@ class TriggerMetric(Trigger):
             return _at_or_above(value.metric, value.above, measured)
         assert value.plateau
         return _no_gain(value.metric, value.plateau, measured)
-
-
-TRIGGERS: dict[str, type[Trigger]] = {
-    trigger.field: trigger
-    for trigger in (
-        TriggerLoss,
-        MaxWaitIters,
-        MaxWaitTokens,
-        MaxWaitSeconds,
-        AtIter,
-        AtTokens,
-        TriggerPlateau,
-        TriggerMetric,
-    )
-}

@@ -33,11 +33,11 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             )
         settings = resumed.settings
         check_lengths(plan_stages(pending(schedule, state), settings, ranks.world_size), data)
-        model, moments = open_model(resumed.loaded, settings.model, ranks, device)
+        model, moments = open_model(resumed.loaded, settings, ranks, device)
         return Run(
             config,
             settings,
-            Progress.from_json(state["progress"]),
+            Progress.from_json(state["progress"], settings),
             model,
             data,
             ranks,
@@ -54,4 +54,4 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             f"dataset {config.dataset} has a vocabulary of {vocab}, "
             f"more than the {model_config.vocab_size} of {config.init_from}"
         )
-    return Run(config, settings, Progress(), initial_model(config, model_config), data, ranks, device)
+    return Run(config, settings, Progress.start(settings), initial_model(config, model_config), data, ranks, device)

@@ -54,10 +54,11 @@ class Saver:
     def save(self, why: str, required: bool = True, mark: str = "") -> str:
         """Save a checkpoint (rank 0, or every rank its shards) and return its name, which ends in `mark`.
 
-        Where it could not be written, every rank raises RuntimeError; or, when it is not `required`, the run says so
+        Where it could not be written, every rank raises Stopped; or, when it is not `required`, the run says so
         and goes on with the checkpoint before, which is not touched until a new one is whole.
         """
         run, name, error = self.session.run, "", None
+        assert not run.diagnosis.pending, "what is saved must be known to be healthy: settle first"
         self.session.tick()
         with run.stopwatch.part("checkpoint"):
             self.finish()
@@ -73,7 +74,7 @@ class Saver:
                     error = f"checkpoint at iteration {run.progress.iter} could not be written: {caught}"
             name, error = run.ranks.broadcast((name, error))
         if error and required:
-            raise RuntimeError(error)
+            raise Stopped(error)
         if error:
             self.session.event("error", message=error, action="go on")
             self.session.reporter.say(f"warning: {error}; the run goes on with the checkpoint before")
@@ -152,6 +153,7 @@ class Saver:
         if not run.consistent:
             self.session.event("emergency", saved=False, reason="the error came while parameters were being written")
             return
+        run.diagnosis.take_back(run.progress)
         if self._saved == self._moment():
             self.session.event("emergency", saved=False, reason="this state is saved already")
             return

@@ -6,14 +6,15 @@ Holds what the loop does at a boundary, a method each; the order in which they h
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from orchestrate.training.run.run import Run
 from orchestrate.training.run.step import StepResult
-from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.session import healing
 from orchestrate.training.session.resume import open_model
 from orchestrate.training.session.saving import Saver
@@ -31,24 +32,31 @@ class Session:
     """What the loop works with.
 
     Args:
+        orchestrator: at the place in the schedule from which this start goes on.
         wandb_id: id of the W&B run, kept in every checkpoint so that a resume continues it.
+        operations: files of the user's own operations, kept in every checkpoint so that a resume asks for them.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         run: Run,
-        schedule: Schedule,
+        orchestrator: Orchestrator,
         reporter: Silent,
         signals: SignalWatch | NoSignals,
         wandb_id: str | None = None,
+        operations: Sequence[OwnFile] = (),
     ) -> None:
         self.config = config
         self.run = run
         self.reporter = reporter
         self.signals = signals
         self.wandb_id = wandb_id
-        self.orchestrator = Orchestrator(schedule, run, self)
+        self.operations = operations
+        self.orchestrator = orchestrator
+        orchestrator.host = self
+        self.began_at = run.progress.iter
+        """The iteration at which this start began."""
         self.saver = Saver(self)
         self.rollbacks = 0
         """How often this start went back because of a sick step."""
@@ -96,8 +104,8 @@ class Session:
             lr=run.current_lr(),
             batch_size=s.batch_size,
             grad_accum=s.grad_accum,
-            passes=run.stream.passes(p.samples, s.model.block_size, s.sequence_length),
-            coverage=run.stream.coverage(p.samples, s.model.block_size, s.sequence_length),
+            passes=run.stream.passes(p.cursor),
+            coverage=run.stream.coverage(p.cursor),
         )
         self.reporter.metrics(kind, **record)
         return record
@@ -125,12 +133,12 @@ class Session:
             seconds_by_part={name: parts.get(name, 0.0) for name in PARTS},
             machine=machine(run.device) if run.ranks.is_first else {},
         )
-        self._look_at(numbers(record))
         head = self.orchestrator.head
         shown = {"loss": f"{loss:.4f}", "lr": f"{result.lr:.3g}", "tok/s": f"{rate:,.0f}" if rate else "-"}
         if head is not None:
             shown["next"] = f"[{head.number}] {head.operation.name}"
         self.reporter.progress(p.iter, **shown)
+        self._look_at(numbers(record))
 
     def _look_at(self, logged: dict[str, float]) -> None:
         """Hand what was logged to those who decide on it, the same on every rank."""
@@ -147,6 +155,8 @@ class Session:
         self.orchestrator.observe(values)
         for name in stopping & values.keys():
             self._look_for_gain(name, values[name])
+            if self.why_end():
+                self.settle()  # the end is decided on a last step whose outcome is known
 
     # ------------------------------------------------------------------------------------------ measuring
 
@@ -195,7 +205,7 @@ class Session:
         facts = memory_percent(self.run.device) if self.run.ranks.is_first else {}
         facts = self.run.ranks.broadcast(facts)
         over = {name: value for name, value in facts.items() if value >= limit}
-        if over and not self._over_memory:
+        if over and not self._over_memory and self.settle():
             told = ", ".join(f"{name} memory at {value:.0f} %" for name, value in over.items())
             self.reporter.say(f"warning: {told}, memory_checkpoint_percent is {limit:g}: saving")
             self.save_unless_saved(f"{told} (memory_checkpoint_percent {limit:g})", required=False)
@@ -206,6 +216,10 @@ class Session:
     def heal(self, result: StepResult) -> StepResult | None:
         """The step to log, None where the run went back; see healing.py. Raises Stopped."""
         return healing.heal(self, result)
+
+    def settle(self) -> bool:
+        """Know what became of the last step before anything is decided on it; False where the run went back."""
+        return healing.settle(self)
 
     def roll_back(self, why: str) -> None:
         """Back to the newest whole checkpoint, and on with the samples after the sick ones."""
@@ -228,6 +242,7 @@ class Session:
             "data": run.batches.opened.fingerprint(),
             "tokenizer": run.data.meta.to_json(),
             "world_size": run.ranks.world_size,
+            "operations": [file.to_json() for file in self.operations],
         }
 
     def save(self, why: str, required: bool = True, mark: str = "") -> str:
@@ -245,14 +260,14 @@ class Session:
         try:
             loaded = checkpoint.load(checkpoint.folder(self.config.out_dir) / name)
             settings = Settings.from_json(loaded.state["settings"])
-            found = loaded.state, settings, *open_model(loaded, settings.model, run.ranks, run.device)
+            found = loaded.state, settings, *open_model(loaded, settings, run.ranks, run.device)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = f"{type(caught).__name__}: {caught}"
         failures = [text for text in run.ranks.gather(error) if text]
         if failures or found is None:
             raise Stopped(f"cannot go back to checkpoint {name}: {failures[0]}")
         state, settings, model, moments = found
-        run.restore(settings, Progress.from_json(state["progress"]), model, moments, state["scaler"])
+        run.restore(settings, Progress.from_json(state["progress"], settings), model, moments, state["scaler"])
         self.stops_seen = run.settings.stops_asked
         self._logged_tokens = run.progress.tokens
         self.reporter.void_since(state["log_sizes"])

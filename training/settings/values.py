@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -29,6 +29,9 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+OptimizerName = Literal["adamw", "sgd"]
+OPTIMIZER_NUMBERS: dict[str, tuple[str, ...]] = {"adamw": ("beta1", "beta2"), "sgd": ("momentum",)}
+"""The numbers that each optimizer has, beside learning rate and weight decay, as Settings and configurations say."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -49,6 +52,8 @@ def brief(value: Any) -> str:
     Adapters are names and ranks, fades names and shares, layers ranges of names, equal numbers N x value, and entries
     of a schedule their names.
     """
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
         groups: dict[str, list[str]] = {}
         for name, spec in value.items():
