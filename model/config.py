@@ -11,7 +11,7 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ LIMITS = {
     "head_size": 2**20,
 }
 _LARGEST_HIDDEN = 2**22
+# Fields that ModelConfig had in checkpoints of older versions; they are Settings' now.
+ONCE_SHAPE = ("dropout", "fading")
 # Leaf layers of one block in the order of the model, and the suffix of the module that holds each.
 BLOCK_LAYERS = ("ln_1", "attn", "ln_2", "mlp")
 
@@ -77,7 +79,6 @@ class ModelConfig:
     head_size: int = None  # type: ignore[assignment]
     n_hidden: tuple[int, ...] = None  # type: ignore[assignment]
     """Hidden width of each block's MLP; one whole number means the same for all."""
-    dropout: float = 0.0
     bias: bool = False
     norm: str = "layernorm"
     norm_eps: float = 1e-5
@@ -89,8 +90,6 @@ class ModelConfig:
     tie_weights: bool = True
     lora: dict[str, LoraSpec] = field(default_factory=dict)
     """Leaf layer name -> adapter, for attn.N, mlp.N, wte and (untied) lm_head."""
-    fading: dict[str, Fade] = field(default_factory=dict)
-    """attn.N, mlp.N or lm_head (tied or not) -> how far its newest part is faded in. Empty but for a while."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -138,8 +137,6 @@ class ModelConfig:
                 problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.position == "rotary" and self.head_size % 2:
             problems.append(f"rotary positions need an even head size, got {self.head_size}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
         put("lora", {name: self.lora[name] for name in layer_names(self) if name in self.lora} | self.lora)
         for name, spec in self.lora.items():
             limit = self._largest_rank(name)
@@ -149,13 +146,6 @@ class ModelConfig:
                 problems.append(f"LoRA rank of {name} must be from 1 to {limit} (0 removes it), got {spec.rank}")
             elif not 0 < spec.alpha < math.inf:
                 problems.append(f"LoRA alpha of {name} must be positive and finite, got {spec.alpha}")
-        for name, fade in self.fading.items():
-            if name != "lm_head" and (name.split(".")[0] not in ("attn", "mlp") or name not in layer_names(self)):
-                problems.append(f"{name} cannot fade in; attn.N, mlp.N and lm_head can")
-            elif fade.known < 0 or not 0 <= fade.share <= 1:
-                problems.append(
-                    f"{name} fades in from {fade.known} by {fade.share}: allowed are 0 and more, and [0, 1]"
-                )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -176,23 +166,31 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         lora = {name: {"rank": spec.rank, "alpha": spec.alpha} for name, spec in self.lora.items()}
-        fading = {name: {"known": fade.known, "share": fade.share} for name, fade in self.fading.items()}
-        return {**values, "n_hidden": list(self.n_hidden), "lora": lora, "fading": fading}
+        return {**values, "n_hidden": list(self.n_hidden), "lora": lora}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ModelConfig:
-        """The inverse of to_json. Raises ValueError for an unknown field or an impossible shape."""
+        """The inverse of to_json, also an older version's. Raises ValueError for unknown fields, impossible shapes."""
+        values = {name: value for name, value in values.items() if name not in ONCE_SHAPE}
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"model configuration: unknown fields {', '.join(unknown)}")
         lora = {name: LoraSpec(**spec) for name, spec in values.get("lora", {}).items()}
-        fading = {name: Fade(**fade) for name, fade in values.get("fading", {}).items()}
-        return cls(**{**values, "lora": lora, "fading": fading})
+        return cls(**{**values, "lora": lora})
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_fading(config: ModelConfig, fading: Mapping[str, Fade]) -> None:
+    """Raises ValueError for a fade that a model of this shape cannot show."""
+    for name, fade in fading.items():
+        if name != "lm_head" and (name.split(".")[0] not in ("attn", "mlp") or name not in layer_names(config)):
+            raise ValueError(f"{name} cannot fade in; attn.N, mlp.N and lm_head can")
+        if fade.known < 0 or not 0 <= fade.share <= 1:
+            raise ValueError(f"{name} fades in from {fade.known} by {fade.share}: allowed are 0 and more, and [0, 1]")
 
 
 def layer_names(config: ModelConfig) -> list[str]:

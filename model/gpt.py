@@ -27,10 +27,15 @@ class Dropout(nn.Module):
     At 0 it costs one comparison and leaves no trace in a compiled graph.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.active = False
+        self.register_buffer("keep", torch.tensor(1.0), persistent=False)
+
+    def set(self, p: float) -> None:
+        """Drop with this probability from now on."""
         self.active = p > 0
-        self.register_buffer("keep", torch.tensor(1.0 - p), persistent=False)
+        self.keep.fill_(1.0 - p)
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.active):
@@ -51,7 +56,7 @@ def _attention_with_dropout(attn: Attention, q: Tensor, k: Tensor, v: Tensor, gq
 
 
 class _Fading(nn.Module):
-    """What attention and MLP share: masks that fade new units, or all that the layer adds, in (ModelConfig.fading).
+    """What attention and MLP share: masks that fade new units, or all that the layer adds, in (set_fading).
 
     Masks are buffers: their values may change while compiled blocks stay compiled.
     """
@@ -89,9 +94,9 @@ class Attention(_Fading):
         self.widths = [config.n_head * config.head_size, *[config.n_kv_head * config.head_size] * 2]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
-        self.resid_dropout = Dropout(config.dropout)
-        self.dropout_p = config.dropout
-        self.dropout_active = config.dropout > 0
+        self.resid_dropout = Dropout()
+        self.dropout_p = 0.0
+        self.dropout_active = False
         self.attend_with_dropout = _attention_with_dropout
 
     def forward(
@@ -133,7 +138,7 @@ class MLP(_Fading):
         if config.activation == "swiglu":
             self.c_gate = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.c_fc(x)
@@ -181,15 +186,21 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer language model; `config` says all there is to know about its shape."""
+    """A decoder-only transformer language model; `config` says all there is to know about its shape.
+
+    Attributes: `dropout` and `fading`, numbers that may change at any time (set_dropout, set_fading). A new model has
+    no dropout and fades nothing in.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.dropout = 0.0
+        self.fading: dict[str, Fade] = {}
         parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.n_embd)}
         if config.position == "learned":
             parts["wpe"] = _embedding(config.block_size, config.n_embd)
-        parts["drop"] = Dropout(config.dropout)
+        parts["drop"] = Dropout()
         parts["h"] = nn.ModuleList(Block(config, n_hidden) for n_hidden in config.n_hidden)
         parts["ln_f"] = _norm(config)
         self.transformer = nn.ModuleDict(parts)
@@ -219,12 +230,16 @@ class GPT(nn.Module):
             self.rope_cos = self.rope_sin = torch.empty(0, device=device)
         for module in self.modules():
             if isinstance(module, Dropout):
-                module.keep = torch.tensor(1.0 - config.dropout, device=device)
-        self.set_fading(config.fading)
+                module.keep = torch.tensor(1.0 - self.dropout, device=device)
+        self.set_fading(self.fading)
 
     def set_fading(self, fading: dict[str, Fade]) -> None:
-        """Follow other shares of what fades in, in place; compiled blocks stay compiled while only shares move."""
-        self.config = replace(self.config, fading=fading)
+        """Fade in by these shares, in place; compiled blocks stay compiled while only shares move.
+
+        Args:
+            fading: attn.N, mlp.N or lm_head (tied or not) -> how far its newest part is faded in.
+        """
+        self.fading = fading
         device = self.transformer["wte"].weight.device
         for n, block in enumerate(self.transformer["h"]):
             block.attn.set_fade(fading.get(f"attn.{n}"), self.config.head_size, device)
@@ -329,11 +344,10 @@ def initial_value(
 
 def set_dropout(model: GPT, p: float) -> None:
     """Change the dropout probability of the whole model in place; compiled blocks stay compiled."""
-    model.config = replace(model.config, dropout=p)
+    model.dropout = p
     for module in model.modules():
         if isinstance(module, Dropout):
-            module.active = p > 0
-            module.keep.fill_(1.0 - p)
+            module.set(p)
         elif isinstance(module, Attention):
             module.dropout_p = p
             module.dropout_active = p > 0

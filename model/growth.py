@@ -107,7 +107,7 @@ def transform(
     axes, origins = axes or {}, origins or {}
     old = dict(model.named_parameters())
     with torch.device("meta"):
-        grown = GPT(replace(target, fading={}))
+        grown = GPT(target)
     lineage: Lineage = {}
     for name, parameter in list(grown.named_parameters()):
         match = _LEAF.match(name)
@@ -144,7 +144,6 @@ def transform(
                     value = torch.where(mask, value, drawn.to(device=value.device, dtype=value.dtype))
         lineage[name] = origin
         put_parameter(grown, name, nn.Parameter(value.contiguous()))
-    grown.config = target
     grown.reset_buffers(next(iter(old.values())).device)
     return grown, lineage
 
@@ -181,16 +180,24 @@ class Layer:
     kin: int
 
 
-def stack(model: GPT, target: ModelConfig, layers: Sequence[Layer], zero: bool, generator: torch.Generator) -> Grown:
+def stack(
+    model: GPT,
+    target: ModelConfig,
+    layers: Sequence[Layer],
+    zero: bool,
+    generator: torch.Generator,
+    masked: bool = False,
+) -> Grown:
     """The blocks `layers` in their order. New blocks are fresh, with zero output projections where `zero`.
 
     With zero output projections a new block adds nothing to the residual stream: the function is kept exactly, and so
-    are all gradients of what was there (Chen et al. 2016, arXiv:1511.05641 for the idea of identity layers).
+    are all gradients of what was there (Chen et al. 2016, arXiv:1511.05641 for the idea of identity layers). The same
+    holds where what is new is `masked`: it starts with nothing of it showing.
     """
     seen: set[int] = set()
     first = [layer.source is not None and not (layer.source in seen or seen.add(layer.source)) for layer in layers]
     added = [n for n, kept in enumerate(first) if not kept]
-    silent = all((zero and layers[n].source is None) or f"attn.{n}" in target.fading for n in added)
+    silent = masked or all(zero and layers[n].source is None for n in added)
     same = silent and [layer.source for n, layer in enumerate(layers) if first[n]] == list(range(model.config.n_layer))
 
     def renamed(path: str) -> str | New:

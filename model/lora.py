@@ -113,11 +113,11 @@ def reshape_lora(model: GPT, target: ModelConfig, generator: torch.Generator) ->
     as it is.
 
     Args:
-        target: the model's configuration but for `lora` (and dropout). Raises ValueError otherwise.
+        target: the model's configuration but for `lora`. Raises ValueError otherwise.
         generator: seeded alike on every rank.
     """
     source = model.config
-    if replace(source, lora={}, dropout=0.0) != replace(target, lora={}, dropout=0.0):
+    if replace(source, lora={}) != replace(target, lora={}):
         raise ValueError("reshape_lora changes adapters only, and the target differs in more")
     old = dict(model.named_parameters())
     with torch.device("meta"):

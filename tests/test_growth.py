@@ -346,8 +346,9 @@ def test_masked_growth_starts_from_the_old_function(style, name, value):
     idx = torch.arange(12)[None] % 19
     operation = make(name, {"value": value})
     settings = settings_of(model.config)
-    target = operation.fade(settings, operation.plan(settings)).model
-    grown, lineage = operation.reshape(model, target, torch.Generator().manual_seed(3))
+    target = operation.fade(settings, operation.plan(settings))
+    grown, lineage = operation.reshape(model, target.model, torch.Generator().manual_seed(3), masked=True)
+    grown.set_fading(target.fading)
     with torch.no_grad():
         was = model.logits(idx).log_softmax(-1)
         torch.testing.assert_close(grown.logits(idx).log_softmax(-1)[..., :19], was, atol=1e-8, rtol=0)

@@ -9,9 +9,12 @@ import signal
 import pytest
 import torch
 from conftest import arguments, assert_same_tensors, events, lines, tensors, write_data
+from fuzzing import seal
+from orchestrate.model.config import Fade, ModelConfig
 from orchestrate.training.run.run import Run
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.errors import OperationFailed, Refused
+from orchestrate.training.settings.records import Settings
 
 import train_orchestrated
 
@@ -341,3 +344,52 @@ def test_signals_are_handled_by_name(tiny):
         next(iter(tensors(out_dir).values()))
     )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ---------------------------------------------------------------------------------------------- older versions
+
+# What the version before the shape was only the shape wrote at iteration 5 (checkpoint format 2).
+OLD_MODEL = {
+    "block_size": 16, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 16, "head_size": 8,
+    "n_hidden": [64, 128], "dropout": 0.1375, "bias": False, "norm": "layernorm", "norm_eps": 1e-05,
+    "activation": "gelu", "position": "learned", "rotary_base": 10000.0, "rotary_scale": 1.0, "tie_weights": True,
+    "lora": {"attn.0": {"rank": 2, "alpha": 8.0}, "attn.1": {"rank": 2, "alpha": 8.0}},
+    "fading": {"mlp.1": {"known": 64, "share": 0.3333333333333333}},
+}  # fmt: skip
+OLD_SETTINGS = {
+    "model": OLD_MODEL, "batch_size": 4, "grad_accum": 2, "learning_rate": 0.01, "min_lr": 0.001, "warmup_iters": 2,
+    "lr_decay_iters": 12, "decay_lr": True, "lr_schedule": "cosine", "wsd_decay_fraction": 0.2, "weight_decay": 0.1,
+    "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "eval_interval": 4, "eval_iters": 3, "log_interval": 1,
+    "lora_alpha": 8.0, "sequence_length": 16, "frozen": [], "lr_restarts": 0, "rewarm_iters": 0, "rewarms": 0,
+    "reshapes_asked": 0, "vocabulary_map": [], "checkpoints_asked": 0, "stops_asked": 0,
+}  # fmt: skip
+OLD_RAMPS = [
+    {"entry": 1, "name": "set_dropout", "start_iter": 2, "over": 8, "style": "linear",
+     "fields": {"model.dropout": [0.1, 0.2]}},
+    {"entry": 3, "name": "widen_mlp", "start_iter": 3, "over": 6, "style": "linear",
+     "fields": {"model.fading.mlp.1": [0.0, 1.0]}},
+]  # fmt: skip
+
+
+def test_a_state_of_an_older_version_goes_on(tiny, resume):
+    """Dropout and fades lay in the model's shape then: read, they are the run that this version makes by itself."""
+    schedule = [
+        {"name": "set_dropout", "value": 0.2, "at_iter": 2, "over": 8},
+        {"name": "set_attn_lora_rank", "value": 2, "at_iter": 2},
+        {"name": "widen_mlp", "value": {"times": 2, "how": "random", "layers": ["mlp.1"]}, "at_iter": 3, "over": 6},
+    ]
+    _, whole = tiny(schedule, out="whole", dropout=0.1)
+    _, out = tiny(schedule, out="old", dropout=0.1, max_iters=5)
+    path = out / "checkpoints" / "latest" / "state.json"
+    state = json.loads(path.read_text())
+    settings = Settings.from_json(OLD_SETTINGS)
+    assert settings.dropout == 0.1375 and settings.fading == {"mlp.1": Fade(64, 1 / 3)}
+    assert settings.to_json() == state["settings"], "the recorded state is the one that this version comes to"
+    assert ModelConfig.from_json(OLD_MODEL) == settings.model
+    state["settings"], state["orchestrator"]["ramps"] = OLD_SETTINGS, OLD_RAMPS
+    path.write_text(json.dumps(state))
+    seal(path.parent)
+    assert resume(out, max_iters=12) == 0
+    assert_same_tensors(tensors(out), tensors(whole))
+    ended = Settings.from_json(json.loads(path.read_text())["settings"])
+    assert ended.dropout == 0.2 and ended.fading == {}

@@ -142,10 +142,10 @@ def make(config: TrainConfig, given: dict[str, str], world_size: int, against: s
 def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> list[Row]:
     """The stages, their shapes checked by reshaping on the meta device. Raises Refused."""
     with torch.device("meta"):
-        model = GPT(replace(stages[0].settings.model, fading={}))
+        model = GPT(stages[0].settings.model)
     trained = trainable_parameters(model, stages[0].settings.frozen)
     kinds: set[str] = set()
-    batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.model.dropout > 0
+    batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.dropout > 0
     rows = []
     for i, stage in enumerate(stages):
         s, before = stage.settings, stages[i - 1].settings if i else None
@@ -165,7 +165,7 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         if i and _batch_shape(s) not in batches and len(batches) == 1:
             recompiles += len({_block_kind(s, n) for n in range(s.model.n_layer)})  # the batch becomes dynamic, once
         batches.add(_batch_shape(s))
-        if s.model.dropout > 0 and not dropped:
+        if s.dropout > 0 and not dropped:
             recompiles, dropped = recompiles + 1, True
         old, now = differences(before, s) if before is not None else ({}, {})
         rows.append(
@@ -299,7 +299,7 @@ class _Recorded:
         self.stopwatch = SimpleNamespace(part=lambda name: _nothing)
 
     def adopt(self, target: Settings, reshape: Any = None) -> None:
-        self.settings = replace(target, model=replace(target.model, fading={}))
+        self.settings = replace(target, fading={})
 
     def check_ranks_agree(self, what: str) -> None: ...
 

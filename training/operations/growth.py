@@ -63,7 +63,7 @@ class GrowthOperation(Operation):
         parts = growth.fading_parts(before.model, after.model, self.new_layers(before.model, after.model))
         if not parts:
             raise ScheduleError(f"{self.name}: `over` fades new parts in, and there are none here")
-        return replace(after, model=replace(after.model, fading={**after.model.fading, **parts}))
+        return replace(after, fading={**after.fading, **parts})
 
 
 # ---------------------------------------------------------------------------------------------- depth
@@ -182,9 +182,11 @@ class StackLayers(LayerOperation):
                 turn += 1
         return found
 
-    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
+    def reshape(
+        self, model: GPT, target: ModelConfig, generator: torch.Generator, masked: bool = False
+    ) -> tuple[GPT, Lineage]:
         zero = isinstance(self.value, Stack) and self.value.how == "identity"
-        return growth.stack(model, target, self.layers(model.config), zero, generator)
+        return growth.stack(model, target, self.layers(model.config), zero, generator, masked)
 
 
 @operation("drop_layers")
@@ -266,8 +268,10 @@ class WidenMlpOperation(GrowthOperation):
                                 "with `over`, how is zero or random")  # fmt: skip
         return super().fade(before, after)
 
-    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
-        how = self.wanted.how or ("zero" if target.fading else "duplicate")
+    def reshape(
+        self, model: GPT, target: ModelConfig, generator: torch.Generator, masked: bool = False
+    ) -> tuple[GPT, Lineage]:
+        how = self.wanted.how or ("zero" if masked else "duplicate")
         return growth.widen_mlp(model, target, how, self.wanted.noise, generator)
 
 
@@ -330,8 +334,10 @@ class AddHeadsOperation(GrowthOperation):
             raise ScheduleError("add_heads: with `over`, query and key heads grow in proportion")
         return super().fade(before, after)
 
-    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
-        how = self.wanted.how or ("zero" if target.fading else "duplicate")
+    def reshape(
+        self, model: GPT, target: ModelConfig, generator: torch.Generator, masked: bool = False
+    ) -> tuple[GPT, Lineage]:
+        how = self.wanted.how or ("zero" if masked else "duplicate")
         return growth.add_heads(model, target, how, self.wanted.noise, generator)
 
 
@@ -450,7 +456,9 @@ class ResizeVocabulary(GrowthOperation):
         through = settings.vocabulary_map or tuple(range(old))
         return replace(planned, vocabulary_map=tuple(wanted.map[i] for i in through))
 
-    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
+    def reshape(
+        self, model: GPT, target: ModelConfig, generator: torch.Generator, masked: bool = False
+    ) -> tuple[GPT, Lineage]:
         wanted = self.wanted
         init = ("copy", wanted.init.copy_) if isinstance(wanted.init, CopyOf) else wanted.init
         old_ids = None

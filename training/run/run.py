@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,7 @@ class Run:
         if settings.vocabulary_map:
             self._map_vocabulary(settings.vocabulary_map)
         self._install(*self._placed(model, optimizer_state or {}, settings.frozen))
+        self._set_numbers(settings)
 
     # ------------------------------------------------------------------------------------------ one step
 
@@ -257,7 +258,7 @@ class Run:
 
     def _seed_dropout(self, micro: int) -> None:
         """Dropout is a function of (seed, iteration, micro-step): equal after a resume and for any number of ranks."""
-        if self.settings.model.dropout > 0:
+        if self.settings.dropout > 0:
             words = np.random.SeedSequence([self.config.seed, self.progress.iter, micro]).generate_state(1, np.uint64)
             torch.manual_seed(int(words[0]) >> 1)
 
@@ -371,11 +372,15 @@ class Run:
             self._map_vocabulary(target.vocabulary_map)
         if prepared is not None:
             self._install(*prepared)
-        if target.model.dropout != self.model.config.dropout:
-            set_dropout(self.model, target.model.dropout)
-        if target.model.fading != self.model.config.fading:
-            self.model.set_fading(target.model.fading)
+        self._set_numbers(target)
         self.settings = target
+
+    def _set_numbers(self, settings: Settings) -> None:
+        """Give the model the numbers of the settings that it holds."""
+        if settings.dropout != self.model.dropout:
+            set_dropout(self.model, settings.dropout)
+        if settings.fading != self.model.fading:
+            self.model.set_fading(settings.fading)
 
     def _map_vocabulary(self, new_ids: tuple[int, ...]) -> None:
         """Read every token of the data files as its new id, from here on."""
@@ -402,6 +407,7 @@ class Run:
             self._map_vocabulary(settings.vocabulary_map)
         self.settings = settings
         self._install(*self._placed(model, optimizer_state, settings.frozen))
+        self._set_numbers(settings)
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
 
@@ -419,7 +425,7 @@ class Run:
             model, lineage = reshape(whole, target.model, generator)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
-            assert shape_of(model.config) == shape_of(target.model), "the reshaped model is not the target's"
+            assert model.config == target.model, "the reshaped model is not the target's"
             state = carry(state, lineage, shapes)
             return self._placed(model, state, target.frozen)
         trainable = trainable_parameters(model, target.frozen)
@@ -448,14 +454,9 @@ class Run:
         self.wrapped = self.ranks.wrap(model, self.device)
 
 
-def shape_of(config: ModelConfig) -> ModelConfig:
-    """A model's configuration less what can change without another model."""
-    return replace(config, dropout=0.0, fading={})
-
-
 def reshapes(before: Settings, after: Settings) -> bool:
     """Whether parameters or their moments differ between the two."""
-    return shape_of(before.model) != shape_of(after.model) or before.reshapes_asked != after.reshapes_asked
+    return before.model != after.model or before.reshapes_asked != after.reshapes_asked
 
 
 def needs_agreement(before: Settings, after: Settings) -> bool:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.operations import Operation, make
 from orchestrate.training.schedule.triggers import TRIGGERS, Trigger
 from orchestrate.training.settings.errors import Refused, ScheduleError
-from orchestrate.training.settings.records import EXACTLY, Settings, get_field
+from orchestrate.training.settings.records import EXACTLY, Settings, get_field, present_name
 from orchestrate.training.settings.values import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -346,7 +346,7 @@ def plan_stages(schedule: Schedule, settings: Settings, world_size: int) -> list
 
 
 def _shape_key(config: ModelConfig) -> str:
-    return json.dumps(replace(config, dropout=0.0, fading={}).to_json(), sort_keys=True)
+    return json.dumps(config.to_json(), sort_keys=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -389,7 +389,7 @@ class Ramp:
     def between(cls, entry: Entry, before: Settings, after: Settings, start_iter: int) -> Ramp:
         assert entry.over
         if entry.operation.fades:
-            fields = {f"model.fading.{layer}": (0.0, 1.0) for layer in after.model.fading}
+            fields = {f"fading.{layer}": (0.0, 1.0) for layer in after.fading}
         else:
             fields = {name: (get_field(before, name), get_field(after, name)) for name in entry.operation.touches}
         return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields)
@@ -420,5 +420,7 @@ class Ramp:
 
     @classmethod
     def from_json(cls, values: Any) -> Ramp:
-        """Raises ValueError (pydantic's) for what `to_json` cannot have made."""
+        """Raises ValueError (pydantic's) for what `to_json` cannot have made, now or in an older version."""
+        if isinstance(values, dict) and isinstance(fields := values.get("fields"), dict):
+            values = {**values, "fields": {present_name(str(name)): ends for name, ends in fields.items()}}
         return TypeAdapter(cls).validate_python(values)

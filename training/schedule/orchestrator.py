@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Protocol
 
 from orchestrate.training.run.run import Run
@@ -163,7 +164,7 @@ class Orchestrator:
 
     def _due(self, entry: Entry, look_at_clock: bool) -> str | None:
         """Why the entry fires now, or None; the same answer on every rank."""
-        if entry.operation.renumbers and self.run.settings.model.fading:
+        if entry.operation.renumbers and self.run.settings.fading:
             return None  # layers keep their numbers and sizes while one of them is fading in
         if not entry.triggers:
             return "no trigger: at once"
@@ -334,7 +335,7 @@ class Orchestrator:
         overridden = set(operation.touches)
         if entry.over and operation.fades:
             target = operation.fade(run.settings, target)
-            run.adopt(target, operation.reshape)
+            run.adopt(target, partial(operation.reshape, masked=True))  # type: ignore[call-arg]
             self._drop_from_ramps(overridden)
             self.ramps.append(Ramp.between(entry, run.settings, target, run.progress.iter))
         elif entry.over:

@@ -6,7 +6,7 @@ What is wrong with the input is found here, as `Refused` or ValueError, before a
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,11 +35,10 @@ IN_SETTINGS = {
         key: key
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
-            "weight_decay beta1 beta2 grad_clip eval_interval eval_iters log_interval"
+            "weight_decay beta1 beta2 grad_clip dropout eval_interval eval_iters log_interval"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
-    "dropout": "model.dropout",
 }
 _SHAPE = "the checkpoint's weights have this shape; an operation of a schedule can change it"
 # Keys that a resume must not change, and why.
@@ -78,7 +77,6 @@ def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
             n_kv_head=config.n_kv_head or None,  # type: ignore[arg-type]
             n_embd=config.n_embd,
             n_hidden=config.n_hidden or None,  # type: ignore[arg-type]
-            dropout=config.dropout,
             bias=config.bias,
             norm=config.norm,
             norm_eps=config.norm_eps,
@@ -94,7 +92,7 @@ def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
 
 def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
     """The settings that a run of this configuration starts with."""
-    values = {name: getattr(config, key) for key, name in IN_SETTINGS.items() if "." not in name}
+    values = {name: getattr(config, key) for key, name in IN_SETTINGS.items()}
     return Settings(model=model, lora_alpha=config.lora_alpha, **values)
 
 
@@ -119,15 +117,13 @@ def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
 
 
 def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
-    """A foreign model's configuration with this run's dropout, adapters and (shorter) block_size."""
-    from dataclasses import replace
-
+    """A foreign model's configuration with this run's adapters and (shorter) block_size."""
     if config.block_size > model.block_size:
         raise Refused(
             f"block_size {config.block_size} is longer than the {model.block_size} that {config.init_from} was made for"
         )
     wanted = model_config_from(config.model_copy(update={"n_layer": model.n_layer}), model.vocab_size)
-    return replace(model, dropout=config.dropout, block_size=config.block_size, lora=wanted.lora)
+    return replace(model, block_size=config.block_size, lora=wanted.lora)
 
 
 def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
@@ -136,14 +132,11 @@ def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    from dataclasses import replace
-
     from orchestrate.model.gpt import crop_block_size
     from orchestrate.model.lora import reshape_lora
 
     load = nanogpt.load_checkpoint if Path(config.init_from).is_file() else hugging_face.load
     model = crop_block_size(load(config.init_from), config.block_size)
-    model = from_weights(replace(model.config, dropout=config.dropout), dict(model.named_parameters()))
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model
