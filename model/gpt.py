@@ -8,9 +8,10 @@ knows no optimizer, no data and no schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,29 @@ from torch import Tensor, nn
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of the positions seen, one pair a block, each (batch, n_kv_head, positions, head_size)."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight of a module, and its bias: what its rows and columns stand for, and how it starts.
+
+    Each module of this file declares its own, and what follows from them follows for every option: growth from the axes
+    (model/growth.py), initial values, and which matrices of a layer an adapter adapts (those with two axes).
+
+    Attributes:
+        rows, columns: names of axes; no columns for a vector. A bias has the rows. The axes are `vocabulary` and
+            `positions`; `writes`, the residual stream for who writes to it; `X_norm` and `X_reads` for X of attn, mlp
+            and head, the stream as a norm hands it on to X, and as X reads it; `qkv`, the features of all query, key
+            and value heads; `heads_read`, those of the query heads for who reads what they found; `head_features`, of
+            one head; `units` and `units_read`, the hidden units of an MLP, and the same for who reads them.
+        initial: "normal" | "residual", normal, but smaller the more layers there are | "ones". A bias starts at 0.
+        exists: whether a model of this shape has it.
+    """
+
+    rows: str
+    columns: str = ""
+    initial: str = "normal"
+    exists: Callable[[ModelConfig], bool] = lambda config: True
 
 
 class Dropout(nn.Module):
@@ -86,7 +110,18 @@ class _Fading(nn.Module):
 
 
 class Attention(_Fading):
-    """Causal self-attention; c_attn makes query, key and value in this order, c_proj brings the heads back."""
+    """Causal self-attention; c_attn makes query, key and value in this order, c_proj brings the heads back.
+
+    With qk_norm an RMSNorm over the features of a head, with weights that all heads share, comes between c_attn and the
+    rotary positions (Henry et al. 2020, arXiv:2010.04245; Dehghani et al. 2023, arXiv:2302.05442; as in Qwen3).
+    """
+
+    WEIGHTS: ClassVar = {
+        "c_attn": Weights("qkv", "attn_reads"),
+        "c_proj": Weights("writes", "heads_read", initial="residual"),
+        "q_norm": Weights("head_features", initial="ones", exists=lambda config: config.qk_norm),
+        "k_norm": Weights("head_features", initial="ones", exists=lambda config: config.qk_norm),
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,6 +129,10 @@ class Attention(_Fading):
         self.widths = [config.n_head * config.head_size, *[config.n_kv_head * config.head_size] * 2]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
         self.resid_dropout = Dropout()
         self.dropout_p = 0.0
         self.dropout_active = False
@@ -108,6 +147,8 @@ class Attention(_Fading):
         q = q.view(batch, time, self.n_head, self.head_size).transpose(1, 2)
         k = k.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
         v = v.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
+        if self.qk_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rope is not None:
             q, k = _rotate(q, *rope), _rotate(k, *rope)
         if past is not None:
@@ -130,6 +171,12 @@ class Attention(_Fading):
 
 class MLP(_Fading):
     """n_embd -> n_hidden -> n_embd with GELU, squared ReLU (So et al. 2021, arXiv:2109.08668) or SwiGLU."""
+
+    WEIGHTS: ClassVar = {
+        "c_fc": Weights("units", "mlp_reads"),
+        "c_gate": Weights("units", "mlp_reads", exists=lambda config: config.activation == "swiglu"),
+        "c_proj": Weights("writes", "units_read", initial="residual"),
+    }
 
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
         super().__init__()
@@ -170,6 +217,8 @@ def _embedding(rows: int, columns: int) -> nn.Embedding:
 class Block(nn.Module):
     """One transformer block, normed before each half."""
 
+    WEIGHTS: ClassVar = {"ln_1": Weights("attn_norm", initial="ones"), "ln_2": Weights("mlp_norm", initial="ones")}
+
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
         super().__init__()
         self.ln_1 = _norm(config)
@@ -191,6 +240,13 @@ class GPT(nn.Module):
     Attributes: `dropout` and `fading`, numbers that may change at any time (set_dropout, set_fading). A new model has
     no dropout and fades nothing in.
     """
+
+    WEIGHTS: ClassVar = {
+        "wte": Weights("vocabulary", "writes"),
+        "wpe": Weights("positions", "writes", exists=lambda config: config.position == "learned"),
+        "ln_f": Weights("head_norm", initial="ones"),
+        "lm_head": Weights("vocabulary", "head_reads", exists=lambda config: not config.tie_weights),
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -309,6 +365,26 @@ class GPT(nn.Module):
         return self._head(x[:, -1]), present
 
 
+WEIGHTS: dict[str, Weights] = {
+    **GPT.WEIGHTS,
+    **Block.WEIGHTS,
+    **{f"attn.{child}": weights for child, weights in Attention.WEIGHTS.items()},
+    **{f"mlp.{child}": weights for child, weights in MLP.WEIGHTS.items()},
+}
+"""What the modules declare, by their path in a block or in the model."""
+_MODULE = re.compile(r"(?:transformer\.)?(?:h\.(\d+)\.)?((?:(?:attn|mlp)\.)?\w+)")
+
+
+def weights_of(name: str) -> tuple[Weights, str | None]:
+    """What is declared of a module, or of a parameter, by its full name; and the number of its block, if it is in one.
+
+    A LoRA factor has the declaration of the matrix that it adapts.
+    """
+    match = _MODULE.match(name)
+    assert match, name
+    return WEIGHTS[match[2]], match[1]
+
+
 def init_weights(model: GPT, seed: int) -> None:
     """Fresh weights from a seed, the same on every rank and device; no global random state is used.
 
@@ -334,10 +410,11 @@ def initial_value(
     """A parameter's fresh value by the rule of `init_weights`, drawn on the CPU; on the meta device only its shape."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, device="meta")
-    if len(shape) < 2:
+    initial = weights_of(name)[0].initial
+    if name.endswith("bias") or initial == "ones":
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
     std = 0.02 * math.sqrt(768 / config.n_embd)
-    if "c_proj" in name:
+    if initial == "residual":
         std /= math.sqrt(2 * config.n_layer)
     return torch.empty(shape).normal_(0.0, std, generator=generator).to(device)
 

@@ -15,20 +15,19 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_of_parameter
-from orchestrate.model.gpt import GPT, put_parameter
+from orchestrate.model.gpt import GPT, WEIGHTS, put_parameter
 from orchestrate.model.lineage import Lineage, Origin
 from torch import Tensor, nn
 
 ADAPTER = "default"
-_MATRICES = {"attn": ("c_attn", "c_proj"), "mlp": ("c_fc", "c_gate", "c_proj")}
 
 
 def _modules_of(layer: str, config: ModelConfig) -> list[str]:
     """Paths of the matrices of a leaf layer that carry its adapter."""
     kind, _, index = layer.partition(".")
-    if kind in _MATRICES:
-        names = [name for name in _MATRICES[kind] if name != "c_gate" or config.activation == "swiglu"]
-        return [f"transformer.h.{index}.{kind}.{name}" for name in names]
+    if index:
+        there = [path for path, w in WEIGHTS.items() if path.startswith(f"{kind}.") and w.columns and w.exists(config)]
+        return [f"transformer.h.{index}.{path}" for path in there]
     return ["lm_head"] if kind == "lm_head" else [f"transformer.{kind}"]
 
 

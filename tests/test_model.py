@@ -11,12 +11,14 @@ from orchestrate.model.config import LoraSpec, ModelConfig, expand_layers, layer
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import (
     GPT,
+    WEIGHTS,
     compile_blocks,
     crop_block_size,
     from_weights,
     init_weights,
     parameter_count,
     set_dropout,
+    weights_of,
 )
 from orchestrate.model.lineage import carry
 from orchestrate.model.lora import reshape_lora, tied_logits, trainable_parameters
@@ -27,7 +29,8 @@ GPT2 = ModelConfig(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32,
 LLAMA = replace(
     GPT2, norm="rmsnorm", activation="swiglu", position="rotary", tie_weights=False, bias=False, n_kv_head=2, n_hidden=48
 )  # fmt: skip
-BOTH = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+QK_NORM = replace(LLAMA, qk_norm=True, head_size=10)
+BOTH = pytest.mark.parametrize("config", [GPT2, LLAMA, QK_NORM], ids=["gpt2", "llama", "qk_norm"])
 
 
 def trained(config: ModelConfig, seed: int = 0) -> GPT:
@@ -71,7 +74,11 @@ def test_config_goes_through_json(config):
         ({"n_embd": 30}, "multiple of n_head"),
         ({"n_kv_head": 3}, "multiple of n_kv_head"),
         ({"n_layer": 0}, "n_layer"),
-        ({"activation": "relu"}, "activation must be one of"),
+        ({"activation": "relu"}, "activation must be one of gelu, gelu_tanh, relu2, swiglu, got 'relu'"),
+        ({"qk_norm": 1}, "qk_norm must be true or false, got 1"),
+        ({"head_size": 0}, "head_size must be a whole number from 1 to 1048576, got 0"),
+        ({"n_hidden": (8, 0)}, "n_hidden must be a whole number from 1 to 4194304, got 0"),
+        ({"norm_eps": 0.0}, "norm_eps must be positive and finite, got 0.0"),
         ({"lora": {"attn.5": LoraSpec(1, 1.0)}}, "attn.5"),
         ({"lora": {"attn.0": LoraSpec(99, 1.0)}}, "from 1 to 32"),
         ({"lora": {"lm_head": LoraSpec(1, 1.0)}}, "untied lm_head"),
@@ -93,6 +100,41 @@ def test_layer_names():
         expand_layers(GPT2, "atn.1")
     for config in (GPT2, replace(LLAMA, lora={"attn.0": LoraSpec(2, 4.0), "lm_head": LoraSpec(2, 4.0)})):
         assert {layer_of_parameter(name) for name, _ in GPT(config).named_parameters()} == set(layer_names(config))
+
+
+@BOTH
+def test_every_weight_is_declared(config):
+    """What the modules declare of their weights is what the model has: growth and initial values follow from it."""
+    config = replace(config, n_embd=24, vocab_size=50, n_hidden=40, block_size=16)
+    sizes = {
+        "vocabulary": 50, "positions": 16, "writes": 24, "attn_norm": 24, "mlp_norm": 24, "head_norm": 24,
+        "attn_reads": 24, "mlp_reads": 24, "head_reads": 24, "units": 40, "units_read": 40,
+        "qkv": (config.n_head + 2 * config.n_kv_head) * config.head_size, "heads_read": config.n_head * config.head_size,
+        "head_features": config.head_size,
+    }  # fmt: skip
+    model, found = GPT(config), set()
+    init_weights(model, 0)
+    for name, parameter in model.named_parameters():
+        weights, block = weights_of(name)
+        found.add(name.removeprefix("transformer.").removeprefix(f"h.{block}.").rpartition(".")[0])
+        assert weights.exists(config) and (block is not None) == (".h." in name)
+        axes = [axis for axis in (weights.rows, weights.columns) if axis]
+        assert parameter.shape == tuple(sizes[axis] for axis in axes[: parameter.dim()]), name
+        flat = {"ones": 1.0}.get(weights.initial) if name.endswith("weight") else 0.0
+        assert flat is None or (parameter == flat).all(), name
+    assert found == {path for path, weights in WEIGHTS.items() if weights.exists(config)}
+
+
+def test_qk_norm_bounds_the_product_of_queries_and_keys():
+    """A head's attention is the same however large its queries are, but for the norm's epsilon."""
+    model = trained(replace(QK_NORM, norm_eps=1e-12))
+    was = model.logits(tokens())
+    with torch.no_grad():
+        for block in model.transformer["h"]:
+            block.attn.c_attn.weight[: 4 * 10] *= 30.0
+        torch.testing.assert_close(model.logits(tokens()), was, atol=1e-4, rtol=1e-4)
+        model.transformer["h"][0].attn.q_norm.weight.mul_(3.0)
+        assert (model.logits(tokens()) - was).abs().max() > 1e-3
 
 
 @BOTH

@@ -80,8 +80,17 @@ def reloaded(run: Run, folder) -> Run:
     return Run(run.config, settings, progress, model, run.source, run.ranks, run.device, loaded.optimizer)
 
 
+# The model that runs have by default, and one with every other option.
+MODELS = {
+    "gpt2": {},
+    "qk_norm": {"qk_norm": True, "head_size": 6, "n_kv_head": 1, "norm": "rmsnorm", "position": "rotary"},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_contract(run, name, tmp_path):
+def test_contract(data, name, model, tmp_path):
+    run = live_run(data, model=MODELS[model])
     for before, value in BEFORE.get(name, []):
         apply(run, before, value)
         run.step()

@@ -51,6 +51,8 @@ GROWTH = [
     {"name": "reset_moments", "value": "mlp.*"},
 ]
 SCHEDULES = {"settings": SCHEDULE, "growth": GROWTH}
+# Heads of a size of their own, normed: they grow with everything else.
+QK_NORM = {"qk_norm": True, "head_size": 6}
 
 
 def stop_at(monkeypatch, iteration: int, polls: int = 0) -> None:
@@ -86,9 +88,9 @@ def compare(one, other) -> None:
     assert fired[0] == fired[1] and len(fired[0]) in (len(SCHEDULE), len(GROWTH))
 
 
-def run_whole(folder, data, schedule):
+def run_whole(folder, data, schedule, **keys):
     (folder / "s.json").write_text(json.dumps(schedule))
-    assert train_orchestrated.main(arguments(data, folder / "run", schedule=folder / "s.json")) == 0
+    assert train_orchestrated.main(arguments(data, folder / "run", schedule=folder / "s.json", **keys)) == 0
     return folder / "run"
 
 
@@ -100,13 +102,13 @@ def uninterrupted(tmp_path_factory, data):
 
 @pytest.fixture(scope="module")
 def uninterrupted_growth(tmp_path_factory, data):
-    return run_whole(tmp_path_factory.mktemp("grown"), data, GROWTH)
+    return run_whole(tmp_path_factory.mktemp("grown"), data, GROWTH, **QK_NORM)
 
 
 @pytest.mark.parametrize("iteration", range(1, 12))
 def test_stopped_at_any_iteration_while_growing(iteration, uninterrupted_growth, tiny, resume, monkeypatch):
     stop_at(monkeypatch, iteration)
-    code, out = tiny(GROWTH)
+    code, out = tiny(GROWTH, **QK_NORM)
     assert code == 128 + signal.SIGUSR1
     monkeypatch.undo()
     assert resume(out) == 0
@@ -262,6 +264,8 @@ def test_the_same_command_again_does_not_undo_the_schedule(tiny, resume):
     [
         ({"n_layer": 3}, "n_layer cannot change on resume from 2 to 3"),
         ({"block_size": 8}, "block_size cannot change"),
+        ({"head_size": 4}, "head_size cannot change on resume from 0 to 4"),
+        ({"qk_norm": True}, "qk_norm cannot change on resume from False to True"),
         ({"attn_lora_rank": 4}, "an operation of a schedule can change it"),
         ({"seed": 5}, "samples would repeat"),
         ({"dataset": "elsewhere"}, "dataset cannot change"),

@@ -88,7 +88,10 @@ def test_sharded_is_the_same_run(data, tmp_path, processes):
     # Three ranks (uneven shards, some of them empty): freezing, adapters and growth.
     some = SCHEDULE if processes == 2 else SCHEDULE[:7]
     schedule.write_text(json.dumps(some))
-    given = {**keys(schedule=schedule, dropout=0.1), "max_iters": 24 if processes == 2 else 13}
+    given = {
+        **keys(schedule=schedule, dropout=0.1, qk_norm=True, head_size=6),
+        "max_iters": 24 if processes == 2 else 13,
+    }
     commands = [
         arguments(data, tmp_path / "ddp", **given),
         arguments(data, tmp_path / "fsdp", parallel="fsdp", **given),

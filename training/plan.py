@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from orchestrate.data.stream import open_data
-from orchestrate.model.config import ModelConfig
+from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
@@ -207,8 +207,8 @@ def _batch_shape(s: Settings) -> tuple[int, int]:
 def _block_kind(s: Settings, n: int) -> str:
     """What a compiled graph of a block depends on."""
     c = s.model
-    shape = (c.n_embd, c.n_head, c.n_kv_head, c.head_size, c.n_hidden[n], c.norm, c.activation, c.position, c.bias)
-    layers = [f"{kind}.{n}" for kind in ("ln_1", "attn", "ln_2", "mlp")]
+    shape = [getattr(c, name) for name, option in OPTIONS.items() if option.shapes_blocks] + [c.n_hidden[n]]
+    layers = [f"{kind}.{n}" for kind in BLOCK_LAYERS]
     return repr((shape, [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]))
 
 
@@ -224,11 +224,13 @@ def flops_per_token(c: ModelConfig, parameters: int, length: int) -> float:
 def activation_bytes(s: Settings, width: int) -> int:
     """What one micro-step keeps for its backward, roughly; `width` bytes a number.
 
-    Per block and token: input and output of both norms, queries, keys and values, the heads' output twice, the inner
-    MLP tensors (two, with a gate four); then the logits with their softmax and its gradient.
+    Per block and token: input and output of both norms, queries, keys and values (queries and keys twice where they
+    are normed), the heads' output twice, the inner MLP tensors (two, with a gate four); then the logits with their
+    softmax and its gradient.
     """
     c, tokens = s.model, s.batch_size * s.sequence_length
     heads = (c.n_head + 2 * c.n_kv_head) * c.head_size + 2 * c.n_head * c.head_size
+    heads += (c.n_head + c.n_kv_head) * c.head_size if c.qk_norm else 0
     inner = 4 if c.activation == "swiglu" else 2
     blocks = sum(4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden)
     return tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)

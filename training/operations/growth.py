@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from orchestrate.model import growth
-from orchestrate.model.config import LIMITS, ModelConfig, layer_names
+from orchestrate.model.config import OPTIONS, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT
 from orchestrate.model.growth import Layer
 from orchestrate.model.lineage import Lineage
@@ -155,8 +155,8 @@ class StackLayers(LayerOperation):
         added = n_layer - old
         if added < 1:
             raise ScheduleError(f"stack_layers: n_layer must be more than the {old} there are, got {n_layer}")
-        if n_layer > LIMITS["n_layer"]:
-            raise ScheduleError(f"stack_layers: n_layer may be {LIMITS['n_layer']} at most, got {n_layer}")
+        if n_layer > OPTIONS["n_layer"].limit:
+            raise ScheduleError(f"stack_layers: n_layer may be {OPTIONS['n_layer'].limit} at most, got {n_layer}")
 
         def new(beside: int, turn: int) -> Layer:
             match wanted.how:

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import torch
 from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap
 from orchestrate.model import hugging_face, nanogpt
-from orchestrate.model.config import LIMITS, LoraSpec, ModelConfig
+from orchestrate.model.config import OPTIONS, LoraSpec, ModelConfig
 from orchestrate.model.gpt import GPT, check_shapes, from_weights, init_weights
 from orchestrate.training.run import out_of_memory, sharding
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import State
 from orchestrate.training.run.run import Run, pick_device
 from orchestrate.training.schedule.file import Schedule, Stage, parse_schedule, plan_stages, read_schedule
-from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, model_values
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Progress, Settings, get_field, with_field
 from orchestrate.training.settings.values import problems_of, shown
@@ -43,13 +43,8 @@ IN_SETTINGS = {
 _SHAPE = "the checkpoint's weights have this shape; an operation of a schedule can change it"
 # Keys that a resume must not change, and why.
 FIXED = {
-    **{
-        key: _SHAPE
-        for key in (
-            "block_size n_layer n_head n_kv_head n_embd n_hidden bias norm norm_eps activation use_rotary_embeddings "
-            "rotary_base tie_weights attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size"
-        ).split()
-    },
+    **dict.fromkeys(MODEL_KEYS, _SHAPE),
+    **dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size".split(), _SHAPE),
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
     "seed": "the order of the data follows from it, and samples would repeat or be left out",
@@ -59,35 +54,24 @@ FIXED = {
 
 def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
     """The model that a configuration describes from scratch. Raises Refused."""
+    try:
+        return ModelConfig(vocab_size=vocab_size, **model_values(config), lora=adapters_from(config, config.n_layer))
+    except ValueError as error:
+        raise Refused(str(error).split("; ")) from None
+
+
+def adapters_from(config: TrainConfig, n_layer: int) -> dict[str, LoraSpec]:
+    """The adapters that a configuration asks for on a model of so many layers."""
     ranks = {"attn": config.attn_lora_rank, "mlp": config.mlp_lora_rank}
     adapters = {
         f"{kind}.{n}": LoraSpec(rank, config.lora_alpha)
-        for n in range(min(config.n_layer, LIMITS["n_layer"]))
+        for n in range(min(n_layer, OPTIONS["n_layer"].limit))
         for kind, rank in ranks.items()
         if rank
     }
     if config.embedding_rank:
         adapters["wte"] = LoraSpec(config.embedding_rank, config.lora_alpha)
-    try:
-        return ModelConfig(
-            block_size=config.block_size,
-            vocab_size=vocab_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_kv_head=config.n_kv_head or None,  # type: ignore[arg-type]
-            n_embd=config.n_embd,
-            n_hidden=config.n_hidden or None,  # type: ignore[arg-type]
-            bias=config.bias,
-            norm=config.norm,
-            norm_eps=config.norm_eps,
-            activation=config.activation,
-            position="rotary" if config.use_rotary_embeddings else "learned",
-            rotary_base=config.rotary_base,
-            tie_weights=config.tie_weights,
-            lora=adapters,
-        )
-    except ValueError as error:
-        raise Refused(str(error).split("; ")) from None
+    return adapters
 
 
 def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
@@ -117,13 +101,29 @@ def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
 
 
 def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
-    """A foreign model's configuration with this run's adapters and (shorter) block_size."""
+    """A foreign model's configuration with this run's adapters and (shorter) block_size. Raises Refused."""
+
+    def has(name: str, value: Any) -> bool:
+        try:
+            return replace(model, **{name: value}) == model
+        except ValueError:
+            return False
+
+    wanted, problems = model_values(config), []
     if config.block_size > model.block_size:
-        raise Refused(
+        problems.append(
             f"block_size {config.block_size} is longer than the {model.block_size} that {config.init_from} was made for"
         )
-    wanted = model_config_from(config.model_copy(update={"n_layer": model.n_layer}), model.vocab_size)
-    return replace(model, block_size=config.block_size, lora=wanted.lora)
+    for key, name in MODEL_KEYS.items():
+        if key in config.model_fields_set and key != "block_size" and not has(name, wanted[name]):
+            given, present = shown(getattr(config, key)), shown(getattr(model, name))
+            problems.append(f"{key}: got {given}, but the weights of {config.init_from} have {name} {present}")
+    if problems:
+        raise Refused(problems)
+    try:
+        return replace(model, block_size=config.block_size, lora=adapters_from(config, model.n_layer))
+    except ValueError as error:
+        raise Refused(str(error).split("; ")) from None
 
 
 def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
