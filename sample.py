@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from orchestrate.data.stream import Meta, find_folder, read_meta, read_remap
 from orchestrate.data.tokenizer import RemappedTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import GPT, compile_blocks, from_weights
-from orchestrate.training.run.run import DTYPES, pick_device, pick_dtype
-from orchestrate.training.session.start import latest_good, understood
+from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
+from orchestrate.training.session.resume import latest_good, understood
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
 

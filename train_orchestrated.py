@@ -22,14 +22,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+
 from orchestrate.training import plan
 from orchestrate.training.loop import train
 from orchestrate.training.run import out_of_memory
+from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.run import Run
 from orchestrate.training.schedule.file import Schedule
-from orchestrate.training.session import start as setup
+from orchestrate.training.session.opening import open_run
+from orchestrate.training.session.resume import Resumed, resume
 from orchestrate.training.session.session import Session
+from orchestrate.training.session.start import the_schedule
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings import config as configuration
 from orchestrate.training.settings.config import TrainConfig
@@ -94,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
             return launch(resumed, schedule, run, watch)
 
 
-def launch(resumed: setup.Resumed | None, schedule: Schedule, run: Run, watch: SignalWatch) -> int:
+def launch(resumed: Resumed | None, schedule: Schedule, run: Run, watch: SignalWatch) -> int:
     """Train a run that is ready to; returns the exit code."""
     config, ranks = run.config, run.ranks
     session = Session(config, run, schedule, Silent(), watch, resumed.loaded.state["wandb_id"] if resumed else None)
@@ -110,28 +114,28 @@ def launch(resumed: setup.Resumed | None, schedule: Schedule, run: Run, watch: S
     try:
         code = train(session)
     finally:
-        session.finish_save()
+        session.saver.finish()
         session.reporter.close(code)
     ranks.close()
     return code
 
 
-def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[setup.Resumed | None, Schedule, Run]:
+def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[Resumed | None, Schedule, Run]:
     """Everything that can be refused, before anything is written."""
     resumed = None
     config, given = resume_after_restart(config, given)
     if config.init_from == "resume":
-        resumed = setup.resume(config, given)
+        resumed = resume(config, given)
         config, schedule = resumed.config, resumed.schedule
     else:
-        schedule = setup.the_schedule(config)
+        schedule = the_schedule(config)
         refuse_to_overwrite(config)
-    device = setup.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where tensors are float32; a CPU stays exact
     ranks = Ranks(device.type, config.backend, config.parallel)
-    run = setup.open_run(config, resumed, schedule, ranks)
+    run = open_run(config, resumed, schedule, ranks)
     run.check_ranks_agree("the start")
     return resumed, schedule, run
 
@@ -185,7 +189,7 @@ def refuse_to_overwrite(config: TrainConfig) -> None:
 
 
 def open_reporter(
-    config: TrainConfig, run: Run, resumed: setup.Resumed | None, wandb_id: str | None
+    config: TrainConfig, run: Run, resumed: Resumed | None, wandb_id: str | None
 ) -> tuple[Reporter, str | None]:
     """Make the run folder and everything that writes to it (rank 0)."""
     out_dir = Path(config.out_dir)
@@ -204,7 +208,7 @@ def open_reporter(
     return Reporter(out_dir, config.max_iters, run.progress.iter, log_file, wandb_run), wandb_id
 
 
-def announce(session: Session, resumed: setup.Resumed | None) -> None:
+def announce(session: Session, resumed: Resumed | None) -> None:
     """Write down and say how this start begins."""
     config, run = session.config, session.run
     total, trainable = run.parameter_counts()

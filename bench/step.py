@@ -22,8 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrate.data.stream import DataSet, Meta, TokenFile  # noqa: E402
+from orchestrate.training.run.device import pick_device  # noqa: E402
 from orchestrate.training.run.distributed import Ranks  # noqa: E402
-from orchestrate.training.run.run import Run, pick_device  # noqa: E402
+from orchestrate.training.run.run import Run  # noqa: E402
 from orchestrate.training.schedule.file import Schedule, parse_schedule  # noqa: E402
 from orchestrate.training.schedule.orchestrator import Orchestrator  # noqa: E402
 from orchestrate.training.session.start import DEFAULT_VOCAB, initial_model, model_config_from, settings_from  # noqa: E402
@@ -42,7 +43,8 @@ def make_run(config, tokens: Path) -> Run:
     file = TokenFile(tokens)
     data = DataSet(file, file, Meta(vocab))
     model = initial_model(config, model_config)
-    return Run(config, settings_from(config, model_config), Progress(), model, data, Ranks(device.type), device)
+    settings = settings_from(config, model_config)
+    return Run(config, settings, Progress.start(settings), model, data, Ranks(device.type), device)
 
 
 def nanogpt_step(path: Path, run: Run) -> Callable[[], None]:

@@ -36,9 +36,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peft  # noqa: E402, F401
 import torch.distributed.checkpoint  # noqa: E402, F401
 import torch.distributed.fsdp  # noqa: E402, F401
-from orchestrate.training import checkpoint  # noqa: E402
 
 import train_orchestrated  # noqa: E402
+from orchestrate.training.store import checkpoint  # noqa: E402
 
 SCHEDULE = [
     {"name": "set_batch_size", "value": 6, "at_iter": 3},

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+
 from orchestrate.data.stream import Meta
 from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from orchestrate.model.gpt import GPT, Cache
 from torch import Tensor
+
+from orchestrate.model.gpt import GPT, Cache
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from orchestrate.model.config import Fade, ModelConfig
 from torch import Tensor, nn
+
+from orchestrate.model.config import Fade, ModelConfig
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of the positions seen, one pair a block, each (batch, n_kv_head, positions, head_size)."""

@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
+
 from orchestrate.model.config import BLOCK_LAYERS, Fade, ModelConfig
 from orchestrate.model.gpt import GPT, initial_value, put_parameter, weights_of
 from orchestrate.model.lineage import Lineage, Origin, follow, known
 from orchestrate.model.lora import ADAPTER
-from torch import Tensor, nn
 
 Grown = tuple[GPT, Lineage]
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.families import FAMILIES, Family
 from orchestrate.model.gpt import GPT, from_weights
-from torch import Tensor
 
 # n_layer, n_head, n_embd of OpenAI's releases; all have 50257 tokens, 1024 positions and biases.
 GPT2_MODELS = {

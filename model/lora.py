@@ -14,10 +14,11 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_of_parameter
 from orchestrate.model.gpt import GPT, WEIGHTS, put_parameter
 from orchestrate.model.lineage import Lineage, Origin
-from torch import Tensor, nn
 
 ADAPTER = "default"
 

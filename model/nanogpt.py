@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, from_weights
 

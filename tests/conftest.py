@@ -77,6 +77,7 @@ def tiny(data, tmp_path):
             keys["schedule"] = path
         return train_orchestrated.main(arguments(data, out_dir, **keys)), out_dir
 
+    launch.folder = lambda out: tmp_path / out
     return launch
 
 

@@ -27,6 +27,9 @@ from conftest import ROOT, TINY, write_data
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from operation_examples import BEFORE, EXAMPLES
+from safetensors.torch import load_file, save_file
+
+import train_orchestrated
 from orchestrate.data.stream import read_meta, read_remap
 from orchestrate.model import nanogpt
 from orchestrate.model.config import ModelConfig
@@ -34,9 +37,6 @@ from orchestrate.model.gpt import GPT
 from orchestrate.training.schedule.file import ENTRY_FIELDS
 from orchestrate.training.settings.config import KEYS, TrainConfig
 from orchestrate.training.settings.errors import OperationFailed, Refused, ScheduleError
-from safetensors.torch import load_file, save_file
-
-import train_orchestrated
 
 SECONDS = 20
 NUMBERS = st.one_of(
@@ -248,8 +248,10 @@ def schedule_text(data: st.DataObject, workspace: Workspace) -> str:
 def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
     """What the plan accepts can be carried out: every entry is applied to a live run, and a step is made after it."""
     from orchestrate.training.run.distributed import Ranks
-    from orchestrate.training.schedule.file import check_settings, parse_schedule, plan_stages
-    from orchestrate.training.session.start import check_lengths, open_run
+    from orchestrate.training.schedule.file import parse_schedule
+    from orchestrate.training.schedule.stages import check_settings, plan_stages
+    from orchestrate.training.session.opening import open_run
+    from orchestrate.training.session.start import check_lengths
     from orchestrate.training.settings.config import resolve
 
     model = data.draw(st.sampled_from(MODELS))
@@ -259,7 +261,7 @@ def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
         run = open_run(config, None, parse_schedule("", "s"), Ranks("cpu"))
         try:
             schedule = parse_schedule(json.dumps(entries(data)), "s.json")
-            check_lengths(plan_stages(schedule, run.settings, 1), run.source)
+            check_lengths(plan_stages(schedule, run.settings, 1), run.batches.opened)
         except Refused:
             return "refused"
         for entry in schedule.entries:

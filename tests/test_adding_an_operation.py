@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 from conftest import ROOT
+from test_operations import apply, live_run, logits
+
 from orchestrate.training.operations import OPERATIONS, make
 from orchestrate.training.settings.errors import ScheduleError
-from test_operations import apply, live_run, logits
 
 
 @pytest.fixture

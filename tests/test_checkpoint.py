@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import events
+
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
 

@@ -12,10 +12,10 @@ import time
 import pytest
 import torch
 from conftest import ROOT, arguments, events, lines
-from orchestrate.training.settings.errors import Refused
 
 import sample
 import train_orchestrated
+from orchestrate.training.settings.errors import Refused
 
 
 def command(script: str, *args, **keys) -> subprocess.CompletedProcess:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from conftest import ROOT
-from orchestrate.training.settings.config import ALIASES, KEYS, TrainConfig, help_text, read_config_file, resolve
-from orchestrate.training.settings.errors import Refused
 
 import train_orchestrated
+from orchestrate.training.settings.config import ALIASES, KEYS, TrainConfig, help_text, read_config_file, resolve
+from orchestrate.training.settings.errors import Refused
 
 # Written as nanoGPT's own files are: an import for a run name, arithmetic, comments.
 NANOGPT = """import time

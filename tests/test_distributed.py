@@ -36,7 +36,7 @@ SCHEDULE = [
 def make_run(data: str, **keys):
     from orchestrate.training.run.distributed import Ranks
     from orchestrate.training.schedule.file import Schedule
-    from orchestrate.training.session.start import open_run
+    from orchestrate.training.session.opening import open_run
     from orchestrate.training.settings.config import TrainConfig
 
     config = TrainConfig(**{**TINY, "dataset": data, **keys})
@@ -52,7 +52,7 @@ def change(run, name: str, value=None) -> None:
 
 def gradients(run) -> dict[str, np.ndarray]:
     """Gradients of one backward pass through the wrapped module; each rank has its own batch."""
-    x, y = run._batch(run.ranks.rank * 4, 4)
+    x, y = run.batches.read(run.progress.cursor.skip(run.ranks.rank * 4), 4)
     run.wrapped(x, y)[1].backward()
     found = {n: p.grad.clone().numpy() for n, p in run.model.named_parameters() if p.grad is not None}
     run.optimizer.zero_grad()
@@ -113,7 +113,15 @@ def _every_operation(rank: int, data: str, parallel: str):
     losses, prints = {}, []
     for name, value in EXAMPLES.items():
         model = initial_model(first.config, first.settings.model)
-        run = Run(first.config, first.settings, Progress(), model, first.source, first.ranks, first.device)
+        run = Run(
+            first.config,
+            first.settings,
+            Progress.start(first.settings),
+            model,
+            first.batches.opened,
+            first.ranks,
+            first.device,
+        )
         for before in BEFORE.get(name, []):
             change(run, *before)
         prints.append(run.fingerprint())
@@ -236,14 +244,14 @@ def _batches(rank: int, data: str):
     """(global sample index of every micro-step) -> tokens, over changes of the batch."""
     run = make_run(data, gradient_accumulation_steps=4)
     seen = []
-    load = run._load
+    load = run.batches.load
 
-    def record(first, count, block_size, length):
-        x, y = load(first, count, block_size, length)
-        seen.append((first, x.tolist(), y.tolist()))
+    def record(cursor, count):
+        x, y = load(cursor, count)
+        seen.append((cursor.sample, x.tolist(), y.tolist()))
         return x, y
 
-    run._load = record
+    run.batches.load = record
     losses = []
     for name, value in [(None, None), ("set_batch_size", 6), ("set_grad_accum", 2), ("set_dropout", 0.3)]:
         if name:

@@ -7,6 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
 from orchestrate.model.config import LoraSpec, ModelConfig
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.hugging_face import (
@@ -21,15 +31,6 @@ from orchestrate.model.hugging_face import (
 )
 from orchestrate.model.nanogpt import config_from_checkpoint, load_checkpoint
 from orchestrate.training.settings.errors import Refused
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 
 def gpt2(**keys):

@@ -14,15 +14,15 @@ import pytest
 import torch
 from conftest import TINY, events, lines
 from fuzzing import TARGETS, Workspace, fuzz, seal
+from safetensors.torch import load_file, save_file
+
+import train_orchestrated
 from orchestrate.data.stream import read_remap
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import from_weights
 from orchestrate.model.nanogpt import config_from_checkpoint
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
-from safetensors.torch import load_file, save_file
-
-import train_orchestrated
 
 CASES = {"schedule_runs": 30, "forged_state": 60, "forged_tensors": 40, "jsonl": 40}
 

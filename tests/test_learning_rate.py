@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.training.run.learning_rate import learning_rate
 from orchestrate.training.session.start import settings_from

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
 from orchestrate.model.config import LoraSpec, ModelConfig, expand_layers, layer_names, layer_of_parameter
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import (
@@ -23,7 +25,6 @@ from orchestrate.model.gpt import (
 from orchestrate.model.lineage import carry
 from orchestrate.model.lora import reshape_lora, tied_logits, trainable_parameters
 from orchestrate.training.plan import flops_per_token
-from torch._dynamo.testing import CompileCounterWithBackend
 
 GPT2 = ModelConfig(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32, bias=True)
 LLAMA = replace(

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from operation_examples import BEFORE, EXAMPLES
+
 from orchestrate.data.stream import open_data
 from orchestrate.model.config import ModelConfig, layer_of_parameter
 from orchestrate.model.gpt import GPT, from_weights, init_weights
@@ -32,10 +33,11 @@ def live_run(data, steps: int = 3, model: dict | None = None, **keys) -> Run:
     model_config = ModelConfig(**{**shape, **(model or {})})
     model = GPT(model_config)
     init_weights(model, 1)
+    settings = settings_from(config, model_config)
     run = Run(
         config,
-        settings_from(config, model_config),
-        Progress(),
+        settings,
+        Progress.start(settings),
         model,
         open_data(str(data), 16),
         Ranks("cpu"),
@@ -76,8 +78,8 @@ def reloaded(run: Run, folder) -> Run:
     weights, moments = dict(run.model.named_parameters()), run.optimizer.state_by_name()
     loaded = checkpoint.load(checkpoint.save(folder, state, weights, moments, keep_last=1, keep_best=0))
     settings = Settings.from_json(loaded.state["settings"])
-    model, progress = from_weights(settings.model, loaded.model), Progress.from_json(loaded.state["progress"])
-    return Run(run.config, settings, progress, model, run.source, run.ranks, run.device, loaded.optimizer)
+    model, progress = from_weights(settings.model, loaded.model), Progress.from_json(loaded.state["progress"], settings)
+    return Run(run.config, settings, progress, model, run.batches.opened, run.ranks, run.device, loaded.optimizer)
 
 
 # The model that runs have by default, and one with every other option.

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 from conftest import ROOT, arguments, events
-from orchestrate.training import plan
-from orchestrate.training.settings.config import TrainConfig
-from orchestrate.training.settings.errors import Refused
 from test_operations import apply, live_run
 
 import train_orchestrated
+from orchestrate.training import plan
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused
 
 GROWS = [
     {"name": "set_grad_accum", "value": 4, "trigger_loss": 3.0, "max_wait_iters": 5},

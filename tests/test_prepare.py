@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 from conftest import ROOT, TEXT
+
 from orchestrate.data.prepare import prepare_bpe
 from orchestrate.data.stream import TokenFile, open_data, read_meta
 from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer, RemappedTokenizer, tokenizer_of

@@ -7,6 +7,7 @@ import os
 import shutil
 
 from conftest import lines
+
 from orchestrate.training.store.reporting import EVENTS, METRICS, JsonLines, Reporter, clean, rewind
 
 

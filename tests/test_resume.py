@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import arguments, assert_same_tensors, events, lines, tensors, write_data
 from fuzzing import seal
+
+import train_orchestrated
 from orchestrate.model.config import Fade, ModelConfig
 from orchestrate.training.run.run import Run
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.errors import OperationFailed, Refused
 from orchestrate.training.settings.records import Settings
-
-import train_orchestrated
 
 # One of every kind of change, chains included: entries 3 and 4 fire in one round with a checkpoint between them.
 SCHEDULE = [
@@ -246,7 +246,7 @@ def test_overrides_take_effect_and_are_logged(tiny, resume):
     assert overrides["learning_rate"] | {"before": 5e-3, "after": 1e-3, "applied": True} == overrides["learning_rate"]
     state = json.loads((out_dir / "checkpoints/latest/state.json").read_text())
     assert state["settings"]["learning_rate"] == 1e-3 and state["settings"]["batch_size"] == 2
-    assert state["progress"]["samples"] == 6 * 8 + 3 * 4
+    assert state["progress"]["cursor"]["sample"] == 6 * 8 + 3 * 4
     assert json.loads((out_dir / "config.json").read_text())["learning_rate"] == 1e-3
 
 

@@ -9,8 +9,11 @@ import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from orchestrate.model.config import ModelConfig
-from orchestrate.training.schedule.file import ENTRY_FIELDS, Ramp, parse_schedule, plan_stages, read_schedule
+from orchestrate.training.schedule.file import ENTRY_FIELDS, parse_schedule, read_schedule
+from orchestrate.training.schedule.ramps import Ramp
+from orchestrate.training.schedule.stages import plan_stages
 from orchestrate.training.schedule.triggers import TRIGGERS
 from orchestrate.training.session.start import planned_model_config, settings_from
 from orchestrate.training.settings.config import TrainConfig, resolve

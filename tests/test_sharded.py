@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ranks
 from fuzzing import seal
-from orchestrate.training.run.run import _bit_sums
-from orchestrate.training.settings.config import TrainConfig
-from orchestrate.training.settings.errors import Refused
-from orchestrate.training.store import checkpoint
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
+from orchestrate.training.run.fingerprint import bit_sums
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.store import checkpoint
 
 SCHEDULE = [
     {"name": "freeze_layer", "value": ["block.0", "wte"], "at_iter": 2},
@@ -216,7 +216,7 @@ def test_what_goes_wrong_in_a_sharded_run(data, tmp_path):
         (e["key"], e["before"], e["after"]) for e in events(tmp_path / "oom", "override") if "memory" in e["reason"]
     ]
     assert halved == [("batch_size", 4, 2), ("gradient_accumulation_steps", 6, 12)]
-    assert checkpoint.load(tmp_path / "oom/checkpoints/latest").state["progress"]["samples"] == 14 * 24
+    assert checkpoint.load(tmp_path / "oom/checkpoints/latest").state["progress"]["cursor"]["sample"] == 14 * 24
     (rollback,) = events(tmp_path / "nan", "rollback")
     assert rollback["checkpoint"] == "iter_000000004" and events(tmp_path / "nan", "end")[0]["iter"] == 12
     (saved,) = events(tmp_path / "stop", "emergency")
@@ -294,9 +294,9 @@ def test_damaged_shards_are_refused(sharded, tmp_path, damage, said):
 def test_a_fingerprint_adds_up_over_the_parts():
     values = torch.randn(7)
     for cut in range(8):
-        parts = _bit_sums(values[:cut], 0) + _bit_sums(values[cut:], cut)
-        assert torch.equal(parts, _bit_sums(values, 0)), cut
-    assert not torch.equal(_bit_sums(values.flip(0), 0), _bit_sums(values.roll(1), 0)), "places count"
+        parts = bit_sums(values[:cut], 0) + bit_sums(values[cut:], cut)
+        assert torch.equal(parts, bit_sums(values, 0)), cut
+    assert not torch.equal(bit_sums(values.flip(0), 0), bit_sums(values.roll(1), 0)), "places count"
 
 
 def test_the_plan_shows_the_memory_of_one_rank(data, tmp_path):

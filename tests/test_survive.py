@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ranks, tensors
-from orchestrate.training.run.injection import parse_faults
-from orchestrate.training.session.session import Session
-from orchestrate.training.settings.errors import Refused
 from test_operations import live_run
 
 import train_orchestrated
+from orchestrate.data.stream import Cursor
+from orchestrate.training.run.sickness import Sick
+from orchestrate.training.session.session import Session
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.faults import parse_faults
+from orchestrate.training.settings.records import Place
 
 
 def train_lines(out_dir):
@@ -36,7 +39,7 @@ def test_a_step_that_is_not_finite_touches_nothing(data, tmp_path):
     weights = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     moments = {n: {k: v.clone() for k, v in m.items()} for n, m in run.optimizer.state_by_name().items()}
     result = run.step()
-    assert result.sick == "not finite" and result.at == (4, 32, 512)
+    assert result.sick == Sick("not finite", Place(4, Cursor(16, 16, 32), 512), samples=8, batch_size=4)
     assert all(torch.equal(p, weights[n]) for n, p in run.model.named_parameters())
     for n, m in run.optimizer.state_by_name().items():
         assert all(torch.equal(v, moments[n][k]) for k, v in m.items()), n
@@ -66,7 +69,7 @@ def test_rolling_back_goes_past_the_offending_data(tiny):
 
 
 def test_rolling_back_passes_over_a_damaged_checkpoint(tiny, monkeypatch):
-    real = Session._roll_back
+    real = Session.roll_back
 
     def damage_first(self, why):
         path = Path(self.config.out_dir) / "checkpoints" / "iter_000000008" / "model.safetensors"
@@ -75,7 +78,7 @@ def test_rolling_back_passes_over_a_damaged_checkpoint(tiny, monkeypatch):
         path.write_bytes(bytes(content))
         real(self, why)
 
-    monkeypatch.setattr(Session, "_roll_back", damage_first)
+    monkeypatch.setattr(Session, "roll_back", damage_first)
     code, out = tiny(inject="nan@10", on_sick_step="rollback")
     assert code == 0
     (back,) = events(out, "rollback")
@@ -123,7 +126,7 @@ def test_out_of_memory_makes_the_same_batch_in_smaller_pieces(tiny):
     (event,) = [e for e in events(out, "operation") if e["entry"] is None]
     assert event["settings_after"] == {"batch_size": 2, "grad_accum": 4}
     state = json.loads((out / "checkpoints" / "latest" / "state.json").read_text())
-    assert state["progress"]["samples"] == 12 * 8, "no sample lost, none seen twice"
+    assert state["progress"]["cursor"]["sample"] == 12 * 8, "no sample lost, none seen twice"
     for one, other in zip(train_lines(out), train_lines(plain), strict=True):
         assert one["iter"] == other["iter"] and one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
@@ -143,7 +146,7 @@ def test_what_hurts_one_rank_is_known_to_all(data, tmp_path, fault):
     """An end is an agreement: operations compare the bits of all weights on both ranks."""
     assert on_ranks(_sick_on_one_rank, str(data), str(tmp_path / "run"), fault) == [0, 0]
     state = json.loads((tmp_path / "run" / "checkpoints" / "latest" / "state.json").read_text())
-    assert state["progress"]["iter"] == 12 and state["progress"]["samples"] == 12 * 8
+    assert state["progress"]["iter"] == 12 and state["progress"]["cursor"]["sample"] == 12 * 8
     if fault.startswith("oom"):
         assert state["settings"]["batch_size"] == 2 and state["settings"]["grad_accum"] == 4
     else:

@@ -15,16 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from orchestrate.data.stream import open_data
 from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.operations import Operation
-from orchestrate.training.run.run import needs_agreement, reshapes
-from orchestrate.training.schedule.file import Entry, Schedule, Stage, plan_stages
+from orchestrate.training.run.changes import needs_agreement, reshapes
+from orchestrate.training.schedule.file import Entry, Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
-from orchestrate.training.session import start as setup
+from orchestrate.training.schedule.stages import Stage, plan_stages
+from orchestrate.training.session.resume import resume
+from orchestrate.training.session.start import check_lengths, planned_model_config, settings_from, the_schedule
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Progress, Settings, differences
@@ -104,22 +107,22 @@ def make(config: TrainConfig, given: dict[str, str], world_size: int, against: s
     """
     notes: list[str] = []
     if config.init_from == "resume":
-        resumed = setup.resume(config, given)
+        resumed = resume(config, given)
         fired = resumed.loaded.state["orchestrator"]["position"]["fired"]
         schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
         schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
     else:
-        schedule = setup.the_schedule(config)
-        model, notes = setup.planned_model_config(config)
-        settings = setup.settings_from(config, model)
+        schedule = the_schedule(config)
+        model, notes = planned_model_config(config)
+        settings = settings_from(config, model)
     stages = plan_stages(schedule, settings, world_size)
     try:
         data = open_data(config.dataset, 1)
     except ValueError as error:
         notes.append(f"lengths are not checked against the data ({error})")
     else:
-        setup.check_lengths(stages, data)
+        check_lengths(stages, data)
     share = world_size if config.parallel == "fsdp" else 1
     rows = _rows(stages, config, schedule.source, share)
     if config.parallel == "fsdp":
@@ -294,7 +297,7 @@ class _Recorded:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.progress = Progress()
+        self.progress = Progress.start(settings)
         self.loss: float | None = None
         self.fired: dict[int, str] = {}
         self.ranks = SimpleNamespace(broadcast=lambda value: value, gather=lambda value: [value], world_size=1)

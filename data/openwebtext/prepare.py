@@ -22,10 +22,11 @@ import shutil  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 from orchestrate.data.prepare import options, run, write_meta, write_tokens  # noqa: E402
 from orchestrate.data.stream import Meta  # noqa: E402
 from orchestrate.data.tokenizer import BpeTokenizer, gpt2_tokenizer  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 VAL_SHARE, SPLIT_SEED = 0.0005, 2357
 

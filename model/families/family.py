@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrate.model.config import OPTIONS, ModelConfig
 from torch import Tensor
+
+from orchestrate.model.config import OPTIONS, ModelConfig
 
 Weights = dict[str, Tensor]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.families.family import Family, Weights
 

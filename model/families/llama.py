@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.families.family import Family, Weights
 

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import problems_of, shown
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 if TYPE_CHECKING:
     from orchestrate.training.run.run import Run

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import BaseModel, ConfigDict
+
 from orchestrate.training.operations.base import Operation, operation
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import PositiveFloat, PositiveInt
-from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from orchestrate.training.run.run import Run

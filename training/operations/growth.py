@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
+
 from orchestrate.model import growth
 from orchestrate.model.config import OPTIONS, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT
@@ -21,7 +23,6 @@ from orchestrate.training.operations.layers import LayerNames, layers
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import BaseModel, ConfigDict, Field
 
 _COPIES = "the function; every parameter and its moments, exactly where gradients have an exact image"
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Strict
+
 from orchestrate.model.config import ModelConfig, layer_of_parameter
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage, Origin
@@ -14,7 +16,6 @@ from orchestrate.training.operations.layers import LayerNames, layers
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
-from pydantic import Strict
 
 
 @operation("set_lr")

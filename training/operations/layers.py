@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from pydantic import Field
+
 from orchestrate.model.config import ModelConfig, expand_layers
 from orchestrate.training.settings.errors import ScheduleError
-from pydantic import Field
 
 LayerNames = str | Annotated[list[str], Field(min_length=1)]
 

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Strict
+
 from orchestrate.model.config import LoraSpec, ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
@@ -21,7 +23,6 @@ from orchestrate.training.operations.layers import LayerNames, layers
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import NonNegativeInt, PositiveFloat
-from pydantic import BaseModel, ConfigDict, Strict
 
 
 def adaptable(name: str) -> bool:

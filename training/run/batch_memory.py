@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import psutil
 import torch
+
 from orchestrate.training.run.out_of_memory import is_out_of_memory
 from orchestrate.training.run.run import Run
 from orchestrate.training.run.sharding import local

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run import sharding
 from orchestrate.training.run.optimizers import State
-from torch.nn.parallel import DistributedDataParallel
 
 # Long enough for a slow evaluation or a big save on rank 0, short enough to end a job that is stuck.
 TIMEOUT = datetime.timedelta(minutes=30)

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+
 from orchestrate.data.stream import TokenFile, eval_windows, gather
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.distributed import Ranks

@@ -1,51 +1,17 @@
-"""Faults on purpose, to see that a run survives them: --inject=nan@120,oom@200:rank1,kill@250.
+"""Strikes the faults of --inject, to see that a run survives them.
 
-A fault is KIND@ITER[:rankN]: it strikes in the step that would make iteration ITER + 1, on one rank or on all. Each
-strikes once per run folder, also over restarts: a marker is written before it does.
+Each strikes once per run folder, also over restarts: a marker is written before it does.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-KINDS = {
-    "nan": "the loss becomes NaN",
-    "spike": "the loss becomes a thousand times what it is",
-    "oom": "the device's memory runs out in the forward pass",
-    "raise": "an exception that nobody expects",
-    "kill": "SIGKILL to this process",
-    "term": "SIGTERM to this process",
-}
-_FAULT = re.compile(r"(\w+)@(\d+)(?::rank(\d+))?")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One fault: what, when, and on which rank (None: on all)."""
-
-    kind: str
-    iter: int
-    rank: int | None
-
-    def __str__(self) -> str:
-        return f"{self.kind}@{self.iter}" + ("" if self.rank is None else f":rank{self.rank}")
-
-
-def parse_faults(text: str) -> tuple[Fault, ...]:
-    """The faults of a comma-separated list. Raises ValueError."""
-    faults = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        match = _FAULT.fullmatch(part)
-        if match is None or match[1] not in KINDS:
-            raise ValueError(f"inject: {part!r} is no fault; allowed: KIND@ITER[:rankN] with KIND {', '.join(KINDS)}")
-        faults.append(Fault(match[1], int(match[2]), None if match[3] is None else int(match[3])))
-    return tuple(faults)
+from orchestrate.training.settings.faults import Fault, parse_faults
 
 
 class Injector:

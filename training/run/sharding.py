@@ -11,10 +11,11 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.training.run.optimizers import State
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

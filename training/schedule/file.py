@@ -1,39 +1,32 @@
-"""A schedule: its file, its entries, and the check of the whole of it before anything trains.
+"""A schedule's file and its entries, each validated by itself.
 
 The file (YAML or JSON) is parsed with line numbers, so that every error names file, line, what was given and what is
-allowed; all errors come at once (`Refused`). Checking folds every operation's `plan` over the settings, with the
-same code that runs later; nothing here knows a live run.
+allowed; all errors come at once (`Refused`). Whether the entries fit each other and the model is stages.py's to say.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
-from orchestrate.model.config import ModelConfig
-from orchestrate.model.gpt import GPT
-from orchestrate.model.lora import trainable_parameters
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from orchestrate.training.operations import Operation, make
 from orchestrate.training.schedule.triggers import TRIGGERS, Trigger
 from orchestrate.training.settings.errors import Refused, ScheduleError
-from orchestrate.training.settings.records import EXACTLY, Settings, get_field, present_name
+from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import (
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveInt,
     nearest,
     problems_of,
     shown,
 )
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 
 class Guard(BaseModel):
@@ -292,135 +285,3 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         guard=common.guard,
         given=given,
     )
-
-
-# ---------------------------------------------------------------------------------------------- checking the whole
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The settings in force after an entry (entry None: at the start), as planned."""
-
-    entry: Entry | None
-    settings: Settings
-
-
-def check_settings(settings: Settings, world_size: int) -> None:
-    """What must hold for any settings in force. Raises ScheduleError with all that does not."""
-    problems = []
-    if settings.grad_accum % world_size:
-        problems.append(
-            f"grad_accum {settings.grad_accum} (micro-steps over all ranks) must be a multiple of the "
-            f"{world_size} processes"
-        )
-    if settings.model.block_size % settings.sequence_length:
-        problems.append(
-            f"sequence_length {settings.sequence_length} must divide block_size {settings.model.block_size}, "
-            "so that windows are cut into whole sequences"
-        )
-    if not trainable_names(settings.model, settings.frozen):
-        problems.append("nothing would be left to train: every parameter is frozen")
-    if problems:
-        raise ScheduleError(problems)
-
-
-def plan_stages(schedule: Schedule, settings: Settings, world_size: int) -> list[Stage]:
-    """Fold every entry's plan over the settings. Raises Refused with the problems of all entries at once."""
-    stages, problems = [Stage(None, settings)], []
-    try:
-        check_settings(settings, world_size)
-    except ScheduleError as error:
-        problems += error.problems
-    for entry in schedule.entries:
-        try:
-            after = entry.plan(stages[-1].settings)
-            check_settings(after, world_size)
-        except ScheduleError as error:
-            place = f"{schedule.source}:{entry.line}" if entry.line else schedule.source
-            problems += [f"{place}: entry {entry.number}: {problem}" for problem in error.problems]
-        else:
-            stages.append(Stage(entry, after))
-    if problems:
-        raise Refused(problems)
-    return stages
-
-
-def _shape_key(config: ModelConfig) -> str:
-    return json.dumps(config.to_json(), sort_keys=True)
-
-
-@functools.lru_cache(maxsize=64)
-def _parameters(shape: str, frozen: tuple[str, ...]) -> tuple[int, int, frozenset[str]]:
-    with torch.device("meta"):
-        model = GPT(ModelConfig.from_json(json.loads(shape)))
-    trainable = trainable_parameters(model, frozen)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return sum(sizes.values()), sum(sizes[name] for name in trainable), frozenset(trainable)
-
-
-def trainable_names(config: ModelConfig, frozen: tuple[str, ...]) -> frozenset[str]:
-    """Names of the parameters that train under these settings, without allocating any."""
-    return _parameters(_shape_key(config), frozen)[2]
-
-
-def parameter_counts(config: ModelConfig, frozen: tuple[str, ...]) -> tuple[int, int]:
-    """(total, trainable) parameters, without allocating any."""
-    return _parameters(_shape_key(config), frozen)[:2]
-
-
-# ---------------------------------------------------------------------------------------------- ramps
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """Numbers under way from the values in force to an operation's, a pure function of the iteration."""
-
-    __pydantic_config__ = EXACTLY
-
-    entry: PositiveInt
-    name: str
-    start_iter: NonNegativeInt
-    over: PositiveInt
-    style: Literal["linear", "cosine"]
-    fields: dict[str, tuple[int | float, int | float]]
-    """Dotted field name of Settings: (from, to). Whole numbers stay whole when they are read back."""
-
-    @classmethod
-    def between(cls, entry: Entry, before: Settings, after: Settings, start_iter: int) -> Ramp:
-        assert entry.over
-        if entry.operation.fades:
-            fields = {f"fading.{layer}": (0.0, 1.0) for layer in after.fading}
-        else:
-            fields = {name: (get_field(before, name), get_field(after, name)) for name in entry.operation.touches}
-        return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields)
-
-    def done(self, iteration: int) -> bool:
-        return iteration >= self.start_iter + self.over
-
-    def at(self, iteration: int) -> dict[str, float]:
-        """The values at an iteration: the start values at start_iter, exactly the end values from start_iter + over."""
-        return {name: self._value(name, *ends, iteration) for name, ends in self.fields.items()}
-
-    def _value(self, name: str, start: float, end: float, iteration: int) -> float:
-        if self.done(iteration):
-            return end
-        share = (iteration - self.start_iter) / self.over
-        if self.style == "cosine":
-            share = 0.5 * (1.0 - math.cos(math.pi * share))
-        value = start + (end - start) * share
-        if isinstance(end, int):
-            # Accumulation moves in steps that both ends share, so whatever number of processes divides both ends
-            # divides every value between.
-            step = math.gcd(int(start), end) if name == "grad_accum" else 1
-            return max(step, round(value / step) * step)
-        return value
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "fields": {name: list(ends) for name, ends in self.fields.items()}}
-
-    @classmethod
-    def from_json(cls, values: Any) -> Ramp:
-        """Raises ValueError (pydantic's) for what `to_json` cannot have made, now or in an older version."""
-        if isinstance(values, dict) and isinstance(fields := values.get("fields"), dict):
-            values = {**values, "fields": {present_name(str(name)): ends for name, ends in fields.items()}}
-        return TypeAdapter(cls).validate_python(values)

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field, TypeAdapter
+
 from orchestrate.training.run.run import Run
-from orchestrate.training.schedule.file import Entry, Ramp, Schedule, check_settings
+from orchestrate.training.schedule.file import Entry, Schedule
+from orchestrate.training.schedule.ramps import Ramp
+from orchestrate.training.schedule.stages import check_settings
 from orchestrate.training.settings.errors import OperationFailed, ScheduleError, Stopped
 from orchestrate.training.settings.records import EXACTLY, Measured, Settings, Waited, differences, with_field
 from orchestrate.training.settings.values import NonNegativeInt, PositiveInt
 from orchestrate.training.store import checkpoint
-from pydantic import Field, TypeAdapter
 
 
 class Host(Protocol):
@@ -161,6 +164,10 @@ class Orchestrator:
                 break
             measured_now = False  # the model has changed since that measurement
         position.round_open, position.round_loss = False, None
+
+    def acts(self, evaluated: bool, look_at_clock: bool) -> bool:
+        """Whether anything may happen at this boundary."""
+        return True
 
     def _due(self, entry: Entry, look_at_clock: bool) -> str | None:
         """Why the entry fires now, or None; the same answer on every rank."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import BaseModel, ConfigDict
+
 from orchestrate.training.settings.records import Measured, Waited
 from orchestrate.training.settings.values import Finite, NonNegativeFloat, NonNegativeInt, PositiveInt
-from pydantic import BaseModel, ConfigDict
 
 
 class Trigger(BaseModel):

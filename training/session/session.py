@@ -5,54 +5,25 @@ Holds what the loop does at a boundary, a method each; the order in which they h
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from orchestrate.training.run import out_of_memory
-from orchestrate.training.run.out_of_memory import is_out_of_memory
-from orchestrate.training.run.run import Run, StepResult
+
+from orchestrate.training.run.run import Run
+from orchestrate.training.run.step import StepResult
 from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
-from orchestrate.training.session.start import latest_good, open_model
+from orchestrate.training.session import healing
+from orchestrate.training.session.resume import open_model
+from orchestrate.training.session.saving import Saver
 from orchestrate.training.session.stopping import NoSignals, SignalWatch
 from orchestrate.training.settings.config import TrainConfig
-from orchestrate.training.settings.errors import Refused, Stopped
-from orchestrate.training.settings.records import Progress, Settings, differences
+from orchestrate.training.settings.errors import Stopped
+from orchestrate.training.settings.records import Progress, Settings
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Silent, machine, memory_percent
-
-
-class BackgroundSave:
-    """A checkpoint that a thread is writing."""
-
-    def __init__(self, write: Callable[..., Path], why: str) -> None:
-        self.why, self.seconds = why, 0.0
-        self._write = write
-        self._path: Path | None = None
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
-
-    def _work(self) -> None:
-        started = time.perf_counter()
-        try:
-            self._path = self._write()
-        except Exception as error:  # told when the save is waited for
-            self._error = error
-        self.seconds = time.perf_counter() - started
-
-    def wait(self) -> tuple[Path | None, Exception | None]:
-        """The checkpoint's folder, or why there is none."""
-        self._thread.join()
-        return self._path, self._error
 
 
 class Session:
@@ -77,10 +48,10 @@ class Session:
         self.signals = signals
         self.wandb_id = wandb_id
         self.orchestrator = Orchestrator(schedule, run, self)
-        self._saved: tuple[int, ...] = ()
-        self._rollbacks = 0
+        self.saver = Saver(self)
+        self.rollbacks = 0
+        """How often this start went back because of a sick step."""
         self._over_memory = False
-        self._background: BackgroundSave | None = None
         self.stops_seen = run.settings.stops_asked
         self._clock = time.perf_counter()
         self._logged_tokens = run.progress.tokens
@@ -122,8 +93,8 @@ class Session:
             lr=run.current_lr(),
             batch_size=s.batch_size,
             grad_accum=s.grad_accum,
-            passes=run.stream.passes(p.samples, s.model.block_size, s.sequence_length),
-            coverage=run.stream.coverage(p.samples, s.model.block_size, s.sequence_length),
+            passes=run.stream.passes(p.cursor),
+            coverage=run.stream.coverage(p.cursor),
         )
 
     def tick(self) -> None:
@@ -186,89 +157,6 @@ class Session:
             self.metrics("eval", val_loss=loss, best_val_loss=self.run.progress.best_val_loss, why=why)
         return loss
 
-    # ------------------------------------------------------------------------------------------ healing
-
-    def heal(self, result: StepResult) -> StepResult | None:
-        """After a step that did not update the weights: try again with less memory, skip, go back, or stop.
-
-        Every rank has the same result. Returns the step to log, None where the run went back. Raises Stopped
-        where the run cannot or shall not go on.
-        """
-        run, p, config = self.run, self.run.progress, self.config
-        if not result.sick:
-            p.sick_steps = 0
-            return result
-        iteration, first, _ = result.at
-        samples = [first, first + run.settings.samples_per_iter]
-        if result.sick == "out of memory":
-            return self._retry_smaller(result)
-        p.sick_steps += 1
-        limit = config.sick_step_limit
-        action = "stop" if max(p.sick_steps, self._rollbacks) >= limit else config.on_sick_step
-        told = f"{result.sick} in the step after iteration {iteration}, samples {samples[0]} to {samples[1] - 1}"
-        self.event("error", message=told, action=action, samples=samples)
-        self.reporter.say(f"{told}: {action}")
-        if action == "stop":
-            raise Stopped(f"{told}; on_sick_step {config.on_sick_step}, sick_step_limit {limit}")
-        if action == "rollback":
-            self._roll_back(told)
-            return None
-        return result
-
-    def _retry_smaller(self, failed: StepResult) -> StepResult | None:
-        """Make the failed step again in smaller micro-batches: the same global batch, no sample lost or seen twice."""
-        run, p = self.run, self.run.progress
-        now = (p.iter, p.samples, p.tokens)
-        while failed.sick == "out of memory":
-            before = run.settings
-            smaller = before.in_smaller_pieces()
-            if smaller is None:
-                raise Stopped("out of memory with a micro-batch of one sequence: nothing is left to make smaller")
-            p.iter, p.samples, p.tokens = failed.at
-            run.adopt(smaller)
-            changed = differences(before, smaller)
-            total, trainable = run.parameter_counts()
-            self.event(
-                "operation",
-                entry=None,
-                name="adjust_batch_size",
-                value=[smaller.batch_size, smaller.grad_accum],
-                reason="out of memory: the same global batch in smaller pieces",
-                desc="",
-                over=None,
-                settings_before=changed[0],
-                settings_after=changed[1],
-                val_loss_before=None,
-                val_loss_after=None,
-                seconds=0.0,
-                parameters_total=total,
-                parameters_trainable=trainable,
-            )
-            failed = run.step()
-        p.iter, p.samples, p.tokens = now
-        return self.heal(failed)
-
-    def _roll_back(self, why: str) -> None:
-        """Back to the newest whole checkpoint, and on with the samples after the sick ones."""
-        run, from_iter, name = self.run, self.run.progress.iter, None
-        self.finish_save()
-        if run.ranks.is_first:
-            with contextlib.suppress(Refused):
-                name = latest_good(self.config.out_dir)[0].path.name
-        name = run.ranks.broadcast(name)
-        if name is None:
-            raise Stopped(f"{why}; there is no checkpoint to go back to")
-        self._rollbacks += 1
-        position = self.go_back(name)
-        self.orchestrator.load_state(position)
-        run.progress.samples += self.config.rollback_skip_batches * run.settings.samples_per_iter
-        if self.config.rollback_rewarm_iters:
-            rewarm = {"rewarm_iters": self.config.rollback_rewarm_iters, "rewarms": run.settings.rewarms + 1}
-            run.adopt(replace(run.settings, **rewarm))
-        run.check_ranks_agree("a rollback")
-        self.event("rollback", reason=why, from_iter=from_iter, checkpoint=name, next_sample=run.progress.samples)
-        self.keep("rolled back")
-
     def watch_memory(self) -> None:
         """Save and warn once when memory crosses memory_checkpoint_percent; looked at with every line of metrics."""
         limit = self.config.memory_checkpoint_percent
@@ -277,11 +165,25 @@ class Session:
         facts = memory_percent(self.run.device) if self.run.ranks.is_first else {}
         facts = self.run.ranks.broadcast(facts)
         over = {name: value for name, value in facts.items() if value >= limit}
-        if over and not self._over_memory:
+        if over and not self._over_memory and self.settle():
             told = ", ".join(f"{name} memory at {value:.0f} %" for name, value in over.items())
             self.reporter.say(f"warning: {told}, memory_checkpoint_percent is {limit:g}: saving")
             self.save_unless_saved(f"{told} (memory_checkpoint_percent {limit:g})", required=False)
         self._over_memory = bool(over)
+
+    # ------------------------------------------------------------------------------------------ healing
+
+    def heal(self, result: StepResult) -> StepResult | None:
+        """The step to log, None where the run went back; see healing.py. Raises Stopped."""
+        return healing.heal(self, result)
+
+    def settle(self) -> bool:
+        """Know what became of the last step before anything is decided on it; False where the run went back."""
+        return healing.settle(self)
+
+    def roll_back(self, why: str) -> None:
+        """Back to the newest whole checkpoint, and on with the samples after the sick ones."""
+        healing.roll_back(self, why)
 
     # ------------------------------------------------------------------------------------------ saving
 
@@ -297,45 +199,23 @@ class Session:
             "scaler": run.scaler.state_dict(),
             "wandb_id": self.wandb_id,
             "log_sizes": self.reporter.sizes(),
-            "data": run.source.fingerprint(),
+            "data": run.batches.opened.fingerprint(),
             "tokenizer": run.data.meta.to_json(),
             "world_size": run.ranks.world_size,
         }
 
     def save(self, why: str, required: bool = True, mark: str = "") -> str:
-        """Save a checkpoint (rank 0, or every rank its shards) and return its name, which ends in `mark`.
+        """Save a checkpoint and return its name; see `Saver.save`."""
+        return self.saver.save(why, required, mark)
 
-        Where it could not be written, every rank raises RuntimeError; or, when it is not `required`, the run says so
-        and goes on with the checkpoint before, which is not touched until a new one is whole.
-        """
-        run, name, error = self.run, "", None
-        self.tick()
-        with run.stopwatch.part("checkpoint"):
-            self.finish_save()
-            writes = run.ranks.is_first or run.ranks.sharded
-            if self.config.async_save and not required:
-                if writes:
-                    self._background = BackgroundSave(self._snapshot(copied=True), why)
-                return ""
-            if writes:
-                try:
-                    name = self._write(why, mark=mark)
-                except OSError as caught:
-                    error = f"checkpoint at iteration {run.progress.iter} could not be written: {caught}"
-            name, error = run.ranks.broadcast((name, error))
-        if error and required:
-            raise RuntimeError(error)
-        if error:
-            self.event("error", message=error, action="go on")
-            self.reporter.say(f"warning: {error}; the run goes on with the checkpoint before")
-            return ""
-        self._saved = self._moment()
-        return name
+    def save_unless_saved(self, why: str, required: bool = True) -> None:
+        """Save unless this very state of the run is on the disk."""
+        self.saver.save_unless_saved(why, required)
 
     def go_back(self, name: str) -> dict[str, Any]:
         """Become the state of a checkpoint of this run, on every rank; what was logged since is marked void."""
         run, found, error = self.run, None, None
-        self.finish_save()
+        self.saver.finish()
         try:
             loaded = checkpoint.load(checkpoint.folder(self.config.out_dir) / name)
             settings = Settings.from_json(loaded.state["settings"])
@@ -346,7 +226,7 @@ class Session:
         if failures or found is None:
             raise Stopped(f"cannot go back to checkpoint {name}: {failures[0]}")
         state, settings, model, moments = found
-        run.restore(settings, Progress.from_json(state["progress"]), model, moments, state["scaler"])
+        run.restore(settings, Progress.from_json(state["progress"], settings), model, moments, state["scaler"])
         self.stops_seen = run.settings.stops_asked
         self._logged_tokens = run.progress.tokens
         self.reporter.void_since(state["log_sizes"])
@@ -358,15 +238,7 @@ class Session:
         if self.run.ranks.is_first:
             checkpoint.remove_after(self.config.out_dir, self.run.progress.iter)
 
-    def save_unless_saved(self, why: str, required: bool = True) -> None:
-        """Save unless this very state of the run is on the disk."""
-        if self._saved != self._moment():
-            self.save(why, required)
-
-    def _moment(self) -> tuple[int, ...]:
-        """What tells two states of the run apart: the iteration, the evaluation made, the entries fired."""
-        p, position = self.run.progress, self.orchestrator.position
-        return p.iter, p.last_eval_iter, position.fired, position.round_open, position.round_iter
+    # ------------------------------------------------------------------------------------------ ending
 
     def why_end(self, evaluated: bool) -> str:
         """Why the run ends at this boundary, or nothing."""
@@ -378,73 +250,3 @@ class Session:
         if evaluated and 0 < patience <= p.evals_without_gain:
             return f"early stop: no gain in {p.evals_without_gain} evaluations"
         return ""
-
-    def finish_save(self) -> None:
-        """Wait for a save in the background and record how it ended; a rank that writes nothing need not know."""
-        if self._background is None:
-            return
-        save, self._background = self._background, None
-        path, error = save.wait()
-        if path is not None:
-            self._record(path, "checkpoint", save.why, save.seconds)
-        else:
-            self.event("error", message=f"a checkpoint could not be written: {error}", action="go on")
-            self.reporter.say(f"warning: a checkpoint could not be written: {error}")
-
-    def _snapshot(self, copied: bool) -> Callable[..., Path]:
-        """Writes this very state when called; with `copied` it may be called while the run goes on."""
-        run, config = self.run, self.config
-        model = {name: p.detach() for name, p in run.model.named_parameters()}
-        optimizer = run.optimizer.state_by_name()
-        if copied:
-            model = {name: p.to("cpu", copy=True) for name, p in model.items()}
-            optimizer = {n: {k: v.to("cpu", copy=True) for k, v in parts.items()} for n, parts in optimizer.items()}
-        return partial(
-            checkpoint.save,
-            config.out_dir,
-            self.state(),
-            model,
-            optimizer,
-            keep_last=config.keep_last,
-            keep_best=config.keep_best,
-            pinned=self.orchestrator.pinned,
-            group=run.ranks.saving if run.ranks.sharded else None,
-        )
-
-    def _write(self, why: str, kind: str = "checkpoint", mark: str = "") -> str:
-        started = time.perf_counter()
-        path = self._snapshot(copied=False)(mark=mark)
-        self._record(path, kind, why, time.perf_counter() - started)
-        return path.name
-
-    def _record(self, path: Path, kind: str, why: str, seconds: float) -> None:
-        name = str(path.relative_to(Path(self.config.out_dir)))
-        self.event(kind, path=name, reason=why, seconds=seconds)
-
-    def emergency(self, error: BaseException) -> None:
-        """After an exception: save what there is, on rank 0 alone and without talking to the other ranks.
-
-        Where parameters are sharded that cannot be, unless every rank raised the same (`Stopped`).
-        """
-        run = self.run
-        if is_out_of_memory(error):
-            out_of_memory.note(self.config.out_dir, run.settings.batch_size)
-        together = run.ranks.sharded and isinstance(error, Stopped)
-        if not run.ranks.is_first and not together:
-            return
-        self.finish_save()
-        self.event("error", message=f"{type(error).__name__}: {error}")
-        if run.ranks.sharded and not together:
-            self.event("emergency", saved=False, reason="the other ranks hold parts of the weights")
-            return
-        if not run.consistent:
-            self.event("emergency", saved=False, reason="the error came while parameters were being written")
-            return
-        if self._saved == self._moment():
-            self.event("emergency", saved=False, reason="this state is saved already")
-            return
-        try:
-            self._write(f"{type(error).__name__}: {error}", kind="emergency")
-            self.reporter.say(f"emergency checkpoint at iteration {run.progress.iter}")
-        except Exception as second:
-            self.event("emergency", saved=False, reason=f"{type(second).__name__}: {second}")

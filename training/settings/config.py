@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
 from orchestrate.model.config import DEFAULTS, OPTIONS
-from orchestrate.training.run.injection import parse_faults
 from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.faults import parse_faults
 from orchestrate.training.settings.values import (
     Fraction,
     NonNegativeFloat,
@@ -28,7 +30,6 @@ from orchestrate.training.settings.values import (
     problems_of,
     shown,
 )
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 
 def _key(default: Any, meaning: str) -> Any:

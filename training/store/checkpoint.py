@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from orchestrate.training.run.optimizers import State
-from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.values import shown
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from orchestrate.training.run.optimizers import State
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.values import shown
 
 if TYPE_CHECKING:
     from orchestrate.training.run.distributed import SaveGroup

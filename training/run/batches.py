@@ -1,0 +1,52 @@
+"""Batches of the training stream on the device; on a GPU the next one is copied while the present one computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrate.data.stream import Cursor, DataSet, Stream
+
+Batch = tuple[Tensor, Tensor]
+"""Token ids and the token that follows each, both (sequences, length) int64."""
+
+
+class Batches:
+    """Reads samples of a data set in the order of a seed.
+
+    Attributes:
+        opened: the data set as it was opened.
+        data: what is read: the same, through the vocabulary map in force.
+        stream: the order of the training samples.
+    """
+
+    def __init__(self, opened: DataSet, seed: int, device: torch.device, vocabulary_map: tuple[int, ...] = ()) -> None:
+        self.opened, self.seed, self.device = opened, seed, device
+        self.data = opened.remapped(np.array(vocabulary_map, dtype=np.int64) if vocabulary_map else None)
+        self.stream = Stream(self.data.train, seed)
+        self._prefetched: tuple[tuple[Cursor, int], Batch] | None = None
+
+    def mapped(self, vocabulary_map: tuple[int, ...]) -> Batches:
+        """The same samples, every token of the files read as its new id; () reads them as they are."""
+        return Batches(self.opened, self.seed, self.device, vocabulary_map)
+
+    def read(self, cursor: Cursor, count: int) -> Batch:
+        """The next `count` samples from a place on."""
+        if self._prefetched is not None and self._prefetched[0] == (cursor, count):
+            batch, self._prefetched = self._prefetched[1], None
+            return batch
+        return self.load(cursor, count)
+
+    def prefetch(self, cursor: Cursor, count: int) -> None:
+        """Copy a batch to the GPU while it computes; a change of settings simply makes it unused."""
+        self._prefetched = ((cursor, count), self.load(cursor, count))
+
+    def load(self, cursor: Cursor, count: int) -> Batch:
+        x, y = (torch.from_numpy(a) for a in self.stream.batch(cursor, count))
+        if self.device.type == "cuda":
+            return (
+                x.pin_memory().to(self.device, non_blocking=True),
+                y.pin_memory().to(self.device, non_blocking=True),
+            )
+        return x.to(self.device), y.to(self.device)

@@ -1,0 +1,135 @@
+"""One optimizer step on the next samples: forward, backward, exchange, update. Sick numbers never reach weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrate.training.run.out_of_memory import is_out_of_memory
+from orchestrate.training.run.sharding import gradient_norm
+from orchestrate.training.run.sickness import NOT_FINITE, OUT_OF_MEMORY, OVERFLOW, SPIKE, Sick, is_spike
+
+if TYPE_CHECKING:
+    from orchestrate.training.run.run import Run
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind. Tensors stay on the device: reading them waits for it, so only logging does."""
+
+    loss: Tensor
+    """This rank's mean over its micro-steps, in nats per token, ()."""
+    grad_norm: Tensor
+    """Before clipping, ()."""
+    lr: float
+    sick: Sick | None = None
+    """What was wrong with this step, or, on a GPU, with the one before; that step updated nothing."""
+
+
+def step(run: Run) -> StepResult:
+    """One optimizer step on the next samples of the stream.
+
+    A step whose gradients are not finite, whose loss is a spike, or that ran out of memory on any rank leaves
+    weights and moments as they were on every rank, and says so in the result.
+    """
+    s, p = run.settings, run.progress
+    place, lr = p.place, run.current_lr()
+    total = torch.zeros((), device=run.device)
+    fits = _backward(run, total)
+    if not fits:  # outside the `except`: its traceback would keep the failed forward pass alive
+        _poison(run)
+    with run.stopwatch.part("optimizer"):
+        run.scaler.unscale_(run.optimizer.inner)
+        # The norm of the reduced gradients is the same number on every rank, and not finite if one of them is not.
+        grad_norm = gradient_norm(run.optimizer.parameters, s.grad_clip)
+        spike = bool(run.config.spike_sigma) and is_spike(_loss_of_all(run, total, fits), run.config.spike_sigma, p)
+        healthy = torch.isfinite(grad_norm) & (not spike)
+        run.optimizer.set(lr, s.beta1, s.beta2, s.weight_decay)
+        run.consistent = False
+        if not run.scaler.is_enabled():
+            # The fused kernels look at this on the device: no weight is touched, and no host waits to know.
+            run.optimizer.inner.found_inf = (~healthy).to(torch.float32)
+        if not (spike and run.scaler.is_enabled()):  # a GradScaler has a veto of its own for what is not finite
+            run.scaler.step(run.optimizer.inner)
+        run.scaler.update()
+        run.optimizer.zero_grad()
+        p.iter += 1
+        p.cursor = p.cursor.skip(s.samples_per_iter)
+        p.tokens += s.tokens_per_iter
+        run.consistent = True
+    cause = OUT_OF_MEMORY if not fits else SPIKE if spike else OVERFLOW if run.scaler.is_enabled() else NOT_FINITE
+    sick = run.diagnosis.of(healthy, Sick(cause, place, s.samples_per_iter, s.batch_size))
+    return StepResult(total, grad_norm, lr, sick)
+
+
+def _backward(run: Run, total: Tensor) -> bool:
+    """Gradients of the global batch, and this rank's mean loss added to `total`. False where memory ran out."""
+    s, p, ranks = run.settings, run.progress, run.ranks
+    micro_steps = range(ranks.rank, s.grad_accum, ranks.world_size)
+    exchanging = False
+    try:
+        for micro in micro_steps:
+            last = micro + ranks.world_size >= s.grad_accum
+            with run.stopwatch.part("data"):
+                x, y = run.batches.read(p.cursor.skip(micro * s.batch_size), s.batch_size)
+            with run.stopwatch.part("forward_backward"):
+                if ranks.distributed and not ranks.sharded:
+                    # Only the last backward exchanges gradients; the earlier ones add up locally. Sharded ones
+                    # are exchanged every time: adding up whole ones would take the memory that sharding saves.
+                    run.wrapped.require_backward_grad_sync = last
+                _seed_dropout(run, micro)
+                with run.autocast():
+                    _, loss = run.wrapped(x, y)
+                    loss = loss / len(micro_steps)
+                if run.injector.faults and micro == micro_steps[0]:
+                    loss = run.injector.strike(p.iter, loss)
+                exchanging = ranks.distributed and last
+                run.scaler.scale(loss).backward()
+                exchanging = False
+                total += loss.detach()
+            if run.device.type == "cuda":
+                with run.stopwatch.part("data"):
+                    following = s.grad_accum + ranks.rank if last else micro + ranks.world_size
+                    run.batches.prefetch(p.cursor.skip(following * s.batch_size), s.batch_size)
+    except Exception as error:
+        # Once gradients (or, sharded, weights) are being exchanged the other ranks cannot be joined any more.
+        if exchanging or ranks.sharded or not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _poison(run: Run) -> None:
+    """After running out of memory: join the other ranks' exchange of gradients with ones that are not numbers.
+
+    So no rank updates its weights, and all of them know that something is wrong.
+    """
+    run.optimizer.zero_grad()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if run.ranks.distributed:
+        run.wrapped.require_backward_grad_sync = True
+        x, y = run.batches.load(run.progress.cursor, 1)
+        with run.autocast():
+            loss = run.wrapped(x, y)[1]
+        (loss * float("nan")).backward()
+    else:
+        for parameter in run.optimizer.parameters:
+            parameter.grad = torch.full_like(parameter, float("nan"))
+
+
+def _loss_of_all(run: Run, total: Tensor, fits: bool) -> float:
+    """The loss over all ranks, equal on every rank. It waits for the device."""
+    mine = float(total) if fits else float("nan")
+    return float(run.ranks.sum(np.array([mine]))[0]) / run.ranks.world_size
+
+
+def _seed_dropout(run: Run, micro: int) -> None:
+    """Dropout is a function of (seed, iteration, micro-step): equal after a resume and for any number of ranks."""
+    if run.settings.dropout > 0:
+        words = np.random.SeedSequence([run.config.seed, run.progress.iter, micro]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0]) >> 1)

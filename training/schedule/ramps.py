@@ -1,0 +1,68 @@
+"""Ramps: numbers that move gradually from the values in force to an operation's, a pure function of the iteration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from orchestrate.training.schedule.file import Entry
+from orchestrate.training.settings.records import EXACTLY, Settings, get_field, present_name
+from orchestrate.training.settings.values import NonNegativeInt, PositiveInt
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Numbers under way from the values in force to an operation's, a pure function of the iteration."""
+
+    __pydantic_config__ = EXACTLY
+
+    entry: PositiveInt
+    name: str
+    start_iter: NonNegativeInt
+    over: PositiveInt
+    style: Literal["linear", "cosine"]
+    fields: dict[str, tuple[int | float, int | float]]
+    """Dotted field name of Settings: (from, to). Whole numbers stay whole when they are read back."""
+
+    @classmethod
+    def between(cls, entry: Entry, before: Settings, after: Settings, start_iter: int) -> Ramp:
+        assert entry.over
+        if entry.operation.fades:
+            fields = {f"fading.{layer}": (0.0, 1.0) for layer in after.fading}
+        else:
+            fields = {name: (get_field(before, name), get_field(after, name)) for name in entry.operation.touches}
+        return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields)
+
+    def done(self, iteration: int) -> bool:
+        return iteration >= self.start_iter + self.over
+
+    def at(self, iteration: int) -> dict[str, float]:
+        """The values at an iteration: the start values at start_iter, exactly the end values from start_iter + over."""
+        return {name: self._value(name, *ends, iteration) for name, ends in self.fields.items()}
+
+    def _value(self, name: str, start: float, end: float, iteration: int) -> float:
+        if self.done(iteration):
+            return end
+        share = (iteration - self.start_iter) / self.over
+        if self.style == "cosine":
+            share = 0.5 * (1.0 - math.cos(math.pi * share))
+        value = start + (end - start) * share
+        if isinstance(end, int):
+            # Accumulation moves in steps that both ends share, so whatever number of processes divides both ends
+            # divides every value between.
+            step = math.gcd(int(start), end) if name == "grad_accum" else 1
+            return max(step, round(value / step) * step)
+        return value
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "fields": {name: list(ends) for name, ends in self.fields.items()}}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Ramp:
+        """Raises ValueError (pydantic's) for what `to_json` cannot have made, now or in an older version."""
+        if isinstance(values, dict) and isinstance(fields := values.get("fields"), dict):
+            values = {**values, "fields": {present_name(str(name)): ends for name, ends in fields.items()}}
+        return TypeAdapter(cls).validate_python(values)

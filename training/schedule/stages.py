@@ -1,0 +1,87 @@
+"""The check of a whole schedule before anything trains: every entry's plan, folded over the settings."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+
+import torch
+
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT
+from orchestrate.model.lora import trainable_parameters
+from orchestrate.training.schedule.file import Entry, Schedule
+from orchestrate.training.settings.errors import Refused, ScheduleError
+from orchestrate.training.settings.records import Settings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The settings in force after an entry (entry None: at the start), as planned."""
+
+    entry: Entry | None
+    settings: Settings
+
+
+def check_settings(settings: Settings, world_size: int) -> None:
+    """What must hold for any settings in force. Raises ScheduleError with all that does not."""
+    problems = []
+    if settings.grad_accum % world_size:
+        problems.append(
+            f"grad_accum {settings.grad_accum} (micro-steps over all ranks) must be a multiple of the "
+            f"{world_size} processes"
+        )
+    if settings.model.block_size % settings.sequence_length:
+        problems.append(
+            f"sequence_length {settings.sequence_length} must divide block_size {settings.model.block_size}, "
+            "so that windows are cut into whole sequences"
+        )
+    if not trainable_names(settings.model, settings.frozen):
+        problems.append("nothing would be left to train: every parameter is frozen")
+    if problems:
+        raise ScheduleError(problems)
+
+
+def plan_stages(schedule: Schedule, settings: Settings, world_size: int) -> list[Stage]:
+    """Fold every entry's plan over the settings. Raises Refused with the problems of all entries at once."""
+    stages, problems = [Stage(None, settings)], []
+    try:
+        check_settings(settings, world_size)
+    except ScheduleError as error:
+        problems += error.problems
+    for entry in schedule.entries:
+        try:
+            after = entry.plan(stages[-1].settings)
+            check_settings(after, world_size)
+        except ScheduleError as error:
+            place = f"{schedule.source}:{entry.line}" if entry.line else schedule.source
+            problems += [f"{place}: entry {entry.number}: {problem}" for problem in error.problems]
+        else:
+            stages.append(Stage(entry, after))
+    if problems:
+        raise Refused(problems)
+    return stages
+
+
+def _shape_key(config: ModelConfig) -> str:
+    return json.dumps(config.to_json(), sort_keys=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(shape: str, frozen: tuple[str, ...]) -> tuple[int, int, frozenset[str]]:
+    with torch.device("meta"):
+        model = GPT(ModelConfig.from_json(json.loads(shape)))
+    trainable = trainable_parameters(model, frozen)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(sizes.values()), sum(sizes[name] for name in trainable), frozenset(trainable)
+
+
+def trainable_names(config: ModelConfig, frozen: tuple[str, ...]) -> frozenset[str]:
+    """Names of the parameters that train under these settings, without allocating any."""
+    return _parameters(_shape_key(config), frozen)[2]
+
+
+def parameter_counts(config: ModelConfig, frozen: tuple[str, ...]) -> tuple[int, int]:
+    """(total, trainable) parameters, without allocating any."""
+    return _parameters(_shape_key(config), frozen)[:2]

@@ -1,0 +1,210 @@
+"""From a run folder to where a run goes on: its newest whole checkpoint, and what this start changes of it.
+
+What is wrong with the folder or with the overrides is found here, as `Refused`, before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import GPT, check_shapes, from_weights
+from orchestrate.training.run import out_of_memory, sharding
+from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.run.optimizers import State
+from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
+from orchestrate.training.session.start import IN_SETTINGS
+from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.records import Progress, Settings, get_field, with_field
+from orchestrate.training.settings.values import problems_of, shown
+from orchestrate.training.store import checkpoint
+
+_SHAPE = "the checkpoint's weights have this shape; an operation of a schedule can change it"
+# Keys that a resume must not change, and why.
+FIXED = {
+    **dict.fromkeys(MODEL_KEYS, _SHAPE),
+    **dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size".split(), _SHAPE),
+    "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
+    "vocab_remapping_file": "the tokens that the weights know would change their meaning",
+    "seed": "the order of the data follows from it, and samples would repeat or be left out",
+    "dataset": "the stream of samples would not go on where it stopped",
+}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a resume starts from: the checkpoint, and what this start changes of it."""
+
+    loaded: checkpoint.Checkpoint
+    config: TrainConfig
+    settings: Settings
+    schedule: Schedule
+    overrides: list[dict[str, Any]]
+    """Events: key, before, after, applied, reason."""
+    passed_over: list[str]
+    """What is wrong with newer checkpoints."""
+    damaged: list[Path]
+    """Their folders."""
+
+
+def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Path]]:
+    """The newest checkpoint that is whole, what is wrong with newer ones, and their folders. Raises Refused."""
+    problems: list[str] = []
+    damaged: list[Path] = []
+    for path in checkpoint.find(out_dir):
+        try:
+            return checkpoint.load(path), problems, damaged
+        except Refused as error:
+            problems += error.problems
+            damaged.append(path)
+    raise Refused([*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"])
+
+
+def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
+    """The configuration and settings of a checkpoint. Raises Refused for a state that this version did not write."""
+    state, place = loaded.state, f"checkpoint {loaded.path}: state.json"
+    parts: dict[str, Any] = {}
+    try:
+        parts["config"] = TrainConfig.model_validate(state["config"])
+        parts["settings"] = Settings.from_json(state["settings"])
+        Progress.from_json(state["progress"], parts["settings"])
+        TypeAdapter(_State).validate_python(state)
+    except ValidationError as error:
+        raise Refused(
+            [f"{place}: {'.'.join(map(str, loc))} {message}" for loc, message in problems_of(error)]
+        ) from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise Refused(f"{place}: not a state of this version ({type(error).__name__}: {error})") from None
+    return parts["config"], parts["settings"]
+
+
+_Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+class _Position(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    fired: _Count
+
+
+class _Orchestrator(BaseModel):
+    position: _Position
+    ramps: list[dict[str, Any]]
+
+
+class _Text(BaseModel):
+    source: str
+    text: str
+
+
+class _State(BaseModel):
+    """What else is read from a checkpoint's state before the run is built."""
+
+    orchestrator: _Orchestrator
+    schedule: _Text
+    scaler: dict[str, Any]
+    log_sizes: dict[str, _Count]
+    data: dict[str, str]
+    tokenizer: dict[str, Any]
+    wandb_id: str | None
+
+
+def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
+    """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
+    loaded, passed_over, damaged = latest_good(config.out_dir)
+    recorded, settings = understood(loaded)
+    overrides: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for key in given:
+        before, after = getattr(recorded, key), getattr(config, key)
+        in_force = get_field(settings, IN_SETTINGS[key]) if key in IN_SETTINGS else before
+        if before == after:
+            # The same command again: what a schedule has changed since stays as it is.
+            if in_force != after:
+                reason = "this is what the run was started with, and its schedule has changed it since"
+                overrides.append(
+                    {"key": key, "before": in_force, "after": in_force, "applied": False, "reason": reason}
+                )
+        elif key in FIXED:
+            problems.append(
+                f"{given[key]}: {key} cannot change on resume from {shown(before)} to {shown(after)}: {FIXED[key]}"
+            )
+        elif key not in ("init_from", "out_dir"):
+            if key in IN_SETTINGS:
+                settings = with_field(settings, IN_SETTINGS[key], after)
+            overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
+
+    schedule = parse_schedule(loaded.state["schedule"]["text"], loaded.state["schedule"]["source"] or "schedule")
+    if "schedule" in given and config.schedule:
+        new = read_schedule(config.schedule)
+        fired = loaded.state["orchestrator"]["position"]["fired"]
+        for i, done in enumerate(schedule.as_given[:fired]):
+            if i >= len(new.entries) or new.as_given[i] != done:
+                problems.append(
+                    f"{config.schedule}: entry {i + 1} has fired already and must stay as it was: {json.dumps(done)}"
+                )
+        if new.as_given != schedule.as_given and not problems:
+            overrides.append(
+                {
+                    "key": "schedule",
+                    "before": schedule.as_given[fired:],
+                    "after": new.as_given[fired:],
+                    "applied": True,
+                    "reason": given["schedule"],
+                }
+            )
+        schedule = new
+    if out_of_memory.noted(config.out_dir) == settings.batch_size and (smaller := settings.in_smaller_pieces()):
+        reason = "memory ran out in the last start: the same global batch in smaller pieces"
+        for key in ("batch_size", "gradient_accumulation_steps"):
+            before, after = (get_field(s, IN_SETTINGS[key]) for s in (settings, smaller))
+            overrides.append({"key": key, "before": before, "after": after, "applied": True, "reason": reason})
+        settings = smaller
+    if recorded.log_dir and "log_dir" not in given:
+        reason = "a checkpoint does not choose where files are written: give it again"
+        overrides.append({"key": "log_dir", "before": recorded.log_dir, "after": "", "applied": True, "reason": reason})
+        recorded = recorded.model_copy(update={"log_dir": ""})
+    if problems:
+        raise Refused(problems)
+    update = {key: getattr(config, key) for key in given} | {"out_dir": config.out_dir, "init_from": "resume"}
+    return Resumed(loaded, recorded.model_copy(update=update), settings, schedule, overrides, passed_over, damaged)
+
+
+def open_model(
+    loaded: checkpoint.Checkpoint, config: ModelConfig, ranks: Ranks, device: torch.device
+) -> tuple[GPT, State]:
+    """A checkpoint's model and moments; where the ranks are sharded each reads its own parts. Raises Refused."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+    wanted = dict(shapes)
+    for name in {key.rpartition("|")[0] for key in loaded.shapes if "|" in key}:
+        if name not in shapes:
+            raise Refused(f"checkpoint {loaded.path}: there are moments of {name}, which is not in the model")
+        wanted |= {f"{name}|exp_avg": shapes[name], f"{name}|exp_avg_sq": shapes[name], f"{name}|step": torch.Size([])}
+    try:
+        check_shapes(wanted, loaded.shapes)
+    except ValueError as error:
+        raise Refused(f"checkpoint {loaded.path}: {error}") from None
+    if not ranks.sharded:
+        return from_weights(config, loaded.model), loaded.optimizer
+    model = sharding.empty(config, ranks.mesh, device)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    moments = {
+        key: torch.zeros(()) if key.endswith("|step") else torch.zeros_like(weights[key.rpartition("|")[0]])
+        for key in loaded.shapes
+        if "|" in key
+    }
+    loaded.read_into({**weights, **moments})
+    return model, checkpoint.by_parameter(moments)
+
+
+def pending(schedule: Schedule, state: dict[str, Any]) -> Schedule:
+    """The entries that have not fired."""
+    fired = state["orchestrator"]["position"]["fired"]
+    return Schedule(schedule.entries[fired:], schedule.source, schedule.text)
