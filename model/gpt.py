@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,15 @@ from orchestrate.model.config import Fade, ModelConfig
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of the positions seen, one pair a block, each (batch, n_kv_head, positions, head_size)."""
+
+
+class Loss(NamedTuple):
+    """What a batch adds to a loss. The mean is for who knows all that it is to be taken over."""
+
+    sum: Tensor
+    """Of the cross entropies, in nats, of the targets that count, ()."""
+    count: Tensor
+    """How many those are, () int64."""
 
 
 @dataclass(frozen=True)
@@ -338,23 +347,18 @@ class GPT(nn.Module):
             return tied_logits(self.transformer["wte"], x)
         return F.linear(x, self.transformer["wte"].weight)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits, and with targets the loss.
+    def forward(self, idx: Tensor, targets: Tensor) -> Loss:
+        """The loss.
 
         Args:
             idx: token ids, (batch, time), time at most block_size.
             targets: the token that follows each, same shape; -1 where none counts.
-
-        Returns:
-            (logits (batch, time, vocab), mean cross entropy in nats ()) with targets, else (logits of the last
-            position (batch, 1, vocab), None).
         """
-        x, _ = self._hidden(idx)
-        if targets is None:
-            return self._head(x[:, -1:]), None
-        logits = self._head(x)
-        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1)
-        return logits, loss
+        logits = self.logits(idx)
+        total = F.cross_entropy(
+            logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1, reduction="sum"
+        )
+        return Loss(total, (targets != -1).sum())
 
     def logits(self, idx: Tensor) -> Tensor:
         """Logits of every position, (batch, time, vocab)."""

@@ -75,7 +75,7 @@ def gradients(model: GPT) -> dict[str, torch.Tensor]:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     named = dict(model.named_parameters())
-    loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+    loss = model(tokens[:, :-1], tokens[:, 1:]).sum / 48
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {
         n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)

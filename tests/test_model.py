@@ -146,7 +146,19 @@ def test_a_position_sees_only_what_is_before_it(config):
     one, other = model.logits(x), model.logits(changed)
     torch.testing.assert_close(one[:, :9], other[:, :9])
     assert (one[:, 9:] - other[:, 9:]).abs().max() > 1e-2
-    torch.testing.assert_close(model(x)[0][:, 0], one[:, -1])
+
+
+def test_the_loss_is_a_sum_over_the_targets_that_count():
+    model, x = trained(GPT2), tokens()
+    targets = x.roll(-1, 1)
+    targets[0, 3:] = targets[2, :15] = -1
+    loss = model(x, targets)
+    chances = model.logits(x).log_softmax(-1)
+    by_hand = [-chances[0, i, targets[0, i]] for i in range(3)] + [-chances[1, i, targets[1, i]] for i in range(16)]
+    by_hand.append(-chances[2, 15, targets[2, 15]])
+    assert loss.count == 20
+    torch.testing.assert_close(loss.sum, torch.stack(by_hand).sum(), atol=1e-4, rtol=1e-6)
+    assert [value.item() for value in model(x, torch.full_like(x, -1))] == [0.0, 0]
 
 
 def test_initial_weights_follow_the_seed_alone():
@@ -160,8 +172,8 @@ def test_initial_weights_follow_the_seed_alone():
     init_weights(other, 8)
     assert not torch.equal(one.transformer["wte"].weight, other.transformer["wte"].weight)
     assert one.transformer["h"][0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 * 24**0.5 / 2, rel=0.1)
-    loss = one(tokens(), tokens().roll(1, 1))[1].item()
-    assert loss == pytest.approx(3.912, abs=0.3)  # ln 50: hardly a preference yet
+    loss = one(tokens(), tokens().roll(1, 1))
+    assert loss.count == 48 and loss.sum.item() / 48 == pytest.approx(3.912, abs=0.3)  # ln 50: hardly a preference yet
 
 
 @BOTH
@@ -244,7 +256,7 @@ def test_shrinking_keeps_the_strongest_directions():
 def test_new_adapters_can_learn(config):
     model, _ = reshape_lora(trained(config), replace(config, lora=RANKS[0]), torch.Generator().manual_seed(0))
     grown, _ = reshape_lora(model, replace(config, lora={**RANKS[0], "attn.0": LoraSpec(8, 8.0)}), torch.Generator())
-    grown(tokens(), tokens())[1].backward()
+    grown(tokens(), tokens()).sum.backward()
     for name, parameter in grown.named_parameters():
         if "lora_B" in name or "embedding_A" in name:
             assert parameter.grad.abs().max() > 0, name
@@ -273,7 +285,7 @@ def test_moments_follow_the_gradient(config, after):
     state: dict = {}
     for number, one in enumerate((model, new)):
         one.zero_grad()
-        one(tokens(), tokens().roll(1, 1))[1].backward()
+        (one(tokens(), tokens().roll(1, 1)).sum / 48).backward()
         for name, parameter in one.named_parameters():
             gradient = parameter.grad
             state.setdefault(number, {})[name] = {
@@ -311,20 +323,20 @@ def test_compiled_blocks_share_graphs_and_schedules_recompile_nothing():
     counter = CompileCounterWithBackend("eager")
     model = trained(replace(GPT2, n_layer=3, n_hidden=128)).train()
     compile_blocks(model, backend=counter)
-    model(tokens(), tokens())[1].backward()
+    model(tokens(), tokens()).sum.backward()
     assert counter.frame_count == 1
-    model(tokens(5), tokens(5))[1].backward()
+    model(tokens(5), tokens(5)).sum.backward()
     at_most = counter.frame_count
     assert at_most <= 2
     for batch in (2, 7, 4):
-        model(tokens(batch), tokens(batch))[1].backward()
+        model(tokens(batch), tokens(batch)).sum.backward()
     assert counter.frame_count == at_most
     set_dropout(model, 0.1)
-    model(tokens(), tokens())[1].backward()
+    model(tokens(), tokens()).sum.backward()
     with_dropout = counter.frame_count
     for p in (0.2, 0.35, 0.05):
         set_dropout(model, p)
-        model(tokens(), tokens())[1].backward()
+        model(tokens(), tokens()).sum.backward()
     assert counter.frame_count == with_dropout
     torch._dynamo.reset()
 
@@ -332,9 +344,9 @@ def test_compiled_blocks_share_graphs_and_schedules_recompile_nothing():
 def test_compiled_model_computes_the_same():
     torch._dynamo.reset()
     model = trained(GPT2).train()
-    plain = model(tokens(), tokens())[1]
+    plain = model(tokens(), tokens()).sum / 48
     compile_blocks(model)
-    torch.testing.assert_close(model(tokens(), tokens())[1], plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(tokens(), tokens()).sum / 48, plain, atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
 
 
