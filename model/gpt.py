@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from orchestrate.model.config import Fade, ModelConfig
 
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions, each (time, head_size)."""
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of the positions seen, one pair a block, each (batch, n_kv_head, positions, head_size)."""
 
@@ -148,10 +150,30 @@ class Attention(_Fading):
         self.dropout_active = False
         self.attend_with_dropout = _attention_with_dropout
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None = None
+    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
+        """(batch, time, n_embd) -> the same."""
+        q, k, v = self._heads(x, rope)
+        gqa = self.n_head != self.n_kv_head
+        if self.training and self.dropout_active:
+            return self._out(self.attend_with_dropout(self, q, k, v, gqa))
+        return self._out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa))
+
+    def extend(
+        self, x: Tensor, rope: Rope | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(batch, time, n_embd) -> the same, and keys and values so far (for a cache)."""
+        """What `forward` makes of positions that follow those of `past`, and keys and values so far."""
+        q, k, v = self._heads(x, rope)
+        gqa = self.n_head != self.n_kv_head
+        if past is None:
+            return self._out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)), (k, v)
+        time = x.shape[1]
+        k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        # New queries see everything cached and, among themselves, what is before them.
+        mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - time)
+        return self._out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)), (k, v)
+
+    def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (batch, heads, time, head_size)."""
         batch, time, _ = x.shape
         q, k, v = self.c_attn(x).split(self.widths, dim=2)
         q = q.view(batch, time, self.n_head, self.head_size).transpose(1, 2)
@@ -161,22 +183,15 @@ class Attention(_Fading):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rope is not None:
             q, k = _rotate(q, *rope), _rotate(k, *rope)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        gqa = self.n_head != self.n_kv_head
-        if self.training and self.dropout_active:
-            y = self.attend_with_dropout(self, q, k, v, gqa)
-        elif past is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-        else:
-            # New queries see everything cached and, among themselves, what is before them.
-            mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - time)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-        y = y.transpose(1, 2).reshape(batch, time, self.widths[0])
+        return q, k, v
+
+    def _out(self, y: Tensor) -> Tensor:
+        """What the heads found, (batch, heads, time, head_size), as it is added to the residual stream."""
+        y = y.transpose(1, 2).flatten(2)
         if self.fade_units is not None:
             y = y * self.fade_units
         y = self.resid_dropout(self.c_proj(y))
-        return (y if self.fade_output is None else y * self.fade_output), (k, v)
+        return y if self.fade_output is None else y * self.fade_output
 
 
 class MLP(_Fading):
@@ -236,10 +251,15 @@ class Block(nn.Module):
         self.ln_2 = _norm(config)
         self.mlp = MLP(config, n_hidden)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None = None
+    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope)
+        return x + self.mlp(self.ln_2(x))
+
+    def extend(
+        self, x: Tensor, rope: Rope | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        attended, present = self.attn(self.ln_1(x), rope, past)
+        """What `forward` makes of positions that follow those of `past`, and keys and values so far."""
+        attended, present = self.attn.extend(self.ln_1(x), rope, past)
         x = x + attended
         return x + self.mlp(self.ln_2(x)), present
 
@@ -261,6 +281,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.embed, self.measure = _embed, _measure
         self.dropout = 0.0
         self.fading: dict[str, Fade] = {}
         parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.n_embd)}
@@ -278,9 +299,10 @@ class GPT(nn.Module):
         self.register_buffer("fade_logits", None, persistent=False)
         self.reset_buffers(self.transformer["wte"].weight.device)
         if config.lora:
-            from orchestrate.model.lora import attach  # peft's layers wrap what is built here
+            from orchestrate.model.lora import attach, tied_logits  # peft's layers wrap what is built here
 
             attach(self)
+            self.tied_logits = tied_logits
 
     def reset_buffers(self, device: torch.device) -> None:
         """Make the buffers (rotary tables, dropout, masks) anew on a device: for a model that was built on meta."""
@@ -316,36 +338,30 @@ class GPT(nn.Module):
             self.fade_logits = torch.zeros(self.config.vocab_size, device=device)
             self.fade_logits[fade.known :] = math.log(max(fade.share, 1e-13))
 
-    def _hidden(self, idx: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        """The normed residual stream (batch, time, n_embd) of tokens that follow what `past` has seen."""
-        start = past[0][0].shape[2] if past else 0
+    def _start(self, idx: Tensor, start: int) -> tuple[Tensor, Rope | None]:
+        """The residual stream (batch, time, n_embd) before the first block, of tokens at positions from `start` on."""
         end = start + idx.shape[1]
         assert end <= self.config.block_size, f"{end} positions in a model of block_size {self.config.block_size}"
-        x = self.transformer["wte"](idx)
-        rope = None
-        if self.config.position == "learned":
-            x = x + self.transformer["wpe"](torch.arange(start, end, device=idx.device))
-        else:
-            rope = (self.rope_cos[start:end], self.rope_sin[start:end])
-        x = self.transformer["drop"](x)
-        present: Cache = []
-        for i, block in enumerate(self.transformer["h"]):
-            x, keys_values = block(x, rope, past[i] if past else None)
-            present.append(keys_values)
-        return self.transformer["ln_f"](x), present
+        rotary = self.config.position == "rotary"
+        return self.embed(self, idx, start), (self.rope_cos[start:end], self.rope_sin[start:end]) if rotary else None
+
+    def _hidden(self, idx: Tensor) -> Tensor:
+        """The residual stream (batch, time, n_embd) after the last block."""
+        x, rope = self._start(idx, 0)
+        for block in self.transformer["h"]:
+            x = block(x, rope)
+        return x
 
     def _head(self, x: Tensor) -> Tensor:
-        logits = self._full_logits(x)
-        return logits if self.fade_logits is None else logits + self.fade_logits
-
-    def _full_logits(self, x: Tensor) -> Tensor:
+        """Logits of the residual stream after the last block."""
+        x = self.transformer["ln_f"](x)
         if not self.config.tie_weights:
-            return self.lm_head(x)
-        if "wte" in self.config.lora:
-            from orchestrate.model.lora import tied_logits
-
-            return tied_logits(self.transformer["wte"], x)
-        return F.linear(x, self.transformer["wte"].weight)
+            logits = self.lm_head(x)
+        elif "wte" in self.config.lora:
+            logits = self.tied_logits(self.transformer["wte"], x)
+        else:
+            logits = F.linear(x, self.transformer["wte"].weight)
+        return logits if self.fade_logits is None else logits + self.fade_logits
 
     def forward(self, idx: Tensor, targets: Tensor) -> Loss:
         """The loss.
@@ -354,20 +370,35 @@ class GPT(nn.Module):
             idx: token ids, (batch, time), time at most block_size.
             targets: the token that follows each, same shape; -1 where none counts.
         """
-        logits = self.logits(idx)
-        total = F.cross_entropy(
-            logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1, reduction="sum"
-        )
-        return Loss(total, (targets != -1).sum())
+        return Loss(*self.measure(self, self._hidden(idx), targets))
 
     def logits(self, idx: Tensor) -> Tensor:
         """Logits of every position, (batch, time, vocab)."""
-        return self._head(self._hidden(idx)[0])
+        return self._head(self._hidden(idx))
 
     def extend(self, idx: Tensor, past: Cache | None) -> tuple[Tensor, Cache]:
         """Logits of the last of some new tokens, (batch, vocab), and the cache with them in it."""
-        x, present = self._hidden(idx, past)
+        x, rope = self._start(idx, past[0][0].shape[2] if past else 0)
+        present: Cache = []
+        for i, block in enumerate(self.transformer["h"]):
+            x, keys_values = block.extend(x, rope, past[i] if past else None)
+            present.append(keys_values)
         return self._head(x[:, -1]), present
+
+
+def _embed(model: GPT, idx: Tensor, start: int) -> Tensor:
+    """What comes before the blocks: the embedding of tokens at positions from `start` on, (batch, time, n_embd)."""
+    x = model.transformer["wte"](idx)
+    if "wpe" in model.transformer:
+        x = x + model.transformer["wpe"](torch.arange(start, start + idx.shape[1], device=idx.device))
+    return model.transformer["drop"](x)
+
+
+def _measure(model: GPT, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What comes after the blocks: the last norm, the head, and the sum and count of Loss."""
+    logits = model._head(x)
+    total = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1, reduction="sum")
+    return total, (targets != -1).sum()
 
 
 WEIGHTS: dict[str, Weights] = {
@@ -436,10 +467,17 @@ def set_dropout(model: GPT, p: float) -> None:
 
 
 def compile_blocks(model: GPT, **options: Any) -> None:
-    """torch.compile each block by itself, in place: a block of a known shape reuses the graph that is there.
+    """torch.compile each block, what comes before the blocks and what comes after them, each by itself, in place.
 
-    `options` go to torch.compile.
+    A block of a known shape reuses the graph that is there. `options` go to torch.compile.
     """
+    import torch._dynamo  # takes a second
+
+    # torch gives up on a function after 8 graphs, and computes it without compiling. All blocks are one function, and a
+    # schedule that grows and freezes makes more kinds of them than that.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    # Functions of the model and not its methods: a copy of the model must not compute with the first one's weights.
+    model.embed, model.measure = torch.compile(_embed, **options), torch.compile(_measure, **options)
     outside = torch.compiler.disable(_attention_with_dropout)
     for block in model.transformer["h"]:
         block.attn.attend_with_dropout = outside

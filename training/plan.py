@@ -7,7 +7,7 @@ device, where nothing is allocated. What can only be guessed before a run is lab
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +58,7 @@ class Row:
     """Estimate for one micro-step of eager training."""
     rewraps: int
     recompiles: int
-    """Estimate: blocks of a kind not compiled before, and first changes of batch or length."""
+    """Estimate: graphs of a kind not compiled before, and first changes of batch or length."""
     keeps_function: bool | None
     """None at the start."""
     changes: dict[str, list[Any]]
@@ -162,14 +162,14 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         trainable = trainable_parameters(model, s.frozen)
         trained = trained | trainable  # a parameter that ever trained keeps its moments
         sizes = {name: p.numel() for name, p in model.named_parameters()}
-        new = {_block_kind(s, n) for n in range(s.model.n_layer)} - kinds
-        recompiles = len(new) if i else 0
-        kinds |= new
+        graphs = _graphs(s)
+        recompiles = len(graphs - kinds) if i else 0
+        kinds |= graphs
         if i and _batch_shape(s) not in batches and len(batches) == 1:
-            recompiles += len({_block_kind(s, n) for n in range(s.model.n_layer)})  # the batch becomes dynamic, once
+            recompiles += len(graphs)  # the batch becomes dynamic, once
         batches.add(_batch_shape(s))
         if s.dropout > 0 and not dropped:
-            recompiles, dropped = recompiles + 1, True
+            recompiles, dropped = recompiles + 2, True  # in blocks, and before them
         old, now = differences(before, s) if before is not None else ({}, {})
         rows.append(
             Row(
@@ -207,12 +207,18 @@ def _batch_shape(s: Settings) -> tuple[int, int]:
     return s.batch_size, s.sequence_length
 
 
-def _block_kind(s: Settings, n: int) -> str:
-    """What a compiled graph of a block depends on."""
+def _graphs(s: Settings) -> set[str]:
+    """What compiled graphs depend on: those of blocks, and of what comes before and after them."""
     c = s.model
-    shape = [getattr(c, name) for name, option in OPTIONS.items() if option.shapes_blocks] + [c.n_hidden[n]]
-    layers = [f"{kind}.{n}" for kind in BLOCK_LAYERS]
-    return repr((shape, [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]))
+    shape = [getattr(c, name) for name, option in OPTIONS.items() if option.shapes_blocks]
+
+    def graph(layers: Sequence[str], *more: object) -> str:
+        return repr((shape, more, [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]))
+
+    blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n]) for n in range(c.n_layer)}
+    before = graph(["wte", "wpe"], "before", c.vocab_size, c.block_size if c.position == "learned" else 0)
+    after = graph(["wte", "ln_f"] if c.tie_weights else ["ln_f", "lm_head"], "after", c.vocab_size, c.tie_weights)
+    return {*blocks, before, after}
 
 
 def flops_per_token(c: ModelConfig, parameters: int, length: int) -> float:

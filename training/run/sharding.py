@@ -7,7 +7,6 @@ the same lineage as without sharding, and shards again. torch.distributed is imp
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +24,6 @@ def shard(model: GPT, mesh: DeviceMesh) -> GPT:
     """Shard a model in place along the first dimension of each parameter, on the mesh's device; also one on meta."""
     from torch.distributed.fsdp import fully_shard
 
-    # Blocks return keys and values for a cache that training does not use; nothing changes them in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in model.transformer["h"]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
