@@ -34,7 +34,7 @@ from orchestrate.data.stream import read_meta, read_remap
 from orchestrate.model import nanogpt
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT
-from orchestrate.training.schedule.file import ENTRY_FIELDS
+from orchestrate.training.schedule.file import entry_fields
 from orchestrate.training.settings.config import KEYS, TrainConfig
 from orchestrate.training.settings.errors import OperationFailed, Refused, ScheduleError
 
@@ -208,7 +208,7 @@ def entries(data: st.DataObject) -> list[dict]:
         entry: dict[str, Any] = {"name": name}
         if EXAMPLES[name] is not None:
             entry["value"] = EXAMPLES[name] if data.draw(st.integers(0, 3)) else mutated(data, EXAMPLES[name])
-        field = data.draw(st.sampled_from(sorted(ENTRY_FIELDS)))
+        field = data.draw(st.sampled_from(sorted(entry_fields())))
         if field not in ("name", "value"):
             entry[field] = data.draw(JSON) if data.draw(st.integers(0, 4)) == 0 else FIELDS.get(field, 3)
         made.append(entry)

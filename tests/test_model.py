@@ -26,6 +26,7 @@ from orchestrate.model.growth import Layer, stack
 from orchestrate.model.lineage import carry
 from orchestrate.model.lora import reshape_lora, tied_logits, trainable_parameters
 from orchestrate.training.plan import flops_per_token
+from orchestrate.training.run.optimizers import AdamW
 
 GPT2 = ModelConfig(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32, bias=True)
 LLAMA = replace(
@@ -293,7 +294,7 @@ def test_moments_follow_the_gradient(config, after):
                 "exp_avg": gradient, "exp_avg_sq": gradient**2, "step": torch.tensor(1.0)
             }  # fmt: skip
     shapes = {name: parameter.shape for name, parameter in new.named_parameters()}
-    carried = carry(state[0], lineage, shapes)
+    carried = carry(state[0], lineage, shapes, AdamW.slots)
     for name, origin in lineage.items():
         image = torch.ones(shapes[name], dtype=torch.bool)
         for dim, index in enumerate(origin.index):

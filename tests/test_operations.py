@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from operation_examples import BEFORE, EXAMPLES
+from operation_examples import BEFORE, EXAMPLES, ONLY_WITH
 
 from orchestrate.data.stream import open_data
 from orchestrate.model.config import ModelConfig, layer_of_parameter
@@ -14,6 +14,7 @@ from orchestrate.model.gpt import GPT, from_weights, init_weights
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.operations import OPERATIONS, make
 from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.run.run import Run
 from orchestrate.training.session.start import settings_from
 from orchestrate.training.settings.config import TrainConfig
@@ -89,10 +90,14 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model, optimizer", [*(("gpt2", name) for name in OPTIMIZERS), ("qk_norm", "adamw")])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_contract(data, name, model, tmp_path):
-    run = live_run(data, model=MODELS[model])
+def test_contract(data, name, model, optimizer, tmp_path):
+    run = live_run(data, model=MODELS[model], optimizer=optimizer)
+    if optimizer not in ONLY_WITH.get(name, OPTIMIZERS):
+        with pytest.raises(ScheduleError, match=f"^{name}: {optimizer} has no (betas|momentum)"):
+            make(name, {"value": EXAMPLES[name]}).plan(run.settings)
+        return
     for before, value in BEFORE.get(name, []):
         apply(run, before, value)
         run.step()
@@ -125,6 +130,10 @@ def test_contract(data, name, model, tmp_path):
 
     # untouched parameters keep value and moments to the bit
     after = run.optimizer.state_by_name()
+    shapes = {n: p.shape for n, p in run.model.named_parameters()}
+    assert {n: {k: v.shape for k, v in s.items()} for n, s in after.items()} == {
+        n: OPTIMIZERS[optimizer].state_shapes(n, shapes[n]) for n in after
+    }
     for n, p in run.model.named_parameters():
         if name == "reset_moments" and layer_of_parameter(n) in ("mlp.0", "mlp.1", "ln_f"):
             assert n not in after

@@ -13,6 +13,7 @@ from test_operations import apply, live_run
 
 import train_orchestrated
 from orchestrate.training import plan
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 
@@ -103,7 +104,8 @@ def test_a_failing_reshape_is_found_before_the_run(data, tmp_path, capsys, monke
         planned(tmp_path, data, [{"name": "widen_mlp", "value": 128}], capsys, "--plan")
 
 
-def test_memory_of_parameters_and_optimizer_is_what_a_run_has(data, tmp_path):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_memory_of_parameters_and_optimizer_is_what_a_run_has(data, tmp_path, optimizer):
     """Within 15 %, at the start and after every kind of change."""
     steps = [
         ("freeze_layer", "mlp.0"),
@@ -118,9 +120,10 @@ def test_memory_of_parameters_and_optimizer_is_what_a_run_has(data, tmp_path):
     config = TrainConfig(
         dataset=str(data), schedule=str(path), n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
         gradient_accumulation_steps=2, bias=True, device="cpu", compile=False, shrunken_vocab_size=0,
+        optimizer=optimizer,
     )  # fmt: skip
     rows = plan.make(config, {}, 1).rows
-    run = live_run(data, model={"vocab_size": rows[0].settings.model.vocab_size})
+    run = live_run(data, model={"vocab_size": rows[0].settings.model.vocab_size}, optimizer=optimizer)
     for row, (name, value) in zip(rows, [(None, None), *steps], strict=True):
         if name:
             apply(run, name, value)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrate.model.config import ModelConfig
-from orchestrate.training.schedule.file import ENTRY_FIELDS, parse_schedule, read_schedule
+from orchestrate.training.schedule.file import entry_fields, parse_schedule, read_schedule
 from orchestrate.training.schedule.ramps import Ramp
 from orchestrate.training.schedule.stages import plan_stages
 from orchestrate.training.schedule.triggers import TRIGGERS
@@ -191,7 +191,7 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.dictionaries(st.sampled_from(ENTRY_FIELDS), VALUES, max_size=5), max_size=3))
+@given(st.lists(st.dictionaries(st.sampled_from(entry_fields()), VALUES, max_size=5), max_size=3))
 def test_fuzz_any_values_in_any_fields(document):
     assert all(isinstance(problem, str) for problem in problems(json.dumps(document), "s.json"))
 

@@ -23,8 +23,10 @@ from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.operations import Operation
 from orchestrate.training.run.changes import needs_agreement, reshapes
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Entry, Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.schedule.stages import Stage, plan_stages
 from orchestrate.training.session.resume import resume
 from orchestrate.training.session.start import check_lengths, planned_model_config, settings_from, the_schedule
@@ -99,15 +101,22 @@ class Plan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def make(config: TrainConfig, given: dict[str, str], world_size: int, against: str = "") -> Plan:
+def make(
+    config: TrainConfig,
+    given: dict[str, str],
+    world_size: int,
+    against: str = "",
+    operations: Sequence[OwnFile] = (),
+) -> Plan:
     """The plan of a run. Raises Refused with every problem of the configuration and the schedule.
 
     Args:
         against: a run folder; says when each entry would have fired on its recorded losses.
+        operations: files of the user's own operations, registered now.
     """
     notes: list[str] = []
     if config.init_from == "resume":
-        resumed = resume(config, given)
+        resumed = resume(config, given, operations)
         fired = resumed.loaded.state["orchestrator"]["position"]["fired"]
         schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
         schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
@@ -161,7 +170,9 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
             trained = _with_moments(lineage, trained)
         trainable = trainable_parameters(model, s.frozen)
         trained = trained | trainable  # a parameter that ever trained keeps its moments
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        sizes = {name: shape.numel() for name, shape in shapes.items()}
+        state_bytes = OPTIMIZERS[s.optimizer].state_bytes
         graphs = _graphs(s)
         recompiles = len(graphs - kinds) if i else 0
         kinds |= graphs
@@ -181,7 +192,7 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
                 trainable=sum(sizes[name] for name in trainable),
                 flops_per_token=flops_per_token(s.model, sum(sizes.values()), s.sequence_length),
                 model_bytes=4 * (sum(sizes.values()) + sum(sizes[name] for name in trainable)) // share,
-                optimizer_bytes=sum(8 * sizes[name] // share + 4 for name in trained),
+                optimizer_bytes=sum(state_bytes(name, shapes[name], share) for name in trained),
                 activation_bytes=activation_bytes(s, 4 if config.dtype in ("auto", "float32") else 2),
                 rewraps=int(before is not None and needs_agreement(before, s)),
                 recompiles=recompiles if config.compile else 0,

@@ -79,10 +79,11 @@ OPERATIONS: dict[str, type[Operation]] = {}
 
 
 def operation(name: str) -> Callable[[type[Operation]], type[Operation]]:
-    """Class decorator: make the operation available to schedules under this name."""
+    """Class decorator: make the operation available to schedules. Raises ValueError for a name that is taken."""
 
     def register(cls: type[Operation]) -> type[Operation]:
-        assert name not in OPERATIONS, f"two operations are called {name}"
+        if name in OPERATIONS:
+            raise ValueError(f"there is an operation {name} already")
         cls.name = name
         OPERATIONS[name] = cls
         return cls

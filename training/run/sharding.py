@@ -14,31 +14,46 @@ from torch import Tensor, nn
 
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, from_weights
-from orchestrate.training.run.optimizers import State
+from orchestrate.model.lineage import State
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(model: GPT, mesh: DeviceMesh) -> GPT:
-    """Shard a model in place along the first dimension of each parameter, on the mesh's device; also one on meta."""
-    from torch.distributed.fsdp import fully_shard
+def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> GPT:
+    """Shard a model in place along the first dimension of each parameter, on the mesh's device; also one on meta.
+
+    Args:
+        dtype: bfloat16 gathers the blocks' weights in it, which halves what is sent; shards and moments stay float32,
+            and gradients are added up in float32. What lies around the blocks (embedding, last norm, head) is gathered
+            as it is: the residual stream starts and the logits end in full precision.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options = {}
+    if dtype == torch.bfloat16:
+        # Inputs are not cast: autocast decides what is computed in which type, as without sharding.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        options = {"mp_policy": policy}
 
     for block in model.transformer["h"]:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh)
     return model
 
 
 def shard_state(state: State, model: GPT) -> State:
-    """Moments sharded as the parameters of a sharded model are; `step` stays as it is. No rank sends anything."""
+    """Moments sharded as the parameters of a sharded model are; single numbers stay as they are.
+
+    No rank sends anything.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     parameters = dict(model.named_parameters())
 
     def placed(name: str, value: Tensor) -> Tensor:
         like = parameters[name]
-        if isinstance(value, DTensor) or value.shape != like.shape:
+        if isinstance(value, DTensor) or not value.dim():
             return value.to(like.device)
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
@@ -46,19 +61,28 @@ def shard_state(state: State, model: GPT) -> State:
 
 
 def unshard(model: GPT, state: State) -> tuple[GPT, State]:
-    """The whole model and its moments in host memory, on every rank: 12 bytes a trained parameter. Collective."""
+    """The whole model and its moments in host memory, on every rank. Collective."""
     weights = {name: whole(p.detach()).cpu() for name, p in model.named_parameters()}
     moments = {name: {k: whole(v).cpu() for k, v in parts.items()} for name, parts in state.items()}
     return from_weights(model.config, weights), moments
 
 
-def empty(config: ModelConfig, mesh: DeviceMesh, device: torch.device) -> GPT:
+def empty(config: ModelConfig, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> GPT:
     """A sharded model without values, which never existed whole anywhere."""
     with torch.device("meta"):
         model = GPT(config)
-    shard(model, mesh).to_empty(device=device)
+    shard(model, mesh, dtype).to_empty(device=device)
     model.reset_buffers(device)
     return model
+
+
+def empty_state(shape: torch.Size, like: Tensor) -> Tensor:
+    """Zeros of this shape, sharded as the parameter is; a single number is whole, on the CPU."""
+    from torch.distributed.tensor import zeros
+
+    if not shape:
+        return torch.zeros(())
+    return zeros(shape, dtype=like.dtype, device_mesh=like.device_mesh, placements=like.placements)
 
 
 def reshard(model: GPT) -> None:

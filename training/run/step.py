@@ -50,13 +50,9 @@ def step(run: Run) -> StepResult:
         grad_norm = gradient_norm(run.optimizer.parameters, s.grad_clip)
         spike = bool(run.config.spike_sigma) and is_spike(_loss_of_all(run, total, fits), run.config.spike_sigma, p)
         healthy = torch.isfinite(grad_norm) & (not spike)
-        run.optimizer.set(lr, s.beta1, s.beta2, s.weight_decay)
+        run.optimizer.set(lr, s)
         run.consistent = False
-        if not run.scaler.is_enabled():
-            # The fused kernels look at this on the device: no weight is touched, and no host waits to know.
-            run.optimizer.inner.found_inf = (~healthy).to(torch.float32)
-        if not (spike and run.scaler.is_enabled()):  # a GradScaler has a veto of its own for what is not finite
-            run.scaler.step(run.optimizer.inner)
+        run.optimizer.step(veto=(~healthy).to(torch.float32))
         run.scaler.update()
         run.optimizer.zero_grad()
         p.iter += 1

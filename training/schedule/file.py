@@ -53,9 +53,13 @@ class _EntryFields(BaseModel):
     guard: Guard | None = None
 
 
-ENTRY_FIELDS = ("name", "value", *TRIGGERS, *[f for f in _EntryFields.model_fields if f != "name"])
-# What stands for "not given" in a file: a person writes `trigger_loss: null` for no trigger.
-_MAY_BE_NULL = {*TRIGGERS, "desc", "over", "style", "on_error", "reevaluate", "guard"}
+# Fields of an entry that no trigger may be called by.
+RESERVED = ("name", "value", *[field for field in _EntryFields.model_fields if field != "name"])
+
+
+def entry_fields() -> tuple[str, ...]:
+    """Every field that an entry may have; the triggers among them are those registered now."""
+    return (*RESERVED, *TRIGGERS)
 
 
 @dataclass(frozen=True)
@@ -233,11 +237,14 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         raise ScheduleError(f"an entry is a mapping with `name`, got {shown(given)}")
     if "name" not in given:
         raise ScheduleError(f"has no `name`; got the fields {', '.join(map(str, given)) or 'none'}")
-    problems = [f"unknown field {shown(key)}{nearest(key, ENTRY_FIELDS)}" for key in given if key not in ENTRY_FIELDS]
+    problems = [
+        f"unknown field {shown(key)}{nearest(key, entry_fields())}" for key in given if key not in entry_fields()
+    ]
     fields = {
         key: value
         for key, value in given.items()
-        if key in ENTRY_FIELDS and not (value is None and key in _MAY_BE_NULL)
+        # A person writes `trigger_loss: null` for no trigger.
+        if key in entry_fields() and not (value is None and key not in ("name", "value"))
     }
     title = f"{given['name']}: " if isinstance(given["name"], str) else ""
 

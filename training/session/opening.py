@@ -33,7 +33,7 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             )
         settings = resumed.settings
         check_lengths(plan_stages(pending(schedule, state), settings, ranks.world_size), data)
-        model, moments = open_model(resumed.loaded, settings.model, ranks, device)
+        model, moments = open_model(resumed.loaded, settings, ranks, device)
         return Run(
             config,
             settings,

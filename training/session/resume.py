@@ -6,6 +6,7 @@ What is wrong with the folder or with the overrides is found here, as `Refused`,
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +14,15 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
+from orchestrate.model.lineage import State
 from orchestrate.training.run import out_of_memory, sharding
 from orchestrate.training.run.distributed import Ranks
-from orchestrate.training.run.optimizers import State
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
+from orchestrate.training.schedule.own import OwnFile, compare
 from orchestrate.training.session.start import IN_SETTINGS
-from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig
+from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Progress, Settings, get_field, with_field
 from orchestrate.training.settings.values import problems_of, shown
@@ -35,6 +37,7 @@ FIXED = {
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
     "seed": "the order of the data follows from it, and samples would repeat or be left out",
     "dataset": "the stream of samples would not go on where it stopped",
+    "optimizer": "what one optimizer has gathered means nothing to another",
 }
 
 
@@ -61,6 +64,8 @@ def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Pa
     for path in checkpoint.find(out_dir):
         try:
             return checkpoint.load(path), problems, damaged
+        except FileNotFoundError:  # only where no lock is held
+            problems.append(f"checkpoint {path}: removed while it was read: another job is running in {out_dir}")
         except Refused as error:
             problems += error.problems
             damaged.append(path)
@@ -103,6 +108,11 @@ class _Text(BaseModel):
     text: str
 
 
+class _OwnFile(BaseModel):
+    file: str
+    sha256: str
+
+
 class _State(BaseModel):
     """What else is read from a checkpoint's state before the run is built."""
 
@@ -113,14 +123,15 @@ class _State(BaseModel):
     data: dict[str, str]
     tokenizer: dict[str, Any]
     wandb_id: str | None
+    operations: list[_OwnFile] = []
 
 
-def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
+def resume(config: TrainConfig, given: dict[str, str], operations: Sequence[OwnFile] = ()) -> Resumed:
     """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
     loaded, passed_over, damaged = latest_good(config.out_dir)
     recorded, settings = understood(loaded)
-    overrides: list[dict[str, Any]] = []
-    problems: list[str] = []
+    overrides = compare(loaded.state.get("operations", []), operations)
+    problems = unread(settings.optimizer, given)
     for key in given:
         before, after = getattr(recorded, key), getattr(config, key)
         in_force = get_field(settings, IN_SETTINGS[key]) if key in IN_SETTINGS else before
@@ -177,27 +188,28 @@ def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
 
 
 def open_model(
-    loaded: checkpoint.Checkpoint, config: ModelConfig, ranks: Ranks, device: torch.device
+    loaded: checkpoint.Checkpoint, settings: Settings, ranks: Ranks, device: torch.device
 ) -> tuple[GPT, State]:
     """A checkpoint's model and moments; where the ranks are sharded each reads its own parts. Raises Refused."""
+    config, optimizer = settings.model, OPTIMIZERS[settings.optimizer]
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
     wanted = dict(shapes)
     for name in {key.rpartition("|")[0] for key in loaded.shapes if "|" in key}:
         if name not in shapes:
             raise Refused(f"checkpoint {loaded.path}: there are moments of {name}, which is not in the model")
-        wanted |= {f"{name}|exp_avg": shapes[name], f"{name}|exp_avg_sq": shapes[name], f"{name}|step": torch.Size([])}
+        wanted |= {f"{name}|{slot}": shape for slot, shape in optimizer.state_shapes(name, shapes[name]).items()}
     try:
         check_shapes(wanted, loaded.shapes)
     except ValueError as error:
         raise Refused(f"checkpoint {loaded.path}: {error}") from None
     if not ranks.sharded:
         return from_weights(config, loaded.model), loaded.optimizer
-    model = sharding.empty(config, ranks.mesh, device)
+    model = sharding.empty(config, ranks.mesh, device, ranks.dtype)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = {
-        key: torch.zeros(()) if key.endswith("|step") else torch.zeros_like(weights[key.rpartition("|")[0]])
-        for key in loaded.shapes
+        key: sharding.empty_state(shape, weights[key.rpartition("|")[0]])
+        for key, shape in loaded.shapes.items()
         if "|" in key
     }
     loaded.read_into({**weights, **moments})

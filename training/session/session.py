@@ -6,14 +6,15 @@ Holds what the loop does at a boundary, a method each; the order in which they h
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from orchestrate.training.run.run import Run
 from orchestrate.training.run.step import StepResult
-from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.session import healing
 from orchestrate.training.session.resume import open_model
 from orchestrate.training.session.saving import Saver
@@ -30,24 +31,31 @@ class Session:
     """What the loop works with.
 
     Args:
+        orchestrator: at the place in the schedule from which this start goes on.
         wandb_id: id of the W&B run, kept in every checkpoint so that a resume continues it.
+        operations: files of the user's own operations, kept in every checkpoint so that a resume asks for them.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         run: Run,
-        schedule: Schedule,
+        orchestrator: Orchestrator,
         reporter: Silent,
         signals: SignalWatch | NoSignals,
         wandb_id: str | None = None,
+        operations: Sequence[OwnFile] = (),
     ) -> None:
         self.config = config
         self.run = run
         self.reporter = reporter
         self.signals = signals
         self.wandb_id = wandb_id
-        self.orchestrator = Orchestrator(schedule, run, self)
+        self.operations = operations
+        self.orchestrator = orchestrator
+        orchestrator.host = self
+        self.began_at = run.progress.iter
+        """The iteration at which this start began."""
         self.saver = Saver(self)
         self.rollbacks = 0
         """How often this start went back because of a sick step."""
@@ -202,6 +210,7 @@ class Session:
             "data": run.batches.opened.fingerprint(),
             "tokenizer": run.data.meta.to_json(),
             "world_size": run.ranks.world_size,
+            "operations": [file.to_json() for file in self.operations],
         }
 
     def save(self, why: str, required: bool = True, mark: str = "") -> str:
@@ -219,7 +228,7 @@ class Session:
         try:
             loaded = checkpoint.load(checkpoint.folder(self.config.out_dir) / name)
             settings = Settings.from_json(loaded.state["settings"])
-            found = loaded.state, settings, *open_model(loaded, settings.model, run.ranks, run.device)
+            found = loaded.state, settings, *open_model(loaded, settings, run.ranks, run.device)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = f"{type(caught).__name__}: {caught}"
         failures = [text for text in run.ranks.gather(error) if text]

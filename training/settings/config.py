@@ -21,9 +21,11 @@ from orchestrate.model.config import DEFAULTS, OPTIONS
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.faults import parse_faults
 from orchestrate.training.settings.values import (
+    OPTIMIZER_NUMBERS,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    OptimizerName,
     PositiveFloat,
     PositiveInt,
     nearest,
@@ -122,9 +124,13 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     # optimizer and learning rate
     learning_rate: NonNegativeFloat = _key(6e-4, "peak learning rate")
     max_iters: NonNegativeInt = _key(600000, "iterations of the whole run")
-    weight_decay: NonNegativeFloat = _key(1e-1, "AdamW weight decay, on tensors of two and more dimensions")
-    beta1: Fraction = _key(0.9, "AdamW beta1")
-    beta2: Fraction = _key(0.95, "AdamW beta2")
+    optimizer: OptimizerName = _key("adamw", "adamw | sgd (with momentum)")
+    weight_decay: NonNegativeFloat = _key(
+        1e-1, "weight decay, on tensors of two and more dimensions (adamw: decoupled; sgd: added to the gradient)"
+    )
+    beta1: Fraction = _key(0.9, "adamw: beta1")
+    beta2: Fraction = _key(0.95, "adamw: beta2")
+    momentum: Fraction = _key(0.9, "sgd: momentum")
     grad_clip: NonNegativeFloat = _key(1.0, "largest global gradient norm; 0: no clipping")
     decay_lr: bool = _key(True, "follow lr_schedule; False: learning_rate throughout")
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = _key(
@@ -272,6 +278,16 @@ def read_config_file(path: str | Path) -> tuple[dict[str, tuple[Any, str]], list
     return found, problems
 
 
+def unread(optimizer: str, given: Mapping[str, str]) -> list[str]:
+    """Numbers of other optimizers that the command line gives. A file may hold those of several."""
+    own, numbers = OPTIMIZER_NUMBERS[optimizer], {key for keys in OPTIMIZER_NUMBERS.values() for key in keys}
+    return [
+        f"{place}: {optimizer} has no {key}; it has {' and '.join(own)}"
+        for key, place in given.items()
+        if key in numbers - {*own} and place.startswith("--")
+    ]
+
+
 def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]) -> tuple[TrainConfig, dict[str, str]]:
     """Config files in order, then `--KEY=VALUE` pairs as text; later wins.
 
@@ -297,9 +313,12 @@ def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
         for location, message in problems_of(error):
             key = str(location[0])
             problems.append(f"{given[key][1]}: {key} {message}")
+    places = {key: place for key, (_, place) in given.items()}
+    if not problems and config.init_from != "resume":  # else the checkpoint knows the optimizer
+        problems = unread(config.optimizer, places)
     if problems:
         raise Refused(problems)
-    return check_config(config), {key: place for key, (_, place) in given.items()}
+    return check_config(config), places
 
 
 def check_config(config: TrainConfig) -> TrainConfig:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from orchestrate.training.run.optimizers import State
+from orchestrate.model.lineage import State
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.values import shown
 
@@ -65,7 +65,7 @@ class Checkpoint:
 
     @cached_property
     def optimizer(self) -> State:
-        """AdamW's state by parameter name, whole, on the CPU."""
+        """The optimizer's state by parameter name, whole, on the CPU."""
         return by_parameter({key: value for key, value in self._whole.items() if "|" in key})
 
     @cached_property

@@ -21,6 +21,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from orchestrate.training.settings.errors import Refused
+
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 # Events that describe the run's course: after going back to an earlier state they did not happen. The others (signal,
 # error, ...) describe what befell the process, and that stays true.
@@ -291,15 +293,31 @@ def memory_percent(device: torch.device) -> dict[str, float]:
     return used
 
 
-def start_wandb(project: str, name: str, run_id: str | None, config: Mapping[str, Any], folder: Path) -> Any:
-    """A W&B run; with the id of an earlier one, that run continued. WANDB_MODE=offline needs no network."""
+def check_wandb() -> str:
+    """Why W&B cannot be logged to, or nothing. Asks for a key where there is a terminal and none is known."""
     import wandb
 
-    return wandb.init(
-        project=project,
-        name=name,
-        id=run_id,
-        resume="allow",
-        config=dict(config),
-        dir=str(folder),
-    )
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return ""
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        return f"wandb_log: {error} (or set WANDB_MODE=offline)"
+    return ""
+
+
+def start_wandb(project: str, name: str, run_id: str | None, config: Mapping[str, Any], folder: Path) -> Any:
+    """A W&B run; with the id of an earlier one, that run continued. Raises Refused."""
+    import wandb
+
+    try:
+        return wandb.init(
+            project=project,
+            name=name,
+            id=run_id,
+            resume="allow",
+            config=dict(config),
+            dir=str(folder),
+        )
+    except wandb.Error as error:
+        raise Refused(f"wandb_log: {error} (or set WANDB_MODE=offline)") from error
