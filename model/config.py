@@ -90,7 +90,11 @@ class ModelConfig:
     n_layer: int = option(12, "transformer blocks", limit=2**12, shapes_blocks=False)
     n_head: int = option(12, "query heads", limit=2**14)
     n_kv_head: int = option(None, "key and value heads (grouped-query attention); 0: n_head", limit=2**14, zero=True)
-    n_embd: int = option(768, "width of the residual stream", limit=2**20)
+    n_embd: int = option(
+        768,
+        "width of the residual stream; weights start with std 0.02 * sqrt(768 / n_embd), nanoGPT's 0.02 at 768",
+        limit=2**20,
+    )
     head_size: int = option(None, "features of one head; 0: n_embd / n_head", limit=2**20, zero=True)
     n_hidden: tuple[int, ...] = option(
         None, "hidden width of the MLPs; 0: 4 * n_embd (SwiGLU: 8/3)", limit=2**22, zero=True, shapes_blocks=False

@@ -248,10 +248,10 @@ def _batches(rank: int, data: str):
     seen = []
     load = run.batches.load
 
-    def record(cursor, count):
-        x, y = load(cursor, count)
-        seen.append((cursor.sample, x.tolist(), y.tolist()))
-        return x, y
+    def record(cursor, count, vocab_size):
+        batch = load(cursor, count, vocab_size)
+        seen.append((cursor.sample, batch.x.tolist(), batch.y.tolist()))
+        return batch
 
     run.batches.load = record
     losses = []

@@ -30,7 +30,6 @@ from orchestrate.model.hugging_face import (
     to_hf,
 )
 from orchestrate.model.nanogpt import config_from_checkpoint, load_checkpoint
-from orchestrate.training.settings.errors import Refused
 
 
 def gpt2(**keys):
@@ -234,8 +233,10 @@ def test_other_files_are_refused_and_run_nothing(tmp_path):
         lambda: nanogpt_checkpoint(path, model={}),
     ):
         write()
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="ckpt.pt: ") as refused:
             load_checkpoint(path)
+        told = str(refused.value).lower()
+        assert "only" not in told and "mmap" not in told, "torch's advice is to run what is in the file"
     assert not (tmp_path / "owned").exists()
 
 
@@ -245,13 +246,6 @@ def test_training_starts_from_them(tiny, tmp_path):
     code, out_dir = tiny(init_from=tmp_path / "ckpt.pt", max_iters=2, attn_lora_rank=2)
     assert code == 0
     gpt2().save_pretrained(tmp_path / "hf")
-    with pytest.raises(Refused) as refused:
-        tiny(out="other", init_from=tmp_path / "hf", n_hidden=128, norm_eps=1e-6)
-    have = f"but the weights of {tmp_path / 'hf'} have"
-    assert refused.value.problems == [
-        f"n_head: got 2, {have} n_head 4", f"n_embd: got 16, {have} n_embd 32",
-        f"norm_eps: got 1e-06, {have} norm_eps 1e-05",
-    ]  # fmt: skip
     code, out_dir = tiny(out="hf-run", init_from=tmp_path / "hf", max_iters=2, n_head=4, n_embd=32)
     assert code == 0
     from conftest import events

@@ -25,8 +25,8 @@ class Masked(Stream):
 
     masks: ClassVar[bool] = True
 
-    def batch(self, cursor, count):
-        x, y = super().batch(cursor, count)
+    def batch(self, cursor, count, vocab_size=None):
+        x, y = super().batch(cursor, count, vocab_size)
         y = y.copy()  # it may share memory with x
         for row, sample in enumerate(range(cursor.sample, cursor.sample + count)):
             y[row] = np.where(kept(sample, y.shape[1]), y[row], -1)
@@ -122,8 +122,8 @@ def test_an_evaluation_is_a_mean_over_the_targets_that_count(data, monkeypatch):
     tokens = TokenFile(data / "val.bin")
     gather = evaluation.gather
 
-    def masked(file, starts, length):
-        x, y = gather(file, starts, length)
+    def masked(file, starts, length, vocab_size=None):
+        x, y = gather(file, starts, length, vocab_size)
         y = y.copy()
         y[np.random.default_rng(starts).random(y.shape) < 0.9 * (starts > starts.mean())[:, None]] = -1
         return x, y

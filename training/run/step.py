@@ -76,7 +76,7 @@ def _backward(run: Run, total: Tensor) -> tuple[int, bool]:
         for micro in micro_steps:
             last = micro + ranks.world_size >= s.grad_accum
             with run.stopwatch.part("data"):
-                batch = run.batches.read(p.cursor.skip(micro * s.batch_size), s.batch_size)
+                batch = run.batches.read(p.cursor.skip(micro * s.batch_size), s.batch_size, s.model.vocab_size)
                 targets += batch.targets
             with run.stopwatch.part("forward_backward"):
                 if ranks.distributed and not ranks.sharded:
@@ -95,7 +95,7 @@ def _backward(run: Run, total: Tensor) -> tuple[int, bool]:
             if run.device.type == "cuda":
                 with run.stopwatch.part("data"):
                     following = s.grad_accum + ranks.rank if last else micro + ranks.world_size
-                    run.batches.prefetch(p.cursor.skip(following * s.batch_size), s.batch_size)
+                    run.batches.prefetch(p.cursor.skip(following * s.batch_size), s.batch_size, s.model.vocab_size)
     except Exception as error:
         # Once gradients (or, sharded, weights) are being exchanged the other ranks cannot be joined any more.
         if exchanging or ranks.sharded or not is_out_of_memory(error):

@@ -36,12 +36,10 @@ class Stopped(RuntimeError):
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Refuse input that data/ or model/ did not accept (ValueError), and a file that vanished while it was read."""
+    """Tell a person of input that data/ or model/ did not accept (ValueError) as of any other refusal."""
     try:
         yield
     except Refused:
         raise
     except ValueError as error:
         raise Refused(str(error)) from error
-    except FileNotFoundError as error:
-        raise Refused(f"{error}; where another job is running in the folder, try again") from error
