@@ -115,6 +115,8 @@ def test_empty_schedules():
         ("- {name: set_lr, value: 1, max_wait_iters: -1}", "max_wait_iters must be greater than or equal to 0, got -1"),
         ("- {name: set_lr, value: 1, max_wait_iters: 1.5}", "max_wait_iters must be a valid integer"),
         ("- {name: set_lr, value: 1, trigger_plateau: {eval: 3}}", "trigger_plateau.eval"),
+        ("- {name: set_lr, value: 1, trigger_plateau: {evals: '3'}}", "trigger_plateau.evals must be a valid integer, got '3'"),
+        ("- {name: set_lr, value: 1, trigger_plateau: {evals: 0}}", "trigger_plateau.evals must be greater than 0, got 0"),
         ("- {name: set_lr, value: 1, reevaluate: 1}", "reevaluate must be a valid boolean, got 1"),
         ("- {name: set_lr, value: 1, over: 0}", "over must be greater than 0"),
         ("- {name: set_lr, value: 1, over: 5, style: cubic}", "style must be 'linear' or 'cosine'"),
@@ -298,6 +300,12 @@ def test_loss_and_clock_triggers():
 def test_plateau(history, expected):
     plateau = {"evals": 2, "min_delta": 0.01}
     assert fires("trigger_plateau", plateau, val_loss=history[-1], history=history) is expected
+
+
+def test_a_plateau_is_five_evaluations_without_a_gain_of_a_hundredth():
+    assert fires("trigger_plateau", {}, val_loss=2.0, history=(2.0, 1.995, 2.0, 2.0, 2.0, 2.0))
+    assert not fires("trigger_plateau", {}, val_loss=2.0, history=(2.0, 2.0, 2.0, 2.0, 2.0))
+    assert not fires("trigger_plateau", {}, val_loss=2.0, history=(2.0, 1.985, 2.0, 2.0, 2.0, 2.0))
 
 
 def test_ramps_start_where_they_are_and_end_exactly():
