@@ -17,7 +17,7 @@ import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -410,6 +410,8 @@ class Stream:
 
     tokens: TokenFile
     seed: int
+    masks: ClassVar[bool] = False
+    """Whether targets may be -1, which do not count. Where none ever is, nobody looks for them."""
 
     def batch(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The next `count` samples from a place on, as (x, y), each (count, cursor.length) int64; as `gather` does it.
