@@ -257,7 +257,7 @@ def test_a_meta_goes_through_json(tmp_path):
     "values, message",
     [
         ({"format": 2}, "not a meta of format 1"),
-        ({"vocab_size": 0}, "vocab_size must be a whole number of at least 1, got 0"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number from 1 to 16777216, got 0"),
         ({"vocab_size": "65"}, "got '65'"),
         ({"vocab_size": True}, "got True"),
         ({"dtype": "int64"}, "dtype must be uint8, uint16 or uint32, got 'int64'"),
