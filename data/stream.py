@@ -157,6 +157,8 @@ def _unpickled(content: bytes) -> Any:
     The instructions are looked at first: one of them alone can ask for memory without end.
     """
     for instruction, argument, _ in pickletools.genops(content):
+        if instruction.name in ("GLOBAL", "STACK_GLOBAL"):
+            break  # what it names is where reading it ends
         if instruction.name not in _PLAIN:
             raise ValueError(f"it holds more than plain values ({instruction.name})")
         if instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):

@@ -144,7 +144,8 @@ def test_a_number_too_long_to_be_written_is_refused_from_the_command_line():
     [
         (b"\x80\x04K\x01r\xff\xff\xff\x7f.", "it numbers a value 2147483647"),  # would take 32 GiB
         (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "not a plain nanoGPT meta.pkl"),
-        (b"cos\nsystem\n(S'touch CANARY'\ntR.", "more than plain values"),
+        (b"cos\nsystem\n(S'touch CANARY'\ntR.", "it names os.system"),
+        (b"\x80\x04(ios\nsystem\n.", "more than plain values"),
         (pickle.dumps({"vocab_size": 10**12, "itos": {}}), "needs a vocab_size from 1 to"),
         (pickle.dumps({"vocab_size": 2, "itos": {0: ["a"], 1: "b"}}), "itos must hold texts"),
     ],
