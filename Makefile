@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test torture format
+.PHONY: demo test torture mutants format
 
 PIP := $(VENV)/python -m pip --quiet --disable-pip-version-check install
 
@@ -35,6 +35,10 @@ test: .venv/.stamp-dev
 
 torture: .venv/.stamp
 	$(VENV)/python bench/torture.py
+
+MUTANTS ?= 40
+mutants: .venv/.stamp-dev
+	$(VENV)/python bench/mutants.py --mutants $(MUTANTS)
 
 format: .venv/.stamp-dev
 	$(VENV)/ruff format .

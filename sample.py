@@ -2,10 +2,10 @@
 
 import sys
 
-from orchestrate.tools.main import run
+from orchestrate.tools.main import script
 
 if __name__ == "__main__":
-    sys.exit(run("sample", sys.argv[1:]))  # listens for signals before it imports what takes seconds
+    script("sample", sys.argv[1:])  # listens for signals before it imports what takes seconds
 
 from orchestrate.tools.sample import main
 

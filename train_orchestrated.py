@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from orchestrate.tools import main as tools
 
 if __name__ == "__main__":
-    sys.exit(tools.run("train", sys.argv[1:]))  # listens for signals before it imports what takes seconds
+    tools.script("train", sys.argv[1:])  # listens for signals before it imports what takes seconds
 
 from orchestrate.tools.train import configuration, main, parse
 

@@ -248,8 +248,8 @@ def _batches(rank: int, data: str):
     seen = []
     load = run.batches.load
 
-    def record(cursor, count):
-        x, y = load(cursor, count)
+    def record(cursor, count, vocab_size):
+        x, y = load(cursor, count, vocab_size)
         seen.append((cursor.sample, x.tolist(), y.tolist()))
         return x, y
 

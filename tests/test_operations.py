@@ -13,6 +13,7 @@ from orchestrate.model.config import ModelConfig, layer_of_parameter
 from orchestrate.model.gpt import GPT, from_weights, init_weights
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.operations import OPERATIONS, make
+from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.run.run import Run
@@ -41,8 +42,8 @@ def live_run(data, steps: int = 3, model: dict | None = None, **keys) -> Run:
         Progress.start(settings),
         model,
         open_data(str(data), 16),
-        Ranks("cpu"),
-        torch.device("cpu"),
+        Ranks(config.device),
+        pick_device(config.device, 0),
     )
     for _ in range(steps):
         run.step()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, arguments, events
 from test_operations import apply, live_run
@@ -187,6 +188,8 @@ def test_against_needs_a_run_and_a_plan(data, tmp_path, capsys):
 
 def test_124m_to_1_5b_is_planned_within_2_gib(tmp_path):
     """On the meta device: the largest stage alone would need 6 GB of weights."""
+    for name in ("train.bin", "val.bin"):
+        np.zeros(2000, dtype=np.uint16).tofile(tmp_path / name)
     (tmp_path / "s.yaml").write_text(
         "- {name: stack_layers, value: {n_layer: 24, how: cycle}}\n"
         "- {name: widen_embd, value: 1536}\n"
@@ -195,7 +198,8 @@ def test_124m_to_1_5b_is_planned_within_2_gib(tmp_path):
     )
     script = (
         "import resource, sys; sys.argv = ['x']; import train_orchestrated as t;"
-        f"code = t.run(['config/train_gpt2.py', '--schedule', '{tmp_path / 's.yaml'}', '--plan=json']);"
+        f"code = t.run(['config/train_gpt2.py', '--dataset={tmp_path}', '--schedule={tmp_path / 's.yaml'}',"
+        "'--plan=json']);"
         "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=os.environ)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,12 +15,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, arguments, events
 
+import sample
 import train_orchestrated
 from orchestrate.tools import main as tools
 from orchestrate.training.session import ending, launch
 from orchestrate.training.session.lock import FolderLock
 from orchestrate.training.session.session import Session
 from orchestrate.training.settings.errors import Refused
+from orchestrate.training.store import checkpoint
 
 SCRIPT = str(ROOT / "train_orchestrated.py")
 
@@ -102,22 +105,26 @@ def test_a_folder_that_another_job_has_used_meanwhile_is_refused(tiny, monkeypat
     assert [e["iter"] for e in events(tmp_path / "run", "end")] == [2], "the other run is as it was"
 
 
-def test_reading_beside_a_live_job_is_told_in_one_line(tiny, monkeypatch, tmp_path):
-    """With eval_only there is no lock, and a checkpoint may vanish while it is read."""
-    from orchestrate.training.store import checkpoint
-
+@pytest.mark.parametrize("where", ["load", "load_file"])
+@pytest.mark.parametrize(
+    "command, more",
+    [(train_orchestrated.main, ["--init_from=resume", "--eval_only"]), (sample.main, ["--start=To", "--device=cpu"])],
+)
+def test_a_checkpoint_that_vanishes_while_it_is_read_is_told_in_one_line(tiny, monkeypatch, where, command, more):
+    """With eval_only, --plan and sample.py there is no lock, and the job that holds it removes old checkpoints."""
     _, out = tiny(max_iters=4)
     other = FolderLock(out)
     other.take()
-    assert train_orchestrated.main([f"--out_dir={out}", "--init_from=resume", "--eval_only"]) == 0
+    assert command([f"--out_dir={out}", *more]) == 0
+    real = getattr(checkpoint, where)
 
-    def vanish(path):
-        raise FileNotFoundError(2, "No such file or directory", str(path))
+    def vanishes(*given):
+        shutil.rmtree(out / "checkpoints" / "iter_000000004")
+        return real(*given)
 
-    monkeypatch.setattr(checkpoint, "load", vanish)
-    for more in ("--eval_only", "--plan"):
-        with pytest.raises(Refused, match=r"iter_000000004: removed while it was read: another job is running"):
-            train_orchestrated.main([f"--out_dir={out}", "--init_from=resume", more])
+    monkeypatch.setattr(checkpoint, where, vanishes)
+    with pytest.raises(Refused, match=r"iter_000000004: removed while it was read: another job is running"):
+        command([f"--out_dir={out}", *more])
     other.release()
 
 
@@ -257,8 +264,6 @@ def test_numbers_are_shortened():
 
 
 def test_a_full_disk_at_the_end_is_one_message(data, tmp_path, monkeypatch, capsys):
-    from orchestrate.training.store import checkpoint
-
     real = checkpoint.save_file
 
     def full(tensors, path):

@@ -93,6 +93,14 @@ def test_a_run_that_stays_sick_stops(tiny, tmp_path):
     assert events(tmp_path / "run", "emergency")[0]["path"], "what there is is saved"
 
 
+def test_a_fault_that_comes_back_after_every_rollback_stops(tiny, tmp_path):
+    """Each rollback makes the count of sick steps in a row what it was; the rollbacks themselves are counted."""
+    with pytest.raises(RuntimeError, match="sick_step_limit 2"):
+        tiny(inject="nan@5,nan@6,nan@7", on_sick_step="rollback", sick_step_limit=2)
+    told = [(r["iter"], r["action"]) for r in lines(tmp_path / "run" / "events.jsonl") if r.get("action")]
+    assert told == [(6, "rollback"), (7, "rollback"), (8, "stop")]
+
+
 def test_stop_saves_and_says_why(tiny, resume, tmp_path):
     with pytest.raises(RuntimeError, match="on_sick_step stop"):
         tiny(inject="nan@5", on_sick_step="stop")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from orchestrate.training.session.stopping import SignalWatch
-from orchestrate.training.settings.errors import Refused, Stopped
+from orchestrate.training.session.stopping import SIGNALS, SignalWatch
+from orchestrate.training.settings.errors import Refused, RefusedHere, Stopped
 
 # Each is a module of tools/ with main(arguments, watch) -> exit code.
 COMMANDS = {
@@ -29,11 +31,20 @@ def called(name: str) -> str:
     return script if script in ("train_orchestrated.py", "sample.py") else f"orchestrate {name}"
 
 
+def script(name: str, arguments: Sequence[str]) -> NoReturn:
+    """Run a subcommand and end the process with its exit code."""
+    code = run(name, arguments)
+    # torchrun ends the other ranks as soon as one has ended, while they may be about to: their exit code is decided.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
 def command() -> int:
     """What the installed command and `python -m orchestrate` call."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
-        return run(name, rest)
+        script(name, rest)
     if name in ("-h", "--help"):
         print("usage: orchestrate COMMAND ... (each has --help)\n")
         print("\n".join(f"  {name:<8} {line}" for name, line in COMMANDS.items()))
@@ -54,7 +65,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
         try:
             return importlib.import_module(f"orchestrate.tools.{name}").main(arguments, watch)
         except (Refused, Stopped) as error:
-            if int(os.environ.get("RANK", 0)) == 0:
+            if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, RefusedHere):
                 for problem in error.problems if isinstance(error, Refused) else [error]:
                     print(f"error: {problem}", file=sys.stderr)
             return 2 if isinstance(error, Refused) else 1

@@ -3,8 +3,8 @@
     python sample.py --out_dir=RUN --start="ROMEO:" [--num_samples --max_new_tokens --temperature --top_k --seed]
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt
 
-`orchestrate sample` is the same command. A run folder carries its tokenizer; the other models speak GPT-2's, or that
-of --dataset.
+`orchestrate sample` is the same command. A run folder carries its tokenizer, and so does a Hugging Face folder; the
+others speak GPT-2's, or that of --dataset.
 """
 
 from __future__ import annotations

@@ -15,20 +15,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrate.data.stream import open_data
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.run.changes import needs_agreement, reshapes
+from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.dry import DryRun
 from orchestrate.training.schedule.file import Entry, Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.schedule.stages import Stage, plan_stages
-from orchestrate.training.session.resume import resume
-from orchestrate.training.session.start import check_lengths, planned_model_config, settings_from, the_schedule
+from orchestrate.training.session.resume import check_fingerprint, resume
+from orchestrate.training.session.start import (
+    check_data,
+    data_of,
+    doubts,
+    planned_model_config,
+    settings_from,
+    the_schedule,
+    with_foreign_shape,
+)
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.metrics import LOGGED, numbers
@@ -114,6 +122,7 @@ def make(
         operations: files of the user's own operations, registered now.
     """
     notes: list[str] = []
+    pick_device(config.device, 0)
     if config.init_from == "resume":
         resumed = resume(config, given, operations)
         fired = resumed.loaded.state["orchestrator"]["position"]["fired"]
@@ -121,16 +130,14 @@ def make(
         schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
     else:
-        schedule = the_schedule(config)
+        schedule, config = the_schedule(config), with_foreign_shape(config)
         model, notes = planned_model_config(config)
         settings = settings_from(config, model)
-    stages = plan_stages(schedule, settings, world_size)
-    try:
-        data = open_data(config.dataset, 1)
-    except ValueError as error:
-        notes.append(f"lengths are not checked against the data ({error})")
-    else:
-        check_lengths(stages, data)
+    stages, data = plan_stages(schedule, settings, world_size), data_of(config)
+    check_data(data, config, stages)
+    if config.init_from == "resume":
+        check_fingerprint(config, resumed.loaded.state, data)
+    notes += doubts(data, config, settings)
     share = world_size if config.parallel == "fsdp" else 1
     rows = _rows(stages, config, schedule.source, share)
     if config.parallel == "fsdp":

@@ -24,7 +24,7 @@ from orchestrate.training.session.lock import FolderLock
 from orchestrate.training.session.opening import open_run
 from orchestrate.training.session.resume import Resumed, resume
 from orchestrate.training.session.session import Session
-from orchestrate.training.session.start import the_schedule
+from orchestrate.training.session.start import doubts, the_schedule, with_foreign_shape
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
@@ -94,7 +94,7 @@ def prepare(
         resumed = resume(config, given, operations)
         config, schedule = resumed.config, resumed.schedule
     else:
-        schedule = the_schedule(config)
+        schedule, config = the_schedule(config), with_foreign_shape(config)
         refuse_to_overwrite(config)
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
@@ -223,5 +223,7 @@ def announce(session: Session, resumed: Resumed | None) -> None:
     )
     if run.optimizer.note:
         session.reporter.say(f"note: {run.optimizer.note}")
+    for doubt in doubts(run.batches.opened, config, run.settings):
+        session.reporter.say(f"warning: {doubt}")
     if config.parallel == "fsdp" and not run.ranks.sharded:
         session.reporter.say("parallel=fsdp shards nothing on one process")

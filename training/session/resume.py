@@ -5,8 +5,9 @@ What is wrong with the folder or with the overrides is found here, as `Refused`,
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from orchestrate.data.stream import DataSet
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
 from orchestrate.model.lineage import State
 from orchestrate.training.run import out_of_memory, sharding
@@ -41,7 +43,6 @@ FIXED = {
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
     "seed": "the order of the data follows from it, and samples would repeat or be left out",
-    "dataset": "the stream of samples would not go on where it stopped",
     "optimizer": "what one optimizer has gathered means nothing to another",
 }
 
@@ -68,13 +69,33 @@ def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Pa
     damaged: list[Path] = []
     for path in checkpoint.find(out_dir):
         try:
-            return checkpoint.load(path), problems, damaged
-        except FileNotFoundError:  # only where no lock is held
-            problems.append(f"checkpoint {path}: removed while it was read: another job is running in {out_dir}")
+            with reading(path):
+                return checkpoint.load(path), problems, damaged
         except Refused as error:
             problems += error.problems
-            damaged.append(path)
+            damaged += [path] if path.exists() else []
     raise Refused([*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"])
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What comes of a checkpoint that is removed while it is read, in one line. That can be only without the lock."""
+    try:
+        yield
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        # A removal begins with the manifest; but a checkpoint without one may also be refused for that.
+        if (path if isinstance(error, Refused) else path / "manifest.json").exists():
+            raise
+        raise Refused(f"checkpoint {path}: removed while it was read: another job is running, try again") from error
+
+
+def named(out_dir: str, name: str) -> checkpoint.Checkpoint:
+    """The checkpoint of a name, or `best`. Raises Refused."""
+    path = checkpoint.folder(out_dir) / name
+    if not path.exists():
+        there = [found.name for found in checkpoint.find(out_dir)]
+        raise Refused(f"out_dir {out_dir}: there is no checkpoint {name}; there are {', '.join(there) or 'none'}")
+    return checkpoint.load(path)
 
 
 def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
@@ -151,15 +172,15 @@ def resume(config: TrainConfig, given: dict[str, str], operations: Sequence[OwnF
             problems.append(
                 f"{given[key]}: {key} cannot change on resume from {shown(before)} to {shown(after)}: {FIXED[key]}"
             )
-        elif key not in ("init_from", "out_dir"):
+        elif key not in ("init_from", "out_dir", "schedule"):
             if key in IN_SETTINGS:
                 settings = with_field(settings, IN_SETTINGS[key], after)
             overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
 
     schedule = parse_schedule(loaded.state["schedule"]["text"], loaded.state["schedule"]["source"] or "schedule")
-    if "schedule" in given and config.schedule:
-        new = read_schedule(config.schedule)
-        fired = loaded.state["orchestrator"]["position"]["fired"]
+    fired = loaded.state["orchestrator"]["position"]["fired"]
+    if "schedule" in given:
+        new = read_schedule(config.schedule) if config.schedule else _only(schedule, fired)
         for i, done in enumerate(schedule.as_given[:fired]):
             if i >= len(new.entries) or new.as_given[i] != done:
                 problems.append(
@@ -209,7 +230,8 @@ def open_model(
     except ValueError as error:
         raise Refused(f"checkpoint {loaded.path}: {error}") from None
     if not ranks.sharded:
-        return from_weights(config, loaded.model), loaded.optimizer
+        with reading(loaded.path):
+            return from_weights(config, loaded.model), loaded.optimizer
     model = sharding.empty(config, ranks.mesh, device, ranks.dtype)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = {
@@ -217,8 +239,25 @@ def open_model(
         for key, shape in loaded.shapes.items()
         if "|" in key
     }
-    loaded.read_into({**weights, **moments})
+    with reading(loaded.path):
+        loaded.read_into({**weights, **moments})
     return model, checkpoint.by_parameter(moments)
+
+
+def _only(schedule: Schedule, fired: int) -> Schedule:
+    """A schedule of the entries that have fired, and no more."""
+    return parse_schedule(json.dumps(schedule.as_given[:fired], indent=1), "fired.json")
+
+
+def check_fingerprint(config: TrainConfig, state: dict[str, Any], data: DataSet) -> None:
+    """Raises Refused where the data is not what the checkpoint was trained on, whatever its name is."""
+    changed = [name for name, print_ in data.fingerprint().items() if state["data"].get(name) != print_]
+    if changed and not config.allow_changed_data:
+        raise Refused(
+            f"dataset {config.dataset}: the content of {' and '.join(f'{name}.bin' for name in changed)} is not what "
+            f"the checkpoint was trained on ({state['config']['dataset']}; fingerprints differ): the stream of samples "
+            "would not go on where it stopped; --allow_changed_data=True goes on all the same"
+        )
 
 
 def pending(schedule: Schedule, state: dict[str, Any]) -> Schedule:

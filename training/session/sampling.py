@@ -1,6 +1,6 @@
 """Text from weights: those of a run folder, of a Hugging Face model or folder, or of a nanoGPT ckpt.pt.
 
-A run folder carries its tokenizer; the other models speak GPT-2's, or that of a data set.
+A run folder carries its tokenizer, and so does a Hugging Face folder; the others speak GPT-2's, or a data set's.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from orchestrate.data.stream import Meta, find_folder, read_meta, read_remap
-from orchestrate.data.tokenizer import RemappedTokenizer, Tokenizer, tokenizer_of
+from orchestrate.data.tokenizer import HuggingFaceTokenizer, RemappedTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import GPT, from_weights
-from orchestrate.training.session.resume import latest_good, understood
+from orchestrate.training.session.resume import latest_good, named, reading, understood
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.store import checkpoint
 
 
 def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tuple[GPT, Tokenizer, list[str]]:
@@ -33,9 +32,10 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
     if name == "latest":
         loaded, passed_over, _ = latest_good(out_dir)
     else:
-        loaded = checkpoint.load(checkpoint.folder(out_dir) / name)
+        loaded = named(out_dir, name)
     recorded, settings = understood(loaded)
-    model = from_weights(settings.model, loaded.model)
+    with reading(loaded.path):
+        model = from_weights(settings.model, loaded.model)
     meta = read_meta(find_folder(dataset)) if dataset else Meta.from_json(loaded.state["tokenizer"])
     tokenizer = tokenizer_of(meta)
     if recorded.shrunken_vocab_size:
@@ -50,7 +50,8 @@ def open_foreign(source: str, dataset: str = "") -> tuple[GPT, Tokenizer]:
     """The model of a Hugging Face name or folder or of a nanoGPT ckpt.pt, and its tokenizer. Raises ValueError."""
     meta = read_meta(find_folder(dataset)) if dataset else Meta()
     model = nanogpt.load_checkpoint(source) if Path(source).is_file() else hugging_face.load(source)
-    return model, tokenizer_of(meta)
+    own = Path(source).is_dir() and source not in hugging_face.GPT2_MODELS and not dataset
+    return model, HuggingFaceTokenizer(source) if own else tokenizer_of(meta)
 
 
 def samples(

@@ -18,6 +18,10 @@ class Refused(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class RefusedHere(Refused):
+    """Input that one rank alone has met, in the middle of a run: this rank tells it, whichever it is."""
+
+
 class ScheduleError(Refused):
     """An operation that cannot be applied to the settings it meets (raised by `Operation.plan`)."""
 
@@ -36,12 +40,10 @@ class Stopped(RuntimeError):
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Refuse input that data/ or model/ did not accept (ValueError), and a file that vanished while it was read."""
+    """Tell a person of input that data/ or model/ did not accept (ValueError) as of any other refusal."""
     try:
         yield
     except Refused:
         raise
     except ValueError as error:
         raise Refused(str(error)) from error
-    except FileNotFoundError as error:
-        raise Refused(f"{error}; where another job is running in the folder, try again") from error
