@@ -122,6 +122,16 @@ def test_a_sick_last_step_is_acted_on_before_the_end(tiny, late):
     assert events(out, "rollback")[0]["from_iter"] == 12 and events(out, "end")[0]["iter"] == 12
 
 
+@pytest.mark.parametrize("fault", ["", "nan@7"])
+def test_an_early_stop_on_a_logged_metric_knows_of_the_last_step(tiny, late, fault):
+    """Lines come at 2, 4, 6 and 8; the step that ends at 8 may be sick."""
+    keys = {"early_stopping_metric": "loss", "early_stopping_patience": 3, "early_stopping_min_delta": 9.0}
+    code, out = tiny(max_iters=100, eval_interval=100, log_interval=2, inject=fault, **keys)
+    (end,) = events(out, "end")
+    assert (code, end["iter"], end["reason"]) == (0, 8, "early stop: no gain in 3 values of loss")
+    assert len(events(out, "error")) == bool(fault)
+
+
 def test_an_exception_with_an_answer_pending_saves_the_state_before_the_sick_step(tiny, resume, late, monkeypatch):
     real = Run.step
 
