@@ -47,12 +47,15 @@ class TokenFile:
         if size == 0 or size % self.dtype.itemsize:
             raise ValueError(f"{path}: {size} bytes are not a whole number of {self.dtype} tokens (at least 1)")
         self.tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
+        self._fingerprint = ""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def fingerprint(self) -> str:
-        """SHA-256 over length, type and 64 evenly spaced samples of 64 KiB: cheap for a file of any size."""
+        """SHA-256 over length, type and 64 evenly spaced samples of 64 KiB: cheap for a file of any size. Made once."""
+        if self._fingerprint:
+            return self._fingerprint
         digest = hashlib.sha256(f"{len(self)} {self.dtype}".encode())
         piece = 65536 // self.dtype.itemsize
         last = max(0, len(self) - piece)
@@ -60,7 +63,8 @@ class TokenFile:
             digest.update(self.tokens[start : start + piece].tobytes())
         if self.remap is not None:
             digest.update(np.ascontiguousarray(self.remap).tobytes())
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def require(self, block_size: int) -> None:
         """Raises ValueError when the file has not one window of block_size tokens and the token after it."""
