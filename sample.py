@@ -23,7 +23,7 @@ from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import GPT, compile_blocks, from_weights
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
-from orchestrate.training.session.resume import latest_good, understood
+from orchestrate.training.session.resume import latest_good
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
 
@@ -73,9 +73,9 @@ def open_model(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
             print(f"passed over: {problem}", file=sys.stderr)
     else:
         loaded = checkpoint.load(checkpoint.folder(options.out_dir) / options.checkpoint)
-    recorded, settings = understood(loaded)
+    recorded, settings = loaded.state.config, loaded.state.settings
     model = from_weights(settings.model, loaded.model)
-    tokenizer = tokenizer_of(meta if options.dataset else Meta.from_json(loaded.state["tokenizer"]))
+    tokenizer = tokenizer_of(meta if options.dataset else loaded.state.tokenizer)
     if recorded.shrunken_vocab_size:
         remap = read_remap(recorded.vocab_remapping_file, None, recorded.shrunken_vocab_size)
         tokenizer = RemappedTokenizer(tokenizer, remap)

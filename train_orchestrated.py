@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.run import Run
 from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.session.opening import open_run
-from orchestrate.training.session.resume import Resumed, resume
+from orchestrate.training.session.resume import Resumed, resume, resume_after_restart
 from orchestrate.training.session.session import Session
 from orchestrate.training.session.start import the_schedule
 from orchestrate.training.session.stopping import SignalWatch
@@ -39,7 +39,9 @@ from orchestrate.training.settings import config as configuration
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
-from orchestrate.training.store.reporting import Reporter, Silent, rewind, start_wandb
+from orchestrate.training.store.manifest import refuse_to_overwrite
+from orchestrate.training.store.reporting import Reporter, Silent, start_wandb
+from orchestrate.training.store.run_folder import rewind, write_start
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, dict[str, str], argparse.Namespace]:
@@ -101,10 +103,10 @@ def main(arguments: Sequence[str]) -> int:
 def launch(resumed: Resumed | None, schedule: Schedule, run: Run, watch: SignalWatch) -> int:
     """Train a run that is ready to; returns the exit code."""
     config, ranks = run.config, run.ranks
-    session = Session(config, run, schedule, Silent(), watch, resumed.loaded.state["wandb_id"] if resumed else None)
+    session = Session(config, run, schedule, Silent(), watch, resumed.loaded.state.wandb_id if resumed else None)
     if resumed is not None:  # the last that can be refused: nothing is written before
         try:
-            session.orchestrator.load_state(resumed.loaded.state["orchestrator"])
+            session.orchestrator.load_state(resumed.loaded.state.orchestrator)
         except ValueError as error:
             raise Refused(f"checkpoint {resumed.loaded.path}: state.json: orchestrator: {error}") from None
     if ranks.is_first:
@@ -129,7 +131,8 @@ def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[Resumed | None,
         config, schedule = resumed.config, resumed.schedule
     else:
         schedule = the_schedule(config)
-        refuse_to_overwrite(config)
+        if not config.eval_only:
+            refuse_to_overwrite(config.out_dir)
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -138,17 +141,6 @@ def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[Resumed | None,
     run = open_run(config, resumed, schedule, ranks)
     run.check_ranks_agree("the start")
     return resumed, schedule, run
-
-
-def resume_after_restart(config: TrainConfig, given: dict[str, str]) -> tuple[TrainConfig, dict[str, str]]:
-    """When torchrun or Slurm starts the same command again, it means to go on from the latest checkpoint."""
-    counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    restarted = any(count.isdigit() and int(count) > 0 for count in counts)
-    if restarted and config.init_from != "resume" and checkpoint.find(config.out_dir):
-        # Keys of the command are those that the run was started with; the schedule may have moved them since.
-        kept = {key: place for key, place in given.items() if key != "init_from"}
-        return config.model_copy(update={"init_from": "resume"}), kept
-    return config, given
 
 
 @contextlib.contextmanager
@@ -179,15 +171,6 @@ def lock(out_dir: Path, ranks: Ranks) -> Iterator[None]:
             os.close(handle)
 
 
-def refuse_to_overwrite(config: TrainConfig) -> None:
-    """A new run never starts over the checkpoints of another."""
-    if not config.eval_only and checkpoint.find(config.out_dir):
-        raise Refused(
-            f"out_dir {config.out_dir} holds the checkpoints of a run: go on with it (--init_from=resume), "
-            "or give another --out_dir, or remove the folder"
-        )
-
-
 def open_reporter(
     config: TrainConfig, run: Run, resumed: Resumed | None, wandb_id: str | None
 ) -> tuple[Reporter, str | None]:
@@ -197,7 +180,7 @@ def open_reporter(
         return Reporter(None, config.max_iters, run.progress.iter, None), None
     out_dir.mkdir(parents=True, exist_ok=True)
     # What a start without a checkpoint has left in the logs is void for the next one.
-    rewind(out_dir, resumed.loaded.state["log_sizes"] if resumed is not None else {})
+    rewind(out_dir, resumed.loaded.state.log_sizes if resumed is not None else {})
     wandb_run = None
     if config.wandb_log:
         wandb_run = start_wandb(config.wandb_project, config.wandb_run_name, wandb_id, config.model_dump(), out_dir)
@@ -216,8 +199,8 @@ def announce(session: Session, resumed: Resumed | None) -> None:
     if run.ranks.is_first and not config.eval_only:
         out_dir = Path(config.out_dir)
         out_of_memory.forget(out_dir)  # every rank has heeded it
-        (out_dir / "config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n", "utf-8")
-        (out_dir / "schedule.yaml").write_text(schedule.text or "[]\n", "utf-8")
+        session.reporter.restore = partial(write_start, out_dir, config.model_dump(), schedule.text)
+        session.reporter.restore()
     facts = {
         "config": config.model_dump(),
         "settings": run.settings.to_json(),

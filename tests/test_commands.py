@@ -164,7 +164,7 @@ def test_sample(trained, capsys, tmp_path):
         (["--start="], "prompt is empty"),
         (["--out_dir=nowhere"], "no complete checkpoint"),
         (["--init_from=nothing"], "nothing"),
-        (["--checkpoint=iter_9"], "never completed"),
+        (["--checkpoint=iter_9"], "iter_9: there is no such folder"),
     ],
 )
 def test_sample_refuses_with_a_message(trained, args, message):

@@ -32,7 +32,7 @@ from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Progress, Settings, differences
 from orchestrate.training.settings.values import brief
-from orchestrate.training.store.reporting import METRICS
+from orchestrate.training.store.run_folder import METRICS, METRICS_KINDS, read_lines
 
 _LONGEST = 10**7
 """Iterations of a recorded run; every one of them is replayed."""
@@ -108,7 +108,7 @@ def make(config: TrainConfig, given: dict[str, str], world_size: int, against: s
     notes: list[str] = []
     if config.init_from == "resume":
         resumed = resume(config, given)
-        fired = resumed.loaded.state["orchestrator"]["position"]["fired"]
+        fired = resumed.loaded.state.fired
         schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
         schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
@@ -363,22 +363,19 @@ def _recorded(run: Path) -> tuple[dict[int, float], dict[int, Mapping[str, Any]]
     losses: dict[int, float] = {}
     records: dict[int, Mapping[str, Any]] = {0: {"tokens": 0, "seconds": 0.0}}
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"--against {run}: {path} cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
+        for number, record in read_lines(path, METRICS_KINDS):
+            if record is None:
+                raise Refused(f"--against {path}:{number}: not a line of metrics")
             if record.get("void"):
                 continue
-            iteration = int(record["iter"])
-            records[iteration] = {"tokens": int(record["tokens"]), "seconds": float(record["seconds"])}
+            iteration = record["iter"]
+            if iteration > _LONGEST:
+                raise Refused(f"--against {path}:{number}: iter must be from 0 to {_LONGEST}, got {iteration}")
+            records[iteration] = record
             if record["kind"] == "eval" and "why" not in record and record["val_loss"] is not None:
-                losses[iteration] = float(record["val_loss"])
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            raise Refused(f"--against {path}:{number}: not a line of metrics") from None
-        if not 0 <= iteration <= _LONGEST:
-            raise Refused(f"--against {path}:{number}: iter must be from 0 to {_LONGEST}, got {iteration}")
+                losses[iteration] = record["val_loss"]
+    except OSError as error:
+        raise Refused(f"--against {run}: {path} cannot be read ({error})") from None
     if not losses:
         raise Refused(f"--against {path}: it holds no validation loss")
     return losses, records

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.distributed import Ranks
@@ -26,24 +28,24 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
     data: DataSet = open_data(config.dataset, config.block_size, remap)
     if resumed is not None:
         state = resumed.loaded.state
-        if state["data"] != data.fingerprint() and not config.allow_changed_data:
+        if state.data != data.fingerprint() and not config.allow_changed_data:
             raise Refused(
                 f"dataset {config.dataset}: train.bin or val.bin is not the file that the checkpoint was trained on "
                 "(fingerprints differ); --allow_changed_data=True goes on all the same"
             )
         settings = resumed.settings
-        check_lengths(plan_stages(pending(schedule, state), settings, ranks.world_size), data)
+        check_lengths(plan_stages(pending(schedule, state.fired), settings, ranks.world_size), data)
         model, moments = open_model(resumed.loaded, settings.model, ranks, device)
         return Run(
             config,
             settings,
-            Progress.from_json(state["progress"]),
+            copy.deepcopy(state.progress),
             model,
             data,
             ranks,
             device,
             moments,
-            state["scaler"],
+            state.scaler,
         )
     model_config, _ = planned_model_config(config)
     settings = settings_from(config, model_config)

@@ -6,12 +6,13 @@ What is wrong with the folder or with the overrides is found here, as `Refused`,
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
@@ -22,9 +23,10 @@ from orchestrate.training.schedule.file import Schedule, parse_schedule, read_sc
 from orchestrate.training.session.start import IN_SETTINGS
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.records import Progress, Settings, get_field, with_field
-from orchestrate.training.settings.values import problems_of, shown
+from orchestrate.training.settings.records import Settings, get_field, with_field
+from orchestrate.training.settings.values import shown
 from orchestrate.training.store import checkpoint
+from orchestrate.training.store.manifest import Damaged, held, survey
 
 _SHAPE = "the checkpoint's weights have this shape; an operation of a schedule can change it"
 # Keys that a resume must not change, and why.
@@ -54,76 +56,81 @@ class Resumed:
     overrides: list[dict[str, Any]]
     """Events: key, before, after, applied, reason."""
     passed_over: list[str]
-    """What is wrong with newer checkpoints."""
+    """What is wrong with other checkpoints."""
     damaged: list[Path]
     """Their folders."""
 
 
-def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Path]]:
-    """The newest checkpoint that is whole, what is wrong with newer ones, and their folders. Raises Refused."""
-    problems: list[str] = []
-    damaged: list[Path] = []
-    for path in checkpoint.find(out_dir):
+FromFirst: TypeAlias = Callable[[str, Callable[[], str]], str]
+"""from_first(question, answer): the text that `answer` returns on rank 0, on every rank; only rank 0 calls it."""
+
+
+def _alone(question: str, answer: Callable[[], str]) -> str:
+    return answer()
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest checkpoint that is whole, and what is wrong with others."""
+
+    path: Path
+    problems: list[str]
+    damaged: list[Path]
+
+
+def newest_whole(out_dir: str, from_first: FromFirst = _alone) -> Newest:
+    """Find it. Raises Refused where there is none.
+
+    Checksums are those of whole checkpoints, so rank 0 alone computes them and tells the others what it found.
+    """
+    found = json.loads(from_first("the newest whole checkpoint", lambda: json.dumps(_newest_whole(out_dir))))
+    if found["refused"]:
+        raise Refused(found["refused"])
+    root = checkpoint.folder(out_dir)
+    return Newest(root / found["name"], found["problems"], [root / name for name in found["damaged"]])
+
+
+def latest_good(out_dir: str, from_first: FromFirst = _alone) -> tuple[checkpoint.Checkpoint, list[str], list[Path]]:
+    """The newest checkpoint that is whole, what is wrong with others, and their folders. Raises Refused."""
+    newest = newest_whole(out_dir, from_first)
+    return checkpoint.load(newest.path, whole=False), newest.problems, newest.damaged
+
+
+def _newest_whole(out_dir: str) -> dict[str, Any]:
+    """name; problems and names of the damaged; or, in `refused`, why there is nothing to go on from."""
+    name, problems, damaged = "", [], []
+    for path, result in survey(out_dir):
         try:
-            return checkpoint.load(path), problems, damaged
-        except Refused as error:
+            if isinstance(result, Refused):
+                raise result
+            if not name:
+                checkpoint.load(path)
+                name = path.name
+        except Damaged as error:
             problems += error.problems
-            damaged.append(path)
-    raise Refused([*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"])
+            damaged.append(path.name)
+        except Refused as error:
+            return {"refused": [*problems, *error.problems]}
+    none = [] if name else [*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"]
+    return {"name": name, "problems": problems, "damaged": damaged, "refused": none}
 
 
-def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
-    """The configuration and settings of a checkpoint. Raises Refused for a state that this version did not write."""
-    state, place = loaded.state, f"checkpoint {loaded.path}: state.json"
-    parts: dict[str, Any] = {}
-    try:
-        parts["config"] = TrainConfig.model_validate(state["config"])
-        parts["settings"] = Settings.from_json(state["settings"])
-        Progress.from_json(state["progress"])
-        TypeAdapter(_State).validate_python(state)
-    except ValidationError as error:
-        raise Refused(
-            [f"{place}: {'.'.join(map(str, loc))} {message}" for loc, message in problems_of(error)]
-        ) from None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise Refused(f"{place}: not a state of this version ({type(error).__name__}: {error})") from None
-    return parts["config"], parts["settings"]
+def resume_after_restart(config: TrainConfig, given: dict[str, str]) -> tuple[TrainConfig, dict[str, str]]:
+    """When torchrun or Slurm starts the same command again, it means to go on from the latest checkpoint."""
+    counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    restarted = any(count.isdigit() and int(count) > 0 for count in counts)
+    # Checkpoints that cannot be read are a reason to go on too: that is refused, where a new run would hide the loss.
+    if restarted and config.init_from != "resume" and held(config.out_dir):
+        # Keys of the command are those that the run was started with; the schedule may have moved them since.
+        kept = {key: place for key, place in given.items() if key != "init_from"}
+        return config.model_copy(update={"init_from": "resume"}), kept
+    return config, given
 
 
-_Count = Annotated[int, Field(ge=0, strict=True)]
-
-
-class _Position(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    fired: _Count
-
-
-class _Orchestrator(BaseModel):
-    position: _Position
-    ramps: list[dict[str, Any]]
-
-
-class _Text(BaseModel):
-    source: str
-    text: str
-
-
-class _State(BaseModel):
-    """What else is read from a checkpoint's state before the run is built."""
-
-    orchestrator: _Orchestrator
-    schedule: _Text
-    scaler: dict[str, Any]
-    log_sizes: dict[str, _Count]
-    data: dict[str, str]
-    tokenizer: dict[str, Any]
-    wandb_id: str | None
-
-
-def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
+def resume(config: TrainConfig, given: dict[str, str], from_first: FromFirst = _alone) -> Resumed:
     """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
-    loaded, passed_over, damaged = latest_good(config.out_dir)
-    recorded, settings = understood(loaded)
+    loaded, passed_over, damaged = latest_good(config.out_dir, from_first)
+    state, recorded, settings = loaded.state, loaded.state.config, loaded.state.settings
     overrides: list[dict[str, Any]] = []
     problems: list[str] = []
     for key in given:
@@ -145,11 +152,10 @@ def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
                 settings = with_field(settings, IN_SETTINGS[key], after)
             overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
 
-    schedule = parse_schedule(loaded.state["schedule"]["text"], loaded.state["schedule"]["source"] or "schedule")
+    schedule = parse_schedule(state.schedule.text, state.schedule.source or "schedule")
     if "schedule" in given and config.schedule:
         new = read_schedule(config.schedule)
-        fired = loaded.state["orchestrator"]["position"]["fired"]
-        for i, done in enumerate(schedule.as_given[:fired]):
+        for i, done in enumerate(schedule.as_given[: state.fired]):
             if i >= len(new.entries) or new.as_given[i] != done:
                 problems.append(
                     f"{config.schedule}: entry {i + 1} has fired already and must stay as it was: {json.dumps(done)}"
@@ -158,8 +164,8 @@ def resume(config: TrainConfig, given: dict[str, str]) -> Resumed:
             overrides.append(
                 {
                     "key": "schedule",
-                    "before": schedule.as_given[fired:],
-                    "after": new.as_given[fired:],
+                    "before": schedule.as_given[state.fired :],
+                    "after": new.as_given[state.fired :],
                     "applied": True,
                     "reason": given["schedule"],
                 }
@@ -209,7 +215,6 @@ def open_model(
     return model, checkpoint.by_parameter(moments)
 
 
-def pending(schedule: Schedule, state: dict[str, Any]) -> Schedule:
+def pending(schedule: Schedule, fired: int) -> Schedule:
     """The entries that have not fired."""
-    fired = state["orchestrator"]["position"]["fired"]
     return Schedule(schedule.entries[fired:], schedule.source, schedule.text)
