@@ -26,7 +26,7 @@ import torch
 from orchestrate.training import plan
 from orchestrate.training.loop import train
 from orchestrate.training.run import out_of_memory
-from orchestrate.training.run.device import pick_device
+from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.run import Run
 from orchestrate.training.schedule.file import Schedule
@@ -137,7 +137,7 @@ def prepare(config: TrainConfig, given: dict[str, str]) -> tuple[Resumed | None,
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where tensors are float32; a CPU stays exact
-    ranks = Ranks(device.type, config.backend, config.parallel)
+    ranks = Ranks(device.type, config.backend, config.parallel, DTYPES[pick_dtype(config.dtype, device)])
     run = open_run(config, resumed, schedule, ranks)
     run.check_ranks_agree("the start")
     return resumed, schedule, run

@@ -91,7 +91,8 @@ def start(style: str, data: DataSet) -> Run:
     shape = ModelConfig(block_size=32, vocab_size=data.meta.vocab_size or 1, **STYLES[style])
     model = GPT(shape)
     init_weights(model, 1)
-    run = Run(config, settings_from(config, shape), Progress(), model, data, Ranks("cpu"), torch.device("cpu"))
+    settings = settings_from(config, shape)
+    run = Run(config, settings, Progress.start(settings), model, data, Ranks("cpu"), torch.device("cpu"))
     for _ in range(WARM_STEPS):
         run.step()
     return run

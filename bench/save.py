@@ -51,7 +51,7 @@ def main() -> None:
         config = TrainConfig(out_dir=folder, batch_size=1, gradient_accumulation_steps=1, device="cpu", compile=False)
         settings = settings_from(config, shape)
         data = DataSet(tokens, tokens, Meta(64))
-        run = Run(config, settings, Progress(), model, data, Ranks("cpu"), torch.device("cpu"))
+        run = Run(config, settings, Progress.start(settings), model, data, Ranks("cpu"), torch.device("cpu"))
         run.step()
         size = sum(p.nbytes for p in run.model.parameters())
         size += sum(t.nbytes for moments in run.optimizer.state_by_name().values() for t in moments.values())

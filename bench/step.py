@@ -43,7 +43,8 @@ def make_run(config, tokens: Path) -> Run:
     file = TokenFile(tokens)
     data = DataSet(file, file, Meta(vocab))
     model = initial_model(config, model_config)
-    return Run(config, settings_from(config, model_config), Progress(), model, data, Ranks(device.type), device)
+    settings = settings_from(config, model_config)
+    return Run(config, settings, Progress.start(settings), model, data, Ranks(device.type), device)
 
 
 def nanogpt_step(path: Path, run: Run) -> Callable[[], None]:

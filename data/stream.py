@@ -293,22 +293,56 @@ def gather(tokens: TokenFile, starts: np.ndarray, block_size: int) -> tuple[np.n
 
 
 @dataclass(frozen=True)
+class Cursor:
+    """A place in the training stream: which sample comes next, among windows that are cut into pieces.
+
+    It means the same wherever it goes, because it holds the units that it counts in. It moves by `skip` and `cut` only.
+    """
+
+    block_size: int
+    """Tokens in a window."""
+    length: int
+    """Tokens in a sample; it divides block_size."""
+    sample: int = 0
+    """Index of the next sample, counted in pieces of `length` tokens over all passes."""
+
+    @property
+    def pieces(self) -> int:
+        """Samples in a window."""
+        return self.block_size // self.length
+
+    def skip(self, samples: int) -> Cursor:
+        """So many samples further on."""
+        return replace(self, sample=self.sample + samples)
+
+    def cut(self, block_size: int, length: int) -> Cursor:
+        """The same place in other units: nothing seen comes again.
+
+        A window that is cut into pieces is finished first, so less than one window is left out. Another block_size
+        has another order of windows: the stream goes on at the same share of the data.
+        """
+        if (block_size, length) == (self.block_size, self.length):
+            return self
+        windows = -(-self.sample // self.pieces)
+        if block_size != self.block_size:
+            windows = -(-windows * self.block_size // block_size)
+        return Cursor(block_size, length, windows * (block_size // length))
+
+
+@dataclass(frozen=True)
 class Stream:
     """The training samples of a file in the order of a seed. Holds no position: ask for any sample at any time."""
 
     tokens: TokenFile
     seed: int
 
-    def batch(
-        self, first: int, count: int, block_size: int, length: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples first .. first + count - 1 as (x, y), each (count, length) int64; length is block_size by default.
+    def batch(self, cursor: Cursor, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next `count` samples from a place on, as (x, y), each (count, cursor.length) int64.
 
-        The order is one of windows of block_size tokens; sequences of a smaller length are their pieces in turn, so
-        the tokens of the stream come in the same order whatever the length.
+        The order is one of windows of block_size tokens; shorter samples are their pieces in turn, so the tokens of
+        the stream come in the same order whatever the length.
         """
-        length = length or block_size
-        pieces = block_size // length
+        first, block_size, pieces = cursor.sample, cursor.block_size, cursor.pieces
         if pieces == 1:
             starts = window_starts(self.seed, first, count, len(self.tokens), block_size)
         else:
@@ -316,24 +350,13 @@ class Stream:
             window, piece = samples // pieces, samples % pieces
             low = int(window[0])
             starts = window_starts(self.seed, low, int(window[-1]) - low + 1, len(self.tokens), block_size)
-            starts = starts[window - low] + piece * length
-        return gather(self.tokens, starts, length)
+            starts = starts[window - low] + piece * cursor.length
+        return gather(self.tokens, starts, cursor.length)
 
-    def moved(self, samples: int, before: tuple[int, int], after: tuple[int, int]) -> int:
-        """The index of the next sample when (block_size, length) changes: nothing seen comes again.
+    def passes(self, cursor: Cursor) -> float:
+        """How often the data set has been seen up to a place."""
+        return cursor.sample / cursor.pieces / windows_per_pass(len(self.tokens), cursor.block_size)
 
-        A window that is cut into pieces is finished first, so less than one window is left out. Another block_size
-        has another order of windows: the stream goes on at the same share of the data.
-        """
-        windows = -(-samples // (before[0] // before[1]))
-        if before[0] != after[0]:
-            windows = -(-windows * before[0] // after[0])
-        return windows * (after[0] // after[1])
-
-    def passes(self, samples: int, block_size: int, length: int | None = None) -> float:
-        """How often the data set has been seen after so many samples."""
-        return samples / (block_size // (length or block_size)) / windows_per_pass(len(self.tokens), block_size)
-
-    def coverage(self, samples: int, block_size: int, length: int | None = None) -> float:
+    def coverage(self, cursor: Cursor) -> float:
         """The share of the data set's windows seen at least once."""
-        return min(1.0, self.passes(samples, block_size, length))
+        return min(1.0, self.passes(cursor))

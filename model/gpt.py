@@ -152,10 +152,25 @@ class MLP(_Fading):
         return y if self.fade_output is None else y * self.fade_output
 
 
+class _LayerNorm(nn.LayerNorm):
+    """In the input's type, also where sharding gathers the weights in a shorter one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
+class _RMSNorm(nn.RMSNorm):
+    """Likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        return _RMSNorm(config.n_embd, eps=config.norm_eps)
+    return _LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 def _embedding(rows: int, columns: int) -> nn.Embedding:

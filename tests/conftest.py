@@ -15,9 +15,10 @@ import torch
 
 import train_orchestrated
 from orchestrate.data.stream import Meta
+from orchestrate.training.run.run import Run
 from orchestrate.training.session.start import model_config_from, settings_from
 from orchestrate.training.settings.config import TrainConfig
-from orchestrate.training.settings.records import Progress, Settings
+from orchestrate.training.settings.records import Progress
 from orchestrate.training.store.run_folder import EVENTS, METRICS, read_run
 from orchestrate.training.store.state import ScheduleText, State
 
@@ -83,6 +84,7 @@ def tiny(data, tmp_path):
             keys["schedule"] = path
         return train_orchestrated.main(arguments(data, out_dir, **keys)), out_dir
 
+    launch.folder = lambda out: tmp_path / out
     return launch
 
 
@@ -109,13 +111,14 @@ def events(out_dir: Path, kind: str) -> list[dict]:
     return [event for event in lines(out_dir / EVENTS) if event["kind"] == kind and not event.get("void")]
 
 
-def state_of(progress: Progress, config: TrainConfig | None = None, settings: Settings | None = None) -> State:
-    """What a session at this point would save, with a schedule of nothing."""
-    config = config or TrainConfig(n_layer=1, n_head=1, n_embd=4, block_size=4)
+def state_of(run: Run | None = None, **progress) -> State:
+    """What a session would save of this run, or of a tiny one with this progress; with a schedule of nothing."""
+    config = run.config if run else TrainConfig(n_layer=1, n_head=1, n_embd=4, block_size=4)
+    settings = run.settings if run else settings_from(config, model_config_from(config, 5))
     return State(
         config=config,
-        settings=settings or settings_from(config, model_config_from(config, 5)),
-        progress=progress,
+        settings=settings,
+        progress=run.progress if run else Progress(settings.cursor(0), **progress),
         orchestrator={"position": {"fired": 0}, "ramps": []},
         schedule=ScheduleText("", ""),
         scaler={},

@@ -15,7 +15,6 @@ from fuzzing import write_manifest
 import train_orchestrated
 from orchestrate.training.session.resume import latest_good
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.records import Progress
 from orchestrate.training.store import checkpoint, manifest
 from orchestrate.training.store.manifest import Damaged
 from orchestrate.training.store.state import State, UserFile
@@ -23,7 +22,7 @@ from orchestrate.training.store.state import State, UserFile
 
 def save(root, iteration: int, loss: float | None = None, keep_last: int = 2, keep_best: int = 1):
     evaluated = {} if loss is None else {"last_val_loss": loss, "last_eval_iter": iteration}
-    state = state_of(Progress(iter=iteration, **evaluated))
+    state = state_of(iter=iteration, **evaluated)
     model = {"a": torch.full((2, 3), float(iteration)), "b.c": torch.arange(3.0)}
     optimizer = {"a": {"exp_avg": torch.ones(2, 3), "step": torch.tensor(float(iteration))}}
     return checkpoint.save(root, state, model, optimizer, keep_last=keep_last, keep_best=keep_best)
@@ -204,7 +203,7 @@ def test_a_second_damaged_one_of_the_same_name_does_not_replace_the_first(tmp_pa
 
 
 def test_a_state_comes_back_as_it_was_saved(tmp_path):
-    state = state_of(Progress(iter=3, last_val_loss=float("nan"), last_eval_iter=3, best_val_loss=2.5))
+    state = state_of(iter=3, last_val_loss=float("nan"), last_eval_iter=3, best_val_loss=2.5)
     state = dataclasses.replace(state, operations=(UserFile("mine.py", "0" * 64),), log_sizes={"events.jsonl": 7})
     path = checkpoint.save(tmp_path, state, {}, {}, keep_last=1, keep_best=1)
     expected = dataclasses.replace(state, progress=dataclasses.replace(state.progress, last_val_loss=None))
@@ -212,7 +211,7 @@ def test_a_state_comes_back_as_it_was_saved(tmp_path):
     values = expected.to_json()
     for broken, said in [
         ({**values, "surprise": 1}, "surprise"),
-        ({**values, "progress": {"iter": -1}}, r"progress\.iter"),
+        ({**values, "progress": {**values["progress"], "iter": -1}}, r"progress\.iter"),
         ({**values, "config": {"n_layr": 1}}, r"config\.n_layr"),
         ({**values, "operations": [{"file": "x.py", "sha256": "../.."}]}, r"operations\.0\.sha256"),
         ({**values, "orchestrator": {"position": {"fired": 1.0}, "ramps": []}}, r"orchestrator\.position\.fired"),

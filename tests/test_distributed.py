@@ -52,7 +52,7 @@ def change(run, name: str, value=None) -> None:
 
 def gradients(run) -> dict[str, np.ndarray]:
     """Gradients of one backward pass through the wrapped module; each rank has its own batch."""
-    x, y = run.batches.read(run.ranks.rank * 4, 4, 16, 16)
+    x, y = run.batches.read(run.progress.cursor.skip(run.ranks.rank * 4), 4)
     run.wrapped(x, y)[1].backward()
     found = {n: p.grad.clone().numpy() for n, p in run.model.named_parameters() if p.grad is not None}
     run.optimizer.zero_grad()
@@ -113,7 +113,15 @@ def _every_operation(rank: int, data: str, parallel: str):
     losses, prints = {}, []
     for name, value in EXAMPLES.items():
         model = initial_model(first.config, first.settings.model)
-        run = Run(first.config, first.settings, Progress(), model, first.batches.opened, first.ranks, first.device)
+        run = Run(
+            first.config,
+            first.settings,
+            Progress.start(first.settings),
+            model,
+            first.batches.opened,
+            first.ranks,
+            first.device,
+        )
         for before in BEFORE.get(name, []):
             change(run, *before)
         prints.append(run.fingerprint())
@@ -238,9 +246,9 @@ def _batches(rank: int, data: str):
     seen = []
     load = run.batches.load
 
-    def record(first, count, block_size, length):
-        x, y = load(first, count, block_size, length)
-        seen.append((first, x.tolist(), y.tolist()))
+    def record(cursor, count):
+        x, y = load(cursor, count)
+        seen.append((cursor.sample, x.tolist(), y.tolist()))
         return x, y
 
     run.batches.load = record

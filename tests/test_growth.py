@@ -9,6 +9,7 @@ import torch
 from conftest import events
 from test_operations import apply, live_run, logits
 
+from orchestrate.data.stream import Cursor
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.lineage import carry, known
@@ -249,12 +250,12 @@ def test_more_words_keep_the_old_logits():
 def test_fewer_words_by_a_map(data):
     run = live_run(data)
     ids = [i if i < 20 else 19 for i in range(30)]
-    x, _ = run.stream.batch(run.progress.samples, 2, 16)
+    x, _ = run.stream.batch(run.progress.cursor, 2)
     old = run.model.get_parameter("transformer.wte.weight").detach().clone()
     apply(run, "resize_vocabulary", {"size": 20, "map": ids})
     new = run.model.get_parameter("transformer.wte.weight")
     assert torch.equal(new, old[:20])
-    y, _ = run.stream.batch(run.progress.samples, 2, 16)
+    y, _ = run.stream.batch(run.progress.cursor, 2)
     assert (y == [[ids[i] for i in row] for row in x]).all()
     assert run.evaluate(lambda: 0) is not None
     run.step()
@@ -310,17 +311,17 @@ def test_longer_contexts():
 
 def test_sequences_of_another_length_are_the_same_stream(data):
     run = live_run(data, steps=0)
-    whole, _ = run.stream.batch(0, 8, 16)
-    pieces, targets = run.stream.batch(0, 32, 16, 4)
+    whole, _ = run.stream.batch(Cursor(16, 16), 8)
+    pieces, targets = run.stream.batch(Cursor(16, 4), 32)
     assert (pieces.reshape(8, 16) == whole).all()
     assert (targets[:, :-1] == pieces[:, 1:]).all()
     run.step()
     apply(run, "set_sequence_length", 4)
-    assert run.progress.samples == 8 * 4 and run.settings.tokens_per_iter == 8 * 4
+    assert run.progress.cursor.sample == 8 * 4 and run.settings.tokens_per_iter == 8 * 4
     run.step()
-    assert run.progress.tokens == 8 * 16 + 8 * 4 and run.progress.samples == 40
+    assert run.progress.tokens == 8 * 16 + 8 * 4 and run.progress.cursor.sample == 40
     apply(run, "set_sequence_length", 16)
-    assert run.progress.samples == 10
+    assert run.progress.cursor.sample == 10
 
 
 # ---------------------------------------------------------------------------------------------- masked growth

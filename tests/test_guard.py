@@ -38,7 +38,7 @@ def test_revert_goes_back_and_on_with_the_next_samples(tiny):
     # Samples of the way that was left are not seen again: 3 iterations of 8 sequences were lost.
     state = json.loads((out / "checkpoints" / "latest" / "state.json").read_text())
     assert state["progress"]["iter"] == 16
-    assert state["progress"]["samples"] == 8 * 8 + 3 * 8 + 8 * 16
+    assert state["progress"]["cursor"]["sample"] == 8 * 8 + 3 * 8 + 8 * 16
     assert state["orchestrator"]["position"]["reverted"] == [1]
     assert all(path.name <= "iter_000000016" for path in find(out))
 

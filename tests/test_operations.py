@@ -34,10 +34,11 @@ def live_run(data, steps: int = 3, model: dict | None = None, **keys) -> Run:
     model_config = ModelConfig(**{**shape, **(model or {})})
     model = GPT(model_config)
     init_weights(model, 1)
+    settings = settings_from(config, model_config)
     run = Run(
         config,
-        settings_from(config, model_config),
-        Progress(),
+        settings,
+        Progress.start(settings),
         model,
         open_data(str(data), 16),
         Ranks("cpu"),
@@ -74,7 +75,7 @@ def test_every_operation_has_an_example_and_a_docstring():
 
 def reloaded(run: Run, folder) -> Run:
     """The run as a checkpoint of it brings it back."""
-    state = state_of(run.progress, run.config, run.settings)
+    state = state_of(run)
     weights, moments = dict(run.model.named_parameters()), run.optimizer.state_by_name()
     loaded = checkpoint.load(checkpoint.save(folder, state, weights, moments, keep_last=1, keep_best=0))
     settings, progress = loaded.state.settings, loaded.state.progress

@@ -241,7 +241,7 @@ def test_overrides_take_effect_and_are_logged(tiny, resume):
     assert overrides["learning_rate"] | {"before": 5e-3, "after": 1e-3, "applied": True} == overrides["learning_rate"]
     state = json.loads((out_dir / "checkpoints/latest/state.json").read_text())
     assert state["settings"]["learning_rate"] == 1e-3 and state["settings"]["batch_size"] == 2
-    assert state["progress"]["samples"] == 6 * 8 + 3 * 4
+    assert state["progress"]["cursor"]["sample"] == 6 * 8 + 3 * 4
     assert json.loads((out_dir / "config.json").read_text())["learning_rate"] == 1e-3
 
 

@@ -8,7 +8,6 @@ import pytest
 from conftest import state_of
 
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.records import Progress
 from orchestrate.training.store import checkpoint, run_folder
 from orchestrate.training.store.run_folder import (
     EVENT_KINDS,
@@ -45,8 +44,8 @@ def test_a_run_that_went_back(tiny):
 
 def test_checkpoints_are_told_newest_first_and_the_damaged_left_out(tmp_path):
     for iteration, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
-        progress = Progress(iter=iteration, last_val_loss=loss, last_eval_iter=iteration)
-        checkpoint.save(tmp_path, state_of(progress), {}, {}, keep_last=9, keep_best=9)
+        state = state_of(iter=iteration, last_val_loss=loss, last_eval_iter=iteration)
+        checkpoint.save(tmp_path, state, {}, {}, keep_last=9, keep_best=9)
     (tmp_path / "checkpoints" / "iter_000000001" / "manifest.json").unlink()
     assert read_run(tmp_path).checkpoints == [
         SavedCheckpoint("iter_000000003", 3, 2.0, latest=True, best=False),

@@ -213,7 +213,7 @@ def test_what_goes_wrong_in_a_sharded_run(data, tmp_path):
         (e["key"], e["before"], e["after"]) for e in events(tmp_path / "oom", "override") if "memory" in e["reason"]
     ]
     assert halved == [("batch_size", 4, 2), ("gradient_accumulation_steps", 6, 12)]
-    assert checkpoint.load(tmp_path / "oom/checkpoints/latest").state.progress.samples == 14 * 24
+    assert checkpoint.load(tmp_path / "oom/checkpoints/latest").state.progress.cursor.sample == 14 * 24
     (rollback,) = events(tmp_path / "nan", "rollback")
     assert rollback["checkpoint"] == "iter_000000004" and events(tmp_path / "nan", "end")[0]["iter"] == 12
     (saved,) = events(tmp_path / "stop", "emergency")
@@ -304,3 +304,43 @@ def test_the_plan_shows_the_memory_of_one_rank(data, tmp_path):
     assert shared.rows[0].model_bytes == whole.rows[0].model_bytes // 4
     assert shared.rows[0].optimizer_bytes == pytest.approx(whole.rows[0].optimizer_bytes / 4, rel=0.02)
     assert any("one of 4 processes" in note for note in shared.notes)
+
+
+def _gathered(rank: int, data: str):
+    """The types that a step sees: of a gathered block weight, of the gathered embedding, of shards and gradients."""
+    from conftest import TINY
+
+    from orchestrate.training.run.distributed import Ranks
+    from orchestrate.training.schedule.file import Schedule
+    from orchestrate.training.session.opening import open_run
+
+    config = TrainConfig(**{**TINY, "dataset": data, "parallel": "fsdp", "dtype": "bfloat16"})
+    run = open_run(config, None, Schedule(), Ranks("cpu", parallel="fsdp", dtype=torch.bfloat16))
+    seen = {}
+    block = run.model.transformer["h"][0].mlp.c_fc
+    block.register_forward_pre_hook(lambda module, _: seen.update(block=str(module.weight.dtype)))
+    wte = run.model.transformer["wte"]
+    wte.register_forward_pre_hook(lambda module, _: seen.update(wte=str(module.weight.dtype)))
+    x, y = run.batches.read(run.progress.cursor, 2)
+    with run.autocast():
+        run.wrapped(x, y)[1].backward()
+    seen["gradients"] = {str(p.grad.dtype) for p in run.optimizer.parameters}
+    seen["shards"] = {str(p.dtype) for p in run.optimizer.parameters}
+    run.ranks.close()
+    return seen
+
+
+def test_bfloat16_gathers_blocks_in_bfloat16_and_keeps_float32(data):
+    for seen in on_ranks(_gathered, str(data)):
+        kinds = {"gradients": {"torch.float32"}, "shards": {"torch.float32"}}
+        assert seen == {"block": "torch.bfloat16", "wte": "torch.float32", **kinds}
+
+
+def test_bfloat16_sharded_learns_as_on_copies(data, tmp_path):
+    given = {**keys(dtype="bfloat16"), "max_iters": 12}
+    commands = [
+        arguments(data, tmp_path / "ddp", **given),
+        arguments(data, tmp_path / "fsdp", parallel="fsdp", **given),
+    ]
+    assert on_ranks(_runs, commands) == [[0, 0]] * 2
+    assert_same_curve(tmp_path / "fsdp", tmp_path / "ddp", tolerance=2e-2)

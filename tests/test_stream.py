@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from orchestrate.data.stream import (
+    Cursor,
     Stream,
     TokenFile,
     eval_windows,
@@ -69,10 +70,12 @@ def test_any_split_and_any_order_give_the_same_stream():
 
 def test_batches_are_the_tokens_and_what_follows(tmp_path):
     stream = Stream(token_file(tmp_path, 1000), seed=1)
-    x, y = stream.batch(55, 8, 16)
+    x, y = stream.batch(Cursor(16, 16, 55), 8)
     assert x.shape == y.shape == (8, 16) and x.dtype == y.dtype == np.int64
     assert np.array_equal(x[:, 1:], y[:, :-1]) and np.array_equal(y, x + 1)
-    assert stream.passes(61, 16) == 1.0 and stream.coverage(30, 16) == 30 / 61 and stream.coverage(99, 16) == 1.0
+    places = [Cursor(16, 16, sample) for sample in (61, 30, 99)]
+    assert stream.passes(places[0]) == 1.0 and stream.passes(places[1]) == 30 / 61
+    assert [stream.coverage(place) for place in places] == [1.0, 30 / 61, 1.0]
 
 
 def test_evaluation_windows_are_fixed_and_extend(tmp_path):
@@ -86,7 +89,7 @@ def test_a_file_larger_than_memory_costs_nothing(tmp_path):
     path = tmp_path / "huge.bin"
     with open(path, "wb") as file:
         file.truncate(200 * 2**30)  # sparse
-    x, _ = Stream(TokenFile(path), 1).batch(10**12, 12, 1024)
+    x, _ = Stream(TokenFile(path), 1).batch(Cursor(1024, 1024, 10**12), 12)
     assert x.shape == (12, 1024)
     assert TokenFile(path).fingerprint()
 

@@ -20,12 +20,15 @@ from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ran
 from test_operations import live_run
 
 import train_orchestrated
+from orchestrate.data.stream import Cursor
+from orchestrate.training.run.sickness import Sick
 from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.session.saving import BackgroundSave
 from orchestrate.training.session.session import Session
 from orchestrate.training.session.stopping import NoSignals
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.faults import parse_faults
+from orchestrate.training.settings.records import Place
 from orchestrate.training.store.reporting import Reporter
 from orchestrate.training.store.run_folder import read_run
 
@@ -43,7 +46,7 @@ def test_a_step_that_is_not_finite_touches_nothing(data, tmp_path):
     weights = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     moments = {n: {k: v.clone() for k, v in m.items()} for n, m in run.optimizer.state_by_name().items()}
     result = run.step()
-    assert result.sick == "not finite" and result.at == (4, 32, 512)
+    assert result.sick == Sick("not finite", Place(4, Cursor(16, 16, 32), 512), samples=8, batch_size=4)
     assert all(torch.equal(p, weights[n]) for n, p in run.model.named_parameters())
     for n, m in run.optimizer.state_by_name().items():
         assert all(torch.equal(v, moments[n][k]) for k, v in m.items()), n
@@ -133,7 +136,7 @@ def test_out_of_memory_makes_the_same_batch_in_smaller_pieces(tiny):
     (event,) = [e for e in events(out, "operation") if e["entry"] is None]
     assert event["settings_after"] == {"batch_size": 2, "grad_accum": 4}
     state = json.loads((out / "checkpoints" / "latest" / "state.json").read_text())
-    assert state["progress"]["samples"] == 12 * 8, "no sample lost, none seen twice"
+    assert state["progress"]["cursor"]["sample"] == 12 * 8, "no sample lost, none seen twice"
     for one, other in zip(train_lines(out), train_lines(plain), strict=True):
         assert one["iter"] == other["iter"] and one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
@@ -153,7 +156,7 @@ def test_what_hurts_one_rank_is_known_to_all(data, tmp_path, fault):
     """An end is an agreement: operations compare the bits of all weights on both ranks."""
     assert on_ranks(_sick_on_one_rank, str(data), str(tmp_path / "run"), fault) == [0, 0]
     state = json.loads((tmp_path / "run" / "checkpoints" / "latest" / "state.json").read_text())
-    assert state["progress"]["iter"] == 12 and state["progress"]["samples"] == 12 * 8
+    assert state["progress"]["iter"] == 12 and state["progress"]["cursor"]["sample"] == 12 * 8
     if fault.startswith("oom"):
         assert state["settings"]["batch_size"] == 2 and state["settings"]["grad_accum"] == 4
     else:

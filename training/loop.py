@@ -19,12 +19,14 @@ def _train(session: Session) -> int:
     logged_at = -1
     while True:
         p, s = run.progress, run.settings
-        ends = p.iter >= config.max_iters
-
+        ends, clock = p.iter >= config.max_iters, logged_at == p.iter
         # Validation loss at every eval_interval, at the start and at the end; never twice at one iteration.
-        loss = None
-        if config.eval_only or ((p.iter % s.eval_interval == 0 or ends) and p.last_eval_iter != p.iter):
-            loss = session.evaluate()
+        due = config.eval_only or ((p.iter % s.eval_interval == 0 or ends) and p.last_eval_iter != p.iter)
+
+        # Where something is decided, it is decided on a last step whose outcome is known.
+        if (due or orchestrator.acts(due, clock)) and not session.settle():
+            continue
+        loss = session.evaluate() if due else None
         if config.eval_only:
             return 128 + signals.agreed if loss is None else 0
         evaluated = loss is not None
@@ -32,10 +34,11 @@ def _train(session: Session) -> int:
 
         # The schedule acts between two steps, on numbers that every rank has.
         if not signals.agreed:
-            orchestrator.consult(loss, look_at_clock=logged_at == p.iter)
+            orchestrator.consult(loss, look_at_clock=clock)
 
         # A signal is agreed on by all ranks before anybody stops; it may have cut the evaluation above short.
         if number := signals.poll():
+            session.settle()
             session.event("signal", signal=number)
             session.save_unless_saved(f"signal {number}")
             session.event("end", reason=f"signal {number}", best_val_loss=p.best_val_loss)

@@ -295,7 +295,7 @@ class _Recorded:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.progress = Progress()
+        self.progress = Progress.start(settings)
         self.loss: float | None = None
         self.fired: dict[int, str] = {}
         self.ranks = SimpleNamespace(broadcast=lambda value: value, gather=lambda value: [value], world_size=1)

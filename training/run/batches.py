@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrate.data.stream import DataSet, Stream
+from orchestrate.data.stream import Cursor, DataSet, Stream
 
 Batch = tuple[Tensor, Tensor]
 """Token ids and the token that follows each, both (sequences, length) int64."""
@@ -21,32 +21,29 @@ class Batches:
         stream: the order of the training samples.
     """
 
-    def __init__(self, opened: DataSet, seed: int, device: torch.device) -> None:
+    def __init__(self, opened: DataSet, seed: int, device: torch.device, vocabulary_map: tuple[int, ...] = ()) -> None:
         self.opened, self.seed, self.device = opened, seed, device
-        self._prefetched: tuple[tuple[int, ...], Batch] | None = None
-        self.map_vocabulary(())
+        self.data = opened.remapped(np.array(vocabulary_map, dtype=np.int64) if vocabulary_map else None)
+        self.stream = Stream(self.data.train, seed)
+        self._prefetched: tuple[tuple[Cursor, int], Batch] | None = None
 
-    def map_vocabulary(self, new_ids: tuple[int, ...]) -> None:
-        """Read every token of the files as its new id from here on; () reads them as they are."""
-        self.data = self.opened.remapped(np.array(new_ids, dtype=np.int64) if new_ids else None)
-        self.stream = Stream(self.data.train, self.seed)
-        self._prefetched = None
+    def mapped(self, vocabulary_map: tuple[int, ...]) -> Batches:
+        """The same samples, every token of the files read as its new id; () reads them as they are."""
+        return Batches(self.opened, self.seed, self.device, vocabulary_map)
 
-    def read(self, first: int, count: int, block_size: int, length: int) -> Batch:
-        """Samples first .. first + count - 1 of windows of block_size tokens cut into pieces of `length`."""
-        key = (first, count, block_size, length)
-        if self._prefetched is not None and self._prefetched[0] == key:
+    def read(self, cursor: Cursor, count: int) -> Batch:
+        """The next `count` samples from a place on."""
+        if self._prefetched is not None and self._prefetched[0] == (cursor, count):
             batch, self._prefetched = self._prefetched[1], None
             return batch
-        return self.load(*key)
+        return self.load(cursor, count)
 
-    def prefetch(self, first: int, count: int, block_size: int, length: int) -> None:
+    def prefetch(self, cursor: Cursor, count: int) -> None:
         """Copy a batch to the GPU while it computes; a change of settings simply makes it unused."""
-        key = (first, count, block_size, length)
-        self._prefetched = (key, self.load(*key))
+        self._prefetched = ((cursor, count), self.load(cursor, count))
 
-    def load(self, first: int, count: int, block_size: int, length: int) -> Batch:
-        x, y = (torch.from_numpy(a) for a in self.stream.batch(first, count, block_size, length))
+    def load(self, cursor: Cursor, count: int) -> Batch:
+        x, y = (torch.from_numpy(a) for a in self.stream.batch(cursor, count))
         if self.device.type == "cuda":
             return (
                 x.pin_memory().to(self.device, non_blocking=True),

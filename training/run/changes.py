@@ -6,16 +6,18 @@ Everything new is built beside the present run; all ranks are asked whether they
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, compile_blocks, set_dropout
 from orchestrate.model.lineage import Lineage, carry
 from orchestrate.model.lora import trainable_parameters
+from orchestrate.training.run.batches import Batches
 from orchestrate.training.run.optimizers import NamedAdamW, State
 from orchestrate.training.run.sharding import is_sharded
 from orchestrate.training.settings.errors import OperationFailed
@@ -24,7 +26,21 @@ from orchestrate.training.settings.records import Progress, Settings
 if TYPE_CHECKING:
     from orchestrate.training.run.run import Run
 
+T = TypeVar("T")
 Reshape = Callable[[GPT, ModelConfig, torch.Generator], tuple[GPT, Lineage]]
+
+
+@dataclass
+class Change:
+    """What a run is to become, built beside it. Nothing in it is live yet."""
+
+    settings: Settings
+    batches: Batches
+    model: GPT
+    optimizer: NamedAdamW
+    trainable: set[str]
+    rewraps: bool
+    """Whether parameters, or which of them train, differ: then all ranks must agree, and DDP is wrapped anew."""
 
 
 def adopt(run: Run, target: Settings, reshape: Reshape | None = None) -> None:
@@ -33,39 +49,18 @@ def adopt(run: Run, target: Settings, reshape: Reshape | None = None) -> None:
     Args:
         reshape: makes the new model where the target's shape differs from the present one.
 
-    Raises OperationFailed on every rank, with the run as it was, when any rank could not prepare the change.
+    Raises OperationFailed on every rank, with the run as it was, when any rank could not make the change.
     """
-    error: Exception | None = None
-    prepared = None
-    try:
-        prepared = prepare(run, target, reshape)
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
-        error = caught
-    if needs_agreement(run.settings, target):
-        failures = run.ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
-    else:
-        failures = [None if error is None else f"{type(error).__name__}: {error}"]
-    if any(failures):
-        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
-        raise OperationFailed(told) from error
-
-    before, p = run.settings, run.progress
+    together = needs_agreement(run.settings, target)
+    change = _agreed(run, together, lambda: _prepare(run, target, reshape))
+    p, before = run.progress, run.settings
+    _carry_out(run, change, together)
+    # From here on nothing can fail.
     if target.lr_restarts != before.lr_restarts:
         p.lr_start_iter = p.iter
     if target.rewarms != before.rewarms:
         p.rewarm_start_iter = p.iter
-    lengths = [(s.model.block_size, s.sequence_length) for s in (before, target)]
-    if lengths[0] != lengths[1]:
-        p.samples = run.batches.stream.moved(p.samples, *lengths)
-    if target.vocabulary_map != before.vocabulary_map:
-        run.batches.map_vocabulary(target.vocabulary_map)
-    if prepared is not None:
-        install(run, *prepared)
-    if target.model.dropout != run.model.config.dropout:
-        set_dropout(run.model, target.model.dropout)
-    if target.model.fading != run.model.config.fading:
-        run.model.set_fading(target.model.fading)
-    run.settings = target
+    p.cursor = p.cursor.cut(target.model.block_size, target.sequence_length)
 
 
 def restore(
@@ -76,40 +71,74 @@ def restore(
     optimizer_state: State,
     scaler_state: dict[str, Any],
 ) -> None:
-    """Become an earlier state of this run, but for its place in the stream of samples and its clock."""
-    lengths = [(s.model.block_size, s.sequence_length) for s in (run.settings, settings)]
-    samples = run.progress.samples
-    if lengths[0] != lengths[1]:
-        samples = run.batches.stream.moved(samples, *lengths)
-    seconds = run.progress.seconds
-    run.progress.__dict__.update(progress.__dict__, samples=samples, seconds=seconds)
-    if settings.vocabulary_map != run.settings.vocabulary_map:
-        run.batches.map_vocabulary(settings.vocabulary_map)
-    run.settings = settings
-    install(run, *placed(run, model, optimizer_state, settings.frozen))
+    """Become an earlier state of this run, but for its place in the stream of samples and its clock.
+
+    What became of the last step does not matter any more. Raises OperationFailed as `adopt` does.
+    """
+
+    def prepared() -> Change:
+        placed_model, optimizer, trainable = placed(run, model, optimizer_state, settings.frozen)
+        return Change(settings, _batches(run, settings), placed_model, optimizer, trainable, rewraps=True)
+
+    change = _agreed(run, True, prepared)
+    _carry_out(run, change, together=True)
+    cursor = run.progress.cursor.cut(settings.model.block_size, settings.sequence_length)
+    run.progress.__dict__.update(progress.__dict__, cursor=cursor, seconds=run.progress.seconds)
+    run.diagnosis.drop()
     if scaler_state:
         run.scaler.load_state_dict(scaler_state)
 
 
-def prepare(run: Run, target: Settings, reshape: Reshape | None) -> tuple[GPT, NamedAdamW, set[str]] | None:
-    """Everything new that the target needs, beside the present run; None where nothing live changes."""
-    if not needs_agreement(run.settings, target):
-        return None
+def install(run: Run, model: GPT, optimizer_state: State) -> None:
+    """The first model of a run that has none yet."""
+    change = Change(run.settings, run.batches, *placed(run, model, optimizer_state, run.settings.frozen), rewraps=True)
+    run.model, run.optimizer, run.wrapped = change.model, change.optimizer, _wrap(run, change)
+
+
+def _agreed(run: Run, together: bool, work: Callable[[], T]) -> T:
+    """The result of some work; OperationFailed on every rank where it raised on any.
+
+    Without `together` the work cannot fail on one rank alone, and nothing is exchanged.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:  # whatever it is, the other ranks must hear of it
+        error = caught
+    told = None if error is None else f"{type(error).__name__}: {error}"
+    failures = run.ranks.gather(told) if together else [told]
+    if any(failures):
+        listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
+        raise OperationFailed(listed) from error
+    return result  # type: ignore[return-value]
+
+
+def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
+    """Everything that the target needs, beside the present run."""
+    batches, together = _batches(run, target), needs_agreement(run.settings, target)
+    if not together:
+        return Change(target, batches, run.model, run.optimizer, set(run.optimizer.names), rewraps=False)
     model, state = run.model, run.optimizer.state_by_name()
-    if reshapes(run.settings, target):
-        if reshape is None:
-            raise ValueError("the target has another shape and nothing says how to get there")
-        seed = np.random.SeedSequence([run.config.seed, run.progress.iter, 1]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
-        whole, state = run.ranks.whole(model, state)
-        model, lineage = reshape(whole, target.model, generator)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
-        assert shape_of(model.config) == shape_of(target.model), "the reshaped model is not the target's"
-        state = carry(state, lineage, shapes)
-        return placed(run, model, state, target.frozen)
-    trainable = trainable_parameters(model, target.frozen)
-    return model, NamedAdamW(model, trainable, state), trainable
+    if not reshapes(run.settings, target):
+        trainable = trainable_parameters(model, target.frozen)
+        return Change(target, batches, model, NamedAdamW(model, trainable, state), trainable, rewraps=True)
+    if reshape is None:
+        raise ValueError("the target has another shape and nothing says how to get there")
+    seed = np.random.SeedSequence([run.config.seed, run.progress.iter, 1]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
+    whole, state = run.ranks.whole(model, state)
+    model, lineage = reshape(whole, target.model, generator)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
+    assert shape_of(model.config) == shape_of(target.model), "the reshaped model is not the target's"
+    state = carry(state, lineage, shapes)
+    return Change(target, batches, *placed(run, model, state, target.frozen), rewraps=True)
+
+
+def _batches(run: Run, target: Settings) -> Batches:
+    if target.vocabulary_map == run.settings.vocabulary_map:
+        return run.batches
+    return run.batches.mapped(target.vocabulary_map)
 
 
 def placed(run: Run, model: GPT, state: State, frozen: Iterable[str]) -> tuple[GPT, NamedAdamW, set[str]]:
@@ -121,18 +150,37 @@ def placed(run: Run, model: GPT, state: State, frozen: Iterable[str]) -> tuple[G
     return model, NamedAdamW(model, trainable, state), trainable
 
 
-def install(run: Run, model: GPT, optimizer: NamedAdamW, trainable: set[str]) -> None:
-    """Commit: from here on the run is this model and this optimizer."""
-    run.wrapped = None  # the old DDP goes first: its hooks sit on shared parameters
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-        # A stale gradient would still be applied by AdamW after a freeze.
-        parameter.grad = None
-    model.train()
-    if run.config.compile:
-        compile_blocks(model)
-    run.model, run.optimizer = model, optimizer
-    run.wrapped = run.ranks.wrap(model, run.device)
+def _carry_out(run: Run, change: Change, together: bool) -> None:
+    """Make a change live. Where that fails on any rank, it is taken back on all of them."""
+    trained = set(run.optimizer.names)
+    before = Change(run.settings, run.batches, run.model, run.optimizer, trained, change.rewraps)
+    if change.rewraps:
+        run.wrapped = None  # the old DDP goes first: its hooks sit on shared parameters
+    try:
+        wrapped = _agreed(run, together, lambda: _wrap(run, change))
+    except OperationFailed:
+        run.wrapped = _wrap(run, before)
+        raise
+    run.settings, run.batches = change.settings, change.batches
+    run.model, run.optimizer, run.wrapped = change.model, change.optimizer, wrapped
+
+
+def _wrap(run: Run, change: Change) -> nn.Module:
+    """The change's model in the state that its settings want: flags, dropout, masks; as a step calls it, in DDP."""
+    model, shape = change.model, change.settings.model
+    if change.rewraps:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in change.trainable)
+            # A stale gradient would still be applied by AdamW after a freeze.
+            parameter.grad = None
+        model.train()
+        if run.config.compile:
+            compile_blocks(model)
+    if shape.dropout != model.config.dropout:
+        set_dropout(model, shape.dropout)
+    if shape.fading != model.config.fading:
+        model.set_fading(shape.fading)
+    return run.ranks.wrap(model, run.device) if change.rewraps else run.wrapped
 
 
 def shape_of(config: ModelConfig) -> ModelConfig:

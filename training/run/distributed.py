@@ -53,11 +53,15 @@ class Ranks:
 
     Args:
         parallel: "ddp", a copy of the model on every rank, or "fsdp", one copy sharded over them.
+        dtype: of the computation; see `sharding.shard`.
 
     Attributes: rank, local_rank, world_size, backend; sharded, whether parameters are spread over the ranks.
     """
 
-    def __init__(self, device_type: str, backend: str = "auto", parallel: str = "ddp") -> None:
+    def __init__(
+        self, device_type: str, backend: str = "auto", parallel: str = "ddp", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.dtype = dtype
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -91,7 +95,7 @@ class Ranks:
 
     def place(self, model: GPT, device: torch.device) -> GPT:
         """The model on this rank's device, sharded where the ranks are."""
-        return sharding.shard(model, self.mesh) if self.sharded else model.to(device)
+        return sharding.shard(model, self.mesh, self.dtype) if self.sharded else model.to(device)
 
     def place_state(self, state: State, model: GPT, device: torch.device) -> State:
         """The moments where the placed model's parameters are."""

@@ -26,6 +26,7 @@ from orchestrate.training.run.fingerprint import fingerprint
 from orchestrate.training.run.injection import Injector
 from orchestrate.training.run.learning_rate import learning_rate
 from orchestrate.training.run.optimizers import NamedAdamW, State
+from orchestrate.training.run.sickness import Diagnosis
 from orchestrate.training.run.step import StepResult
 from orchestrate.training.run.stopwatch import Stopwatch
 from orchestrate.training.settings.config import TrainConfig
@@ -67,9 +68,8 @@ class Run:
         self.progress = progress
         self.ranks = ranks
         self.device = device
-        self.batches = Batches(data, config.seed, device)
-        self.batches.map_vocabulary(settings.vocabulary_map)
-        self.undiagnosed: Any = None
+        self.batches = Batches(data, config.seed, device, settings.vocabulary_map)
+        self.diagnosis = Diagnosis(ranks, late=device.type == "cuda")
         self.injector = Injector(config.inject, ranks.rank, config.out_dir)
         self.eval_batch_size = config.eval_batch_size or config.batch_size
         self.stopwatch = Stopwatch()
@@ -83,7 +83,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
-        changes.install(self, *changes.placed(self, model, optimizer_state or {}, settings.frozen))
+        changes.install(self, model, optimizer_state or {})
 
     @property
     def data(self) -> DataSet:
@@ -141,7 +141,7 @@ class Run:
 
     def fingerprint(self) -> str:
         """Settings, place in the stream, and the bits of every value and moment, in one short text."""
-        facts = [repr(self.settings), repr(self.progress.iter), repr(self.progress.samples)]
+        facts = [repr(self.settings), repr(self.progress.iter), repr(self.progress.cursor)]
         tensors = dict(self.model.named_parameters())
         for name, moments in self.optimizer.state_by_name().items():
             tensors.update({f"{name}:{key}": value for key, value in moments.items()})

@@ -21,14 +21,26 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(model: GPT, mesh: DeviceMesh) -> GPT:
-    """Shard a model in place along the first dimension of each parameter, on the mesh's device; also one on meta."""
-    from torch.distributed.fsdp import fully_shard
+def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> GPT:
+    """Shard a model in place along the first dimension of each parameter, on the mesh's device; also one on meta.
+
+    Args:
+        dtype: bfloat16 gathers the blocks' weights in it, which halves what is sent; shards and moments stay float32,
+            and gradients are added up in float32. What lies around the blocks (embedding, last norm, head) is gathered
+            as it is: the residual stream starts and the logits end in full precision.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options = {}
+    if dtype == torch.bfloat16:
+        # Inputs are not cast: autocast decides what is computed in which type, as without sharding.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        options = {"mp_policy": policy}
 
     # Blocks return keys and values for a cache that training does not use; nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in model.transformer["h"]:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh)
     return model
 
@@ -55,11 +67,11 @@ def unshard(model: GPT, state: State) -> tuple[GPT, State]:
     return from_weights(model.config, weights), moments
 
 
-def empty(config: ModelConfig, mesh: DeviceMesh, device: torch.device) -> GPT:
+def empty(config: ModelConfig, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> GPT:
     """A sharded model without values, which never existed whole anywhere."""
     with torch.device("meta"):
         model = GPT(config)
-    shard(model, mesh).to_empty(device=device)
+    shard(model, mesh, dtype).to_empty(device=device)
     model.reset_buffers(device)
     return model
 

@@ -7,31 +7,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from orchestrate.training.run.out_of_memory import is_out_of_memory
 from orchestrate.training.run.sharding import gradient_norm
+from orchestrate.training.run.sickness import NOT_FINITE, OUT_OF_MEMORY, OVERFLOW, SPIKE, Sick, is_spike
 
 if TYPE_CHECKING:
     from orchestrate.training.run.run import Run
-
-# A loss can be called a spike after this many, and the running mean remembers about that many.
-SPIKE_WARMUP, SPIKE_MEMORY = 20, 100
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What a step leaves behind. Tensors stay on the device: reading them waits for it, so only logging does."""
 
-    loss: torch.Tensor
-    """This rank's mean over its micro-steps, ()."""
-    grad_norm: torch.Tensor
+    loss: Tensor
+    """This rank's mean over its micro-steps, in nats per token, ()."""
+    grad_norm: Tensor
     """Before clipping, ()."""
     lr: float
-    samples: int
-    sick: str = ""
-    """Why the weights were not updated ("out of memory", "not finite", "spike"); on CUDA of the step before."""
-    at: tuple[int, int, int] = (0, 0, 0)
-    """(iter, samples, tokens) before the sick step."""
+    sick: Sick | None = None
+    """What was wrong with this step, or, on a GPU, with the one before; that step updated nothing."""
 
 
 def step(run: Run) -> StepResult:
@@ -40,18 +36,47 @@ def step(run: Run) -> StepResult:
     A step whose gradients are not finite, whose loss is a spike, or that ran out of memory on any rank leaves
     weights and moments as they were on every rank, and says so in the result.
     """
-    s, p, ranks = run.settings, run.progress, run.ranks
-    windows = s.model.block_size, s.sequence_length
-    at, lr = (p.iter, p.samples, p.tokens), run.current_lr()
-    micro_steps = range(ranks.rank, s.grad_accum, ranks.world_size)
+    s, p = run.settings, run.progress
+    place, lr = p.place, run.current_lr()
     total = torch.zeros((), device=run.device)
-    out_of_memory = exchanging = False
+    fits = _backward(run, total)
+    if not fits:  # outside the `except`: its traceback would keep the failed forward pass alive
+        _poison(run)
+    with run.stopwatch.part("optimizer"):
+        run.scaler.unscale_(run.optimizer.inner)
+        # The norm of the reduced gradients is the same number on every rank, and not finite if one of them is not.
+        grad_norm = gradient_norm(run.optimizer.parameters, s.grad_clip)
+        spike = bool(run.config.spike_sigma) and is_spike(_loss_of_all(run, total, fits), run.config.spike_sigma, p)
+        healthy = torch.isfinite(grad_norm) & (not spike)
+        run.optimizer.set(lr, s.beta1, s.beta2, s.weight_decay)
+        run.consistent = False
+        if not run.scaler.is_enabled():
+            # The fused kernels look at this on the device: no weight is touched, and no host waits to know.
+            run.optimizer.inner.found_inf = (~healthy).to(torch.float32)
+        if not (spike and run.scaler.is_enabled()):  # a GradScaler has a veto of its own for what is not finite
+            run.scaler.step(run.optimizer.inner)
+        run.scaler.update()
+        run.optimizer.zero_grad()
+        p.iter += 1
+        p.cursor = p.cursor.skip(s.samples_per_iter)
+        p.tokens += s.tokens_per_iter
+        run.consistent = True
+    cause = OUT_OF_MEMORY if not fits else SPIKE if spike else OVERFLOW if run.scaler.is_enabled() else NOT_FINITE
+    sick = run.diagnosis.of(healthy, Sick(cause, place, s.samples_per_iter, s.batch_size))
+    return StepResult(total, grad_norm, lr, sick)
+
+
+def _backward(run: Run, total: Tensor) -> bool:
+    """Gradients of the global batch, and this rank's mean loss added to `total`. False where memory ran out."""
+    s, p, ranks = run.settings, run.progress, run.ranks
+    micro_steps = range(ranks.rank, s.grad_accum, ranks.world_size)
+    exchanging = False
     try:
         for micro in micro_steps:
+            last = micro + ranks.world_size >= s.grad_accum
             with run.stopwatch.part("data"):
-                x, y = run.batches.read(p.samples + micro * s.batch_size, s.batch_size, *windows)
+                x, y = run.batches.read(p.cursor.skip(micro * s.batch_size), s.batch_size)
             with run.stopwatch.part("forward_backward"):
-                last = micro + ranks.world_size >= s.grad_accum
                 if ranks.distributed and not ranks.sharded:
                     # Only the last backward exchanges gradients; the earlier ones add up locally. Sharded ones
                     # are exchanged every time: adding up whole ones would take the memory that sharding saves.
@@ -68,41 +93,17 @@ def step(run: Run) -> StepResult:
                 total += loss.detach()
             if run.device.type == "cuda":
                 with run.stopwatch.part("data"):
-                    following = p.samples + s.samples_per_iter + ranks.rank * s.batch_size
-                    run.batches.prefetch(
-                        following if last else p.samples + (micro + ranks.world_size) * s.batch_size,
-                        s.batch_size,
-                        *windows,
-                    )
+                    following = s.grad_accum + ranks.rank if last else micro + ranks.world_size
+                    run.batches.prefetch(p.cursor.skip(following * s.batch_size), s.batch_size)
     except Exception as error:
         # Once gradients (or, sharded, weights) are being exchanged the other ranks cannot be joined any more.
         if exchanging or ranks.sharded or not is_out_of_memory(error):
             raise
-        out_of_memory = True
-        _poison(run, p.samples)
-    with run.stopwatch.part("optimizer"):
-        run.scaler.unscale_(run.optimizer.inner)
-        # The norm of the reduced gradients is the same number on every rank, and not finite if one of them is not.
-        grad_norm = gradient_norm(run.optimizer.parameters, s.grad_clip)
-        spike = _is_spike(run, total, out_of_memory)
-        run.optimizer.set(lr, s.beta1, s.beta2, s.weight_decay)
-        run.consistent = False
-        if not run.scaler.is_enabled():
-            # The fused kernels look at this on the device: no weight is touched, and no host waits to know.
-            bad = ~torch.isfinite(grad_norm) if not spike else torch.ones_like(grad_norm, dtype=torch.bool)
-            run.optimizer.inner.found_inf = bad.to(torch.float32)
-        run.scaler.step(run.optimizer.inner)
-        run.scaler.update()
-        run.optimizer.zero_grad()
-        p.iter += 1
-        p.samples += s.samples_per_iter
-        p.tokens += s.tokens_per_iter
-        run.consistent = True
-    sick, sick_at = _diagnose(run, grad_norm, out_of_memory, spike, at)
-    return StepResult(total, grad_norm, lr, s.samples_per_iter, sick, sick_at)
+        return False
+    return True
 
 
-def _poison(run: Run, first: int) -> None:
+def _poison(run: Run) -> None:
     """After running out of memory: join the other ranks' exchange of gradients with ones that are not numbers.
 
     So no rank updates its weights, and all of them know that something is wrong.
@@ -112,7 +113,7 @@ def _poison(run: Run, first: int) -> None:
         torch.cuda.empty_cache()
     if run.ranks.distributed:
         run.wrapped.require_backward_grad_sync = True
-        x, y = run.batches.load(first, 1, run.settings.model.block_size, run.settings.sequence_length)
+        x, y = run.batches.load(run.progress.cursor, 1)
         with run.autocast():
             loss = run.wrapped(x, y)[1]
         (loss * float("nan")).backward()
@@ -121,50 +122,10 @@ def _poison(run: Run, first: int) -> None:
             parameter.grad = torch.full_like(parameter, float("nan"))
 
 
-def _is_spike(run: Run, total: torch.Tensor, out_of_memory: bool) -> bool:
-    """Whether the loss, over all ranks, is far above its running mean; equal on every rank."""
-    sigma, p = run.config.spike_sigma, run.progress
-    if not sigma:
-        return False
-    local = float("nan") if out_of_memory else float(total)
-    loss = float(run.ranks.sum(np.array([local]))[0]) / run.ranks.world_size
-    if not np.isfinite(loss):
-        return False
-    limit = p.loss_mean + sigma * max(p.loss_variance, 1e-12) ** 0.5
-    if p.losses_seen >= SPIKE_WARMUP and loss > limit:
-        return True
-    p.losses_seen += 1
-    weight = max(1.0 / p.losses_seen, 1.0 / SPIKE_MEMORY)
-    distance = loss - p.loss_mean
-    p.loss_mean += weight * distance
-    p.loss_variance = (1 - weight) * (p.loss_variance + weight * distance * distance)
-    return False
-
-
-def _diagnose(
-    run: Run, grad_norm: torch.Tensor, out_of_memory: bool, spike: bool, at: tuple[int, int, int]
-) -> tuple[str, tuple[int, int, int]]:
-    """What was wrong and where, on every rank alike. Reading it never waits for the step just enqueued on CUDA."""
-    if run.scaler.is_enabled() and not out_of_memory:
-        return "", at  # a GradScaler tries scales that overflow; skipping those steps is its business
-    finite: torch.Tensor | None = torch.isfinite(grad_norm)
-    cause = "out of memory" if out_of_memory else "spike" if spike else "not finite"
-    if run.device.type == "cuda":
-        copied = torch.empty((), dtype=torch.bool, pin_memory=True)
-        copied.copy_(finite, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        before, run.undiagnosed = run.undiagnosed, (copied, event, cause, spike, at)
-        if before is None:
-            return "", at
-        copied, event, cause, spike, at = before
-        event.synchronize()
-        finite = copied
-    if bool(finite) and not spike:
-        return "", at
-    # Every rank comes here: the norm and the spike are the same numbers everywhere.
-    causes = run.ranks.gather(cause)
-    return ("out of memory" if "out of memory" in causes else cause), at
+def _loss_of_all(run: Run, total: Tensor, fits: bool) -> float:
+    """The loss over all ranks, equal on every rank. It waits for the device."""
+    mine = float(total) if fits else float("nan")
+    return float(run.ranks.sum(np.array([mine]))[0]) / run.ranks.world_size
 
 
 def _seed_dropout(run: Run, micro: int) -> None:

@@ -164,6 +164,10 @@ class Orchestrator:
             measured_now = False  # the model has changed since that measurement
         position.round_open, position.round_loss = False, None
 
+    def acts(self, evaluated: bool, look_at_clock: bool) -> bool:
+        """Whether anything may happen at this boundary."""
+        return True
+
     def _due(self, entry: Entry, look_at_clock: bool) -> str | None:
         """Why the entry fires now, or None; the same answer on every rank."""
         if entry.operation.renumbers and self.run.settings.model.fading:

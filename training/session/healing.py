@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from orchestrate.training.run.sickness import OUT_OF_MEMORY, Sick
 from orchestrate.training.run.step import StepResult
 from orchestrate.training.session.resume import newest_whole
 from orchestrate.training.settings.errors import Refused, Stopped
@@ -20,65 +21,99 @@ if TYPE_CHECKING:
 
 
 def heal(session: Session, result: StepResult) -> StepResult | None:
-    """After a step that did not update the weights: try again with less memory, skip, go back, or stop.
+    """Act on what was wrong with a step, if anything: try again with less memory, skip, go back, or stop.
 
-    Every rank has the same result. Returns the step to log, None where the run went back. Raises Stopped
-    where the run cannot or shall not go on.
+    Returns the step to log, None where the run went back. Raises Stopped where the run cannot or shall not go on.
     """
-    run, p, config = session.run, session.run.progress, session.config
-    if not result.sick:
-        p.sick_steps = 0
+    sick = result.sick
+    if sick is None:
+        session.run.progress.sick_steps = 0
         return result
-    iteration, first, _ = result.at
-    samples = [first, first + run.settings.samples_per_iter]
-    if result.sick == "out of memory":
-        return retry_smaller(session, result)
+    if sick.cause == OUT_OF_MEMORY:
+        return retry_smaller(session, sick)
+    return result if act_on(session, sick) else None
+
+
+def settle(session: Session) -> bool:
+    """Wait for what became of the last step, and act on it. False where the run went back."""
+    sick = session.run.diagnosis.settle()
+    if sick is None:
+        return True
+    if sick.cause == OUT_OF_MEMORY:
+        return retry_smaller(session, sick) is not None
+    return act_on(session, sick)
+
+
+def act_on(session: Session, sick: Sick) -> bool:
+    """Skip the step, go back (False), or stop, as the configuration says."""
+    config, p = session.config, session.run.progress
     p.sick_steps += 1
     limit = config.sick_step_limit
     action = "stop" if max(p.sick_steps, session.rollbacks) >= limit else config.on_sick_step
-    told = f"{result.sick} in the step after iteration {iteration}, samples {samples[0]} to {samples[1] - 1}"
-    session.event("error", message=told, action=action, samples=samples)
-    session.reporter.say(f"{told}: {action}")
+    first = sick.at.cursor.sample
+    session.event("error", message=str(sick), action=action, samples=[first, first + sick.samples])
+    session.reporter.say(f"{sick}: {action}")
     if action == "stop":
-        raise Stopped(f"{told}; on_sick_step {config.on_sick_step}, sick_step_limit {limit}")
+        raise Stopped(f"{sick}; on_sick_step {config.on_sick_step}, sick_step_limit {limit}")
     if action == "rollback":
-        session.roll_back(told)
-        return None
-    return result
+        session.roll_back(str(sick))
+        return False
+    return True
 
 
-def retry_smaller(session: Session, failed: StepResult) -> StepResult | None:
-    """Make the failed step again in smaller micro-batches: the same global batch, no sample lost or seen twice."""
+def retry_smaller(session: Session, failed: Sick) -> StepResult | None:
+    """Make a failed step again in smaller micro-batches: the same global batch, no sample lost or seen twice."""
     run, p = session.run, session.run.progress
-    now = (p.iter, p.samples, p.tokens)
-    while failed.sick == "out of memory":
-        before = run.settings
-        smaller = before.in_smaller_pieces()
-        if smaller is None:
-            raise Stopped("out of memory with a micro-batch of one sequence: nothing is left to make smaller")
-        p.iter, p.samples, p.tokens = failed.at
-        run.adopt(smaller)
-        changed = differences(before, smaller)
-        total, trainable = run.parameter_counts()
-        session.event(
-            "operation",
-            entry=None,
-            name="adjust_batch_size",
-            value=[smaller.batch_size, smaller.grad_accum],
-            reason="out of memory: the same global batch in smaller pieces",
-            desc="",
-            over=None,
-            settings_before=changed[0],
-            settings_after=changed[1],
-            val_loss_before=None,
-            val_loss_after=None,
-            seconds=0.0,
-            parameters_total=total,
-            parameters_trainable=trainable,
-        )
-        failed = run.step()
-    p.iter, p.samples, p.tokens = now
-    return heal(session, failed)
+    now, result = p.place, None
+    # Where answers come late, one more step of the same size has been made since.
+    queue = [failed, *filter(None, [run.diagnosis.settle()])]
+    applied_since = run.diagnosis.late and len(queue) == 1
+    while queue:
+        sick = queue.pop(0)
+        if sick.cause != OUT_OF_MEMORY:
+            if not act_on(session, sick):
+                return None
+            continue
+        p.go(sick.at)
+        try:
+            if sick.batch_size == run.settings.batch_size:
+                make_smaller(session)
+        except Stopped:
+            p.go(now if applied_since else sick.at)
+            raise
+        result = run.step()
+        again = result.sick or run.diagnosis.settle()
+        p.go(now)
+        if again:
+            queue.insert(0, again)
+    return None if result is None else replace(result, sick=None)
+
+
+def make_smaller(session: Session) -> None:
+    """Divide the micro-batch by its smallest factor, and say so. Raises Stopped where it is one sequence."""
+    run, before = session.run, session.run.settings
+    smaller = before.in_smaller_pieces()
+    if smaller is None:
+        raise Stopped("out of memory with a micro-batch of one sequence: nothing is left to make smaller")
+    run.adopt(smaller)
+    settings_before, settings_after = differences(before, smaller)
+    total, trainable = run.parameter_counts()
+    session.event(
+        "operation",
+        entry=None,
+        name="adjust_batch_size",
+        value=[smaller.batch_size, smaller.grad_accum],
+        reason="out of memory: the same global batch in smaller pieces",
+        desc="",
+        over=None,
+        settings_before=settings_before,
+        settings_after=settings_after,
+        val_loss_before=None,
+        val_loss_after=None,
+        seconds=0.0,
+        parameters_total=total,
+        parameters_trainable=trainable,
+    )
 
 
 def roll_back(session: Session, why: str) -> None:
@@ -97,7 +132,8 @@ def roll_back(session: Session, why: str) -> None:
     position = session.go_back(newest.path.name)
     aside = [str(checkpoint.set_aside(path)) for path in newest.damaged] if run.ranks.is_first else []
     session.orchestrator.load_state(position)
-    run.progress.samples += session.config.rollback_skip_batches * run.settings.samples_per_iter
+    left_out = session.config.rollback_skip_batches * run.settings.samples_per_iter
+    run.progress.cursor = run.progress.cursor.skip(left_out)
     if session.config.rollback_rewarm_iters:
         rewarm = {"rewarm_iters": session.config.rollback_rewarm_iters, "rewarms": run.settings.rewarms + 1}
         run.adopt(replace(run.settings, **rewarm))
@@ -107,7 +143,7 @@ def roll_back(session: Session, why: str) -> None:
         reason=why,
         from_iter=from_iter,
         checkpoint=newest.path.name,
-        next_sample=run.progress.samples,
+        next_sample=run.progress.cursor.sample,
         problems=newest.problems,
         set_aside=aside,
     )

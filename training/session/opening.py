@@ -56,4 +56,4 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             f"dataset {config.dataset} has a vocabulary of {vocab}, "
             f"more than the {model_config.vocab_size} of {config.init_from}"
         )
-    return Run(config, settings, Progress(), initial_model(config, model_config), data, ranks, device)
+    return Run(config, settings, Progress.start(settings), initial_model(config, model_config), data, ranks, device)

@@ -204,7 +204,7 @@ def open_model(
         raise Refused(f"checkpoint {loaded.path}: {error}") from None
     if not ranks.sharded:
         return from_weights(config, loaded.model), loaded.optimizer
-    model = sharding.empty(config, ranks.mesh, device)
+    model = sharding.empty(config, ranks.mesh, device, ranks.dtype)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = {
         key: torch.zeros(()) if key.endswith("|step") else torch.zeros_like(weights[key.rpartition("|")[0]])

@@ -59,6 +59,7 @@ class Saver:
         and goes on with the checkpoint before, which is not touched until a new one is whole.
         """
         run, name, error = self.session.run, "", None
+        assert not run.diagnosis.pending, "what is saved must be known to be healthy: settle first"
         self.session.tick()
         with run.stopwatch.part("checkpoint"):
             self.finish()
@@ -156,6 +157,7 @@ class Saver:
         if not run.consistent:
             self.session.event("emergency", saved=False, reason="the error came while parameters were being written")
             return
+        run.diagnosis.take_back(run.progress)
         if self._saved == self._moment():
             self.session.event("emergency", saved=False, reason="this state is saved already")
             return

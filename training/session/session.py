@@ -94,8 +94,8 @@ class Session:
             lr=run.current_lr(),
             batch_size=s.batch_size,
             grad_accum=s.grad_accum,
-            passes=run.stream.passes(p.samples, s.model.block_size, s.sequence_length),
-            coverage=run.stream.coverage(p.samples, s.model.block_size, s.sequence_length),
+            passes=run.stream.passes(p.cursor),
+            coverage=run.stream.coverage(p.cursor),
         )
 
     def tick(self) -> None:
@@ -166,7 +166,7 @@ class Session:
         facts = memory_percent(self.run.device) if self.run.ranks.is_first else {}
         facts = self.run.ranks.broadcast(facts)
         over = {name: value for name, value in facts.items() if value >= limit}
-        if over and not self._over_memory:
+        if over and not self._over_memory and self.settle():
             told = ", ".join(f"{name} memory at {value:.0f} %" for name, value in over.items())
             self.reporter.say(f"warning: {told}, memory_checkpoint_percent is {limit:g}: saving")
             self.save_unless_saved(f"{told} (memory_checkpoint_percent {limit:g})", required=False)
@@ -177,6 +177,10 @@ class Session:
     def heal(self, result: StepResult) -> StepResult | None:
         """The step to log, None where the run went back; see healing.py. Raises Stopped."""
         return healing.heal(self, result)
+
+    def settle(self) -> bool:
+        """Know what became of the last step before anything is decided on it; False where the run went back."""
+        return healing.settle(self)
 
     def roll_back(self, why: str) -> None:
         """Back to the newest whole checkpoint, and on with the samples after the sick ones."""

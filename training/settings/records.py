@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, TypeAdapter
 
+from orchestrate.data.stream import Cursor
 from orchestrate.model.config import ModelConfig
 from orchestrate.training.settings.values import (
     Finite,
@@ -25,6 +26,12 @@ from orchestrate.training.settings.values import (
 
 EXACTLY = ConfigDict(extra="forbid")
 """As __pydantic_config__ of a dataclass that is read from a file: a field that it has not is an error."""
+
+
+def _possible(cursor: Cursor) -> Cursor:
+    if not 0 <= cursor.sample < 2**60 or cursor.length < 1 or cursor.block_size % cursor.length:
+        raise ValueError(f"no place in a stream: {cursor}")
+    return cursor
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,10 @@ class Settings:
     @property
     def tokens_per_iter(self) -> int:
         return self.samples_per_iter * self.sequence_length
+
+    def cursor(self, sample: int) -> Cursor:
+        """The place of a sample in the units in force."""
+        return Cursor(self.model.block_size, self.sequence_length, sample)
 
     def in_smaller_pieces(self) -> Settings | None:
         """The same global batch in smaller micro-batches; None where a micro-batch is one sequence already."""
@@ -148,16 +159,25 @@ def differences(before: Settings, after: Settings) -> tuple[dict[str, Any], dict
     return {name: old.get(name) for name in names}, {name: new[name] for name in names}
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a step begins."""
+
+    iter: int
+    cursor: Cursor
+    tokens: int
+
+
 @dataclass
 class Progress:
     """How far the run has come. Saved whole in every checkpoint."""
 
     __pydantic_config__ = EXACTLY
 
+    cursor: Annotated[Cursor, AfterValidator(_possible)]
+    """The next sample of the training stream, over all ranks."""
     iter: NonNegativeInt = 0
     """Optimizer steps done."""
-    samples: NonNegativeInt = 0
-    """Sequences of the training stream consumed, over all ranks: the index of the next one."""
     tokens: NonNegativeInt = 0
     seconds: NonNegativeFloat = 0.0
     """Wall-clock seconds spent in this run, over all its starts."""
@@ -179,13 +199,36 @@ class Progress:
     sick_steps: NonNegativeInt = 0
     """Steps in a row that were not taken."""
 
+    @classmethod
+    def start(cls, settings: Settings) -> Progress:
+        """The beginning of a run."""
+        return cls(settings.cursor(0))
+
+    @property
+    def place(self) -> Place:
+        return Place(self.iter, self.cursor, self.tokens)
+
+    def go(self, place: Place) -> None:
+        """Be where a step begins. Clock, losses and counters stay."""
+        self.iter, self.cursor, self.tokens = place.iter, place.cursor, place.tokens
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Any) -> Progress:
-        """Raises ValueError (pydantic's) for what `to_json` cannot have made."""
-        return TypeAdapter(cls).validate_python(values)
+    def from_json(cls, values: Any, settings: Settings) -> Progress:
+        """Raises ValueError (pydantic's) for what `to_json` cannot have made.
+
+        Older states hold `samples`, a number in the units of their settings, instead of a cursor.
+        """
+        if isinstance(values, dict) and "samples" in values and "cursor" not in values:
+            rest = {name: value for name, value in values.items() if name != "samples"}
+            samples = TypeAdapter(NonNegativeInt).validate_python(values["samples"])
+            values = {**rest, "cursor": dataclasses.asdict(settings.cursor(samples))}
+        progress = TypeAdapter(cls).validate_python(values)
+        if progress.cursor != settings.cursor(progress.cursor.sample):
+            raise ValueError(f"cursor counts in other units than the settings: {progress.cursor}")
+        return progress
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class State:
         readers = {
             "config": TrainConfig.model_validate,
             "settings": Settings.from_json,
-            "progress": Progress.from_json,
+            "progress": lambda values: Progress.from_json(values, parts["settings"]),
             "tokenizer": Meta.from_json,
             "orchestrator": TypeAdapter(_Orchestrator).validate_python,
         }

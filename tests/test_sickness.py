@@ -1,0 +1,178 @@
+"""A host that learns one step late what became of a step decides, saves, restores and ends nothing before it knows.
+
+A GPU is such a place. Here a CPU run is told to read its flags late, as a GPU run does.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import arguments, assert_same_tensors, events, lines, on_ranks, tensors
+from test_operations import live_run
+
+import train_orchestrated
+from orchestrate.training.run import run as run_module
+from orchestrate.training.run.run import Run
+from orchestrate.training.run.sickness import Diagnosis
+from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.session.session import Session
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Every run reads the outcome of a step after the next one."""
+    monkeypatch.setattr(run_module, "Diagnosis", lambda ranks, late: Diagnosis(ranks, late=True))
+
+
+def state(out) -> dict:
+    return json.loads((out / "checkpoints" / "latest" / "state.json").read_text())
+
+
+def losses(out) -> list:
+    return [(m["iter"], m["loss"]) for m in lines(out / "metrics.jsonl") if m["kind"] == "train" and not m.get("void")]
+
+
+def test_the_answer_comes_one_step_late_and_settling_waits_for_it(data, late, tmp_path):
+    run = live_run(data, steps=3, inject="nan@4", out_dir=str(tmp_path))
+    assert run.step().sick is None and run.diagnosis.pending
+    assert run.step().sick is None, "it is told after the next step"
+    told = run.step().sick
+    assert told is not None and told.cause == "not finite" and told.at.iter == 4 and told.at.cursor.sample == 32
+    assert run.diagnosis.settle() is None and not run.diagnosis.pending
+
+
+def test_a_healthy_run_is_the_same_late_or_not(tiny, late, monkeypatch):
+    schedule = [
+        {"name": "set_lr", "value": 5e-3, "at_iter": 2, "over": 3},
+        {"name": "set_attn_lora_rank", "value": 2, "at_iter": 6, "reevaluate": True},
+    ]
+    _, one = tiny(schedule, out="late")
+    monkeypatch.undo()
+    _, other = tiny(schedule, out="now")
+    assert_same_tensors(tensors(one), tensors(other))
+
+
+@pytest.mark.parametrize("fault", ["oom@5", "oom@3", "oom@11", "oom@0"])
+def test_out_of_memory_loses_no_batch(tiny, late, fault):
+    """oom@3 and oom@7 strike right before an evaluation and its save, oom@11 in the last step of the run."""
+    code, out = tiny(inject=fault)
+    assert code == 0
+    (event,) = [e for e in events(out, "operation") if e["entry"] is None]
+    assert event["settings_after"] == {"batch_size": 2, "grad_accum": 4}
+    assert event["iter"] == int(fault[4:]), "told where it happened"
+    assert state(out)["progress"]["cursor"]["sample"] == 12 * 8 and state(out)["progress"]["iter"] == 12
+    taken = {name: float(t) for name, t in tensors(out).items() if name.endswith("|step")}
+    assert set(taken.values()) == {12.0}, "every batch has reached the weights"
+
+
+def test_two_steps_in_a_row_out_of_memory(tiny, late, monkeypatch):
+    monkeypatch.setattr(Orchestrator, "acts", lambda self, evaluated, look_at_clock: False)  # nothing is due between
+    code, out = tiny(inject="oom@5,oom@6")
+    assert code == 0
+    told = [e["settings_after"]["batch_size"] for e in events(out, "operation") if e["entry"] is None]
+    assert told == [2], "one size smaller is enough for both"
+    taken = {name: float(t) for name, t in tensors(out).items() if name.endswith("|step")}
+    assert set(taken.values()) == {12.0}
+
+
+def test_a_save_right_after_a_sick_step_knows_of_it(tiny, resume, late, monkeypatch):
+    """The checkpoint asked for after the failed step holds its batch: a resume does not leave it out."""
+    schedule = [{"name": "save_checkpoint", "at_iter": 6}]
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patched:
+        real = Session.save
+
+        def dies(self, why, required=True, mark=""):
+            real(self, why, required, mark)
+            if why == "asked for by the schedule":
+                raise KeyboardInterrupt
+
+        patched.setattr(Session, "save", dies)
+        tiny(schedule, inject="oom@5")
+    out = tiny.folder("run")
+    assert state(out)["progress"]["iter"] == 6 and state(out)["settings"]["batch_size"] == 2
+    assert {float(t) for n, t in tensors(out).items() if n.endswith("|step")} == {6.0}
+    assert resume(out) == 0
+    assert {float(t) for n, t in tensors(out).items() if n.endswith("|step")} == {12.0}
+
+
+def test_another_sequence_length_right_after_a_failed_step(tiny, late):
+    schedule = [{"name": "set_sequence_length", "value": 8, "at_iter": 6}]
+    code, out = tiny(schedule, inject="oom@5")
+    assert code == 0
+    cursor = state(out)["progress"]["cursor"]
+    assert cursor == {"block_size": 16, "length": 8, "sample": 6 * 8 * 2 + 6 * 8}
+    assert [e["iter"] for e in events(out, "operation")] == [5, 6], "memory first, then the schedule"
+    assert {float(t) for n, t in tensors(out).items() if n.endswith("|step")} == {12.0}
+
+
+def test_going_back_with_an_answer_pending(tiny, late):
+    """The step after the sick one was made before anybody knew; it is gone with the way that was left."""
+    code, out = tiny(inject="nan@6", on_sick_step="rollback")
+    assert code == 0
+    (back,) = events(out, "rollback")
+    assert back["iter"] == 4 and "not finite in the step after iteration 6" in back["reason"]
+    assert [i for i, _ in losses(out)] == list(range(1, 13)) and all(loss is not None for _, loss in losses(out))
+
+
+def test_a_sick_last_step_is_acted_on_before_the_end(tiny, late):
+    code, out = tiny(inject="nan@11", on_sick_step="rollback")
+    assert code == 0
+    assert events(out, "rollback")[0]["from_iter"] == 12 and events(out, "end")[0]["iter"] == 12
+
+
+def test_an_exception_with_an_answer_pending_saves_the_state_before_the_sick_step(tiny, resume, late, monkeypatch):
+    real = Run.step
+
+    def fails(run):
+        result = real(run)
+        if run.progress.iter == 6:
+            raise RuntimeError("the cable")
+        return result
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="the cable"):
+        patched.setattr(Run, "step", fails)
+        tiny(inject="nan@5")
+    out = tiny.folder("run")
+    assert state(out)["progress"]["iter"] == 5 and state(out)["progress"]["cursor"]["sample"] == 5 * 8
+    assert resume(out) == 0
+    assert {float(t) for n, t in tensors(out).items() if n.endswith("|step")} == {12.0}
+
+
+def _late_on_two(rank: int, data: str, out: str, fault: str):
+    run_module.Diagnosis = lambda ranks, late: Diagnosis(ranks, late=True)
+    return train_orchestrated.main(arguments(data, out, inject=fault))
+
+
+@pytest.mark.parametrize("fault", ["oom@7:rank1", "nan@11:rank1"])
+def test_two_ranks_learn_late_together(data, tmp_path, fault):
+    out = tmp_path / "run"
+    assert on_ranks(_late_on_two, str(data), str(out), fault) == [0, 0]
+    steps = {float(t) for n, t in tensors(out).items() if n.endswith("|step")}
+    assert steps == ({12.0} if fault.startswith("oom") else {11.0})
+
+
+# ---------------------------------------------------------------------------------------------- float16
+
+
+def test_a_spike_in_float16_is_not_applied(data, tmp_path):
+    run = live_run(data, steps=0, dtype="float16", spike_sigma=4.0, inject="spike@25", out_dir=str(tmp_path))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)  # low enough that the spike does not overflow
+    for _ in range(25):
+        assert run.step().sick is None
+    weights = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    moments = {n: {k: v.clone() for k, v in m.items()} for n, m in run.optimizer.state_by_name().items()}
+    result = run.step()
+    assert result.sick is not None and result.sick.cause == "spike" and torch.isfinite(result.grad_norm)
+    assert all(torch.equal(p, weights[n]) for n, p in run.model.named_parameters())
+    for n, m in run.optimizer.state_by_name().items():
+        assert all(torch.equal(v, moments[n][k]) for k, v in m.items()), n
+    assert run.step().sick is None
+
+
+def test_an_overflow_in_float16_is_the_scalers_business(data, tmp_path):
+    run = live_run(data, steps=0, dtype="float16", inject="nan@2", out_dir=str(tmp_path))
+    scale = run.scaler.get_scale()
+    assert [run.step().sick for _ in range(4)] == [None] * 4
+    assert run.scaler.get_scale() < scale
