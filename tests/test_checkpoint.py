@@ -145,6 +145,16 @@ def test_a_changed_digit_of_a_manifest_is_damage(tmp_path, old, new):
     assert (tmp_path / "checkpoints/best").resolve().name == "iter_000000020", "a damaged one has no rank"
 
 
+def test_a_manifest_of_another_iteration_than_its_folder_is_damage(tmp_path):
+    """As formats 1 and 2 have no checksum: it is not taken for the newest."""
+    save(tmp_path, 20)
+    path = save(tmp_path, 21)
+    write_manifest(path, {**json.loads((path / "manifest.json").read_text()), "format": 2, "iter": 61})
+    assert [found.name for found in checkpoint.find(tmp_path)] == ["iter_000000020"]
+    with pytest.raises(Damaged, match="manifest.json is damaged .iter 61"):
+        checkpoint.load(path)
+
+
 @pytest.mark.parametrize("key, value", [("iter", 8), ("val_loss", 0.5)])
 def test_a_manifest_without_a_checksum_is_compared_with_the_state(tmp_path, key, value):
     """As formats 1 and 2 have it; the folder has another name, so that its name is no help."""
@@ -253,6 +263,7 @@ def test_no_start_takes_over_checkpoints_that_it_cannot_read(tiny, data, monkeyp
     assert train_orchestrated.run(arguments(data, out_dir, max_iters=8)) == 2
     told = capsys.readouterr().err
     assert "iter_000000004" in told and "iter_000000008" in told and "Traceback" not in told
+    assert not restarted or "no complete checkpoint to resume from" in told, "what is wrong with each is said"
     assert train_orchestrated.run(["--init_from=resume", f"--out_dir={out_dir}"]) == 2
     assert {path: path.read_bytes() for path in out_dir.rglob("*") if path.is_file()} == before
 

@@ -68,6 +68,7 @@ def test_checkpoints_are_told_newest_first_and_the_damaged_left_out(tmp_path):
         text({**TRAIN, "iter": True})[:-1],
         text({**TRAIN, "loss": "2.5"})[:-1],
         text({**TRAIN, "loss": float("nan")})[:-1],
+        text({**TRAIN, "x": float("nan")})[:-1],
         text(TRAIN)[:-1].replace(b"0.5", b"1e999"),
         b"\xff" + text(TRAIN)[:-1],
         b" " * 200 + text(TRAIN)[:-1],
