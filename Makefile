@@ -3,11 +3,19 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test torture format
+.PHONY: demo test torture mutants format
 
-.venv/.stamp: requirements.txt
+PIP := $(VENV)/python -m pip --quiet --disable-pip-version-check install
+
+# The project itself is installed in place, for the command `orchestrate`.
+.venv/.stamp: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/.stamp-dev: .venv/.stamp requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 data/python_docs/meta.json: | .venv/.stamp
@@ -20,7 +28,7 @@ demo: .venv/.stamp data/python_docs/meta.json
 	@echo "Look into out-demo: events.jsonl says what the schedule did and why, metrics.jsonl how the loss went,"
 	@echo "checkpoints/latest is where --init_from=resume --out_dir=out-demo --max_iters=1200 goes on."
 
-test: .venv/.stamp
+test: .venv/.stamp-dev
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/python -m pytest -n 2
@@ -28,6 +36,10 @@ test: .venv/.stamp
 torture: .venv/.stamp
 	$(VENV)/python bench/torture.py
 
-format: .venv/.stamp
+MUTANTS ?= 40
+mutants: .venv/.stamp-dev
+	$(VENV)/python bench/mutants.py --mutants $(MUTANTS)
+
+format: .venv/.stamp-dev
 	$(VENV)/ruff format .
 	$(VENV)/ruff check --fix .

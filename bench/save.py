@@ -25,6 +25,7 @@ from orchestrate.model.gpt import GPT, init_weights  # noqa: E402
 from orchestrate.training.run.distributed import Ranks  # noqa: E402
 from orchestrate.training.run.run import Run  # noqa: E402
 from orchestrate.training.schedule.file import Schedule  # noqa: E402
+from orchestrate.training.schedule.orchestrator import Orchestrator  # noqa: E402
 from orchestrate.training.session.session import Session  # noqa: E402
 from orchestrate.training.session.start import settings_from  # noqa: E402
 from orchestrate.training.session.stopping import NoSignals  # noqa: E402
@@ -58,9 +59,8 @@ def main() -> None:
         for _ in range(options.rounds):
             for background in (False, True):
                 run.progress.iter += 1
-                session = Session(
-                    config.model_copy(update={"async_save": background}), run, Schedule(), Silent(), NoSignals()
-                )  # fmt: skip
+                saves = config.model_copy(update={"async_save": background})
+                session = Session(saves, run, Orchestrator(Schedule(), run), Silent(), NoSignals())
                 started = time.perf_counter()
                 session.save("bench", required=False)
                 seconds[background].append(time.perf_counter() - started)

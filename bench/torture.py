@@ -4,7 +4,9 @@
 
 The run grows, changes adapters, batch and accumulation while it is ended in steps, evaluations, operations, saves and
 at start-up: with SIGKILL (--kills), or with SIGTERM, SIGINT or SIGUSR1 to one rank or to all (--signals), after which
-all ranks must end by themselves within 60 seconds, with the same exit code, and with a checkpoint of where they were.
+all ranks must end by themselves within 60 seconds, with the same exit code, and with a checkpoint of where they were. A
+signal before the first boundary ends the rank that it reaches at once, with nothing to save; the others are then ended
+as torchrun does it.
 Every start uses the same two commands as a person would: the first one, or --init_from=resume once there is a
 checkpoint. A run that ends must have the weights and moments of the undisturbed run to the bit, whole lines in its
 logs, each iteration once, and no half checkpoint or leftover. Runs follow each other until the kills are done.
@@ -67,7 +69,7 @@ class Torture:
     def __init__(self, folder: Path, processes: int, parallel: str, seed: int) -> None:
         self.folder, self.processes, self.parallel = folder, processes, parallel
         self.random = random.Random(seed)
-        self.kills = self.signals = self.starts = self.runs = 0
+        self.kills = self.signals = self.at_start = self.starts = self.runs = 0
         self.slowest = 0.0
         text = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 60
         ids = np.array([sorted(set(text)).index(c) for c in text], dtype=np.uint16)
@@ -117,8 +119,7 @@ class Torture:
         """Exit codes, or None when time is up first."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            codes = [os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children]
-            if all(codes):
+            if all(map(self.has_ended, children)):
                 return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
             time.sleep(0.002)
         return None
@@ -139,21 +140,45 @@ class Torture:
         """A signal to one rank or to all, after which they must end together; whether that was the run's own end."""
         number = self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
         reached = self.random.choice([children, [self.random.choice(children)]])
-        started = time.monotonic()
+        started, told, saved = time.monotonic(), self.signals_told(out_dir), checkpoint.find(out_dir)[:1]
         self.send(reached, number)
+        while not (ended := [child for child in children if self.has_ended(child)]):
+            assert time.monotonic() < started + 60, f"{number.name} to {len(reached)} of {len(children)}: none ended"
+            time.sleep(0.002)
+        # Whoever ends by agreement has told the signal before.
+        is_start = self.has_ended(ended[0]).si_status > 0 and len(self.signals_told(out_dir)) == len(told)
+        if is_start:
+            self.send([child for child in children if not self.has_ended(child)], signal.SIGTERM)
         codes = self.wait(children, 60)
         if codes is None:
             self.send(children, signal.SIGKILL)
             raise AssertionError(f"{number.name} to {len(reached)} of {len(children)}: they did not end")
         self.signals += 1
         self.slowest = max(self.slowest, time.monotonic() - started)
-        assert codes in ([128 + number] * len(children), [0] * len(children)), f"{number.name}: {codes}"
         self.look_at(out_dir)
-        if codes[0]:
-            last = [event for event in read_run(out_dir).events if event["kind"] == "signal"][-1]
+        if codes == [0] * len(children):
+            return True
+        if is_start:
+            first = [code for child, code in zip(children, codes, strict=True) if child in reached]
+            assert 128 + number in first, f"{number.name} at the start: {codes}"
+            assert set(codes) <= {128 + number, 128 + signal.SIGTERM, 1}, f"{number.name} at the start: {codes}"
+            assert checkpoint.find(out_dir)[:1] == saved, "a start that was ended has left a checkpoint"
+            self.at_start += 1
+        else:
+            assert codes == [128 + number] * len(children), f"{number.name}: {codes}"
+            last = self.signals_told(out_dir)[-1]
             state = checkpoint.load(checkpoint.find(out_dir)[0]).state
             assert state.progress.iter == last["iter"], "nothing was saved"
-        return not codes[0]
+        return False
+
+    def signals_told(self, out_dir: Path) -> list[dict]:
+        """The events of kind `signal` in the run folder."""
+        events = read_run(out_dir).events if out_dir.exists() else []
+        return [event for event in events if event["kind"] == "signal"]
+
+    def has_ended(self, child: int) -> os.waitid_result | None:
+        """How a child has ended, if it has; `wait` will still find it."""
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
     def undisturbed(self) -> tuple[Path, float]:
         """The run that all others are compared with, and the seconds it took."""
@@ -229,8 +254,9 @@ def main() -> None:
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    print("| processes | SIGKILLs | other signals | slowest end, s | starts | runs compared | differences | seconds |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| processes | SIGKILLs | other signals | slowest end, s | starts | runs compared | differences | seconds "
+          "| signals before the first boundary |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for processes in options.processes:
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
@@ -241,7 +267,8 @@ def main() -> None:
                 print((torture.folder / "console.log").read_text()[-3000:], file=sys.stderr)
                 raise
             facts = [processes, torture.kills, torture.signals, f"{torture.slowest:.1f}", torture.starts, torture.runs]
-            print("|", " | ".join(map(str, [*facts, 0, f"{time.monotonic() - started:.0f}"])), "|", flush=True)
+            facts += [0, f"{time.monotonic() - started:.0f}", torture.at_start]
+            print("|", " | ".join(map(str, facts)), "|", flush=True)
 
 
 if __name__ == "__main__":

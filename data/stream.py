@@ -13,12 +13,20 @@ import hashlib
 import io
 import json
 import pickle
+import pickletools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+# Far above any data set there is. More is a slip of the pen, or meant to fill the memory of who reads it.
+_LARGEST_VOCABULARY = 2**24
+_LONGEST_META = 4 * 2**20
+_LONGEST_PICKLE = 2 * 2**20
+_LONGEST_MAP = 8 * 2**20
+"""Bytes."""
 _ROUNDS = 4
 _EVALUATION_KEY = 0x5EED_0F_E7A1
 
@@ -57,14 +65,34 @@ class TokenFile:
         if self._fingerprint:
             return self._fingerprint
         digest = hashlib.sha256(f"{len(self)} {self.dtype}".encode())
-        piece = 65536 // self.dtype.itemsize
-        last = max(0, len(self) - piece)
-        for start in sorted({last * i // 63 for i in range(64)}):
-            digest.update(self.tokens[start : start + piece].tobytes())
+        for piece in self._pieces():
+            digest.update(piece.tobytes())
         if self.remap is not None:
             digest.update(np.ascontiguousarray(self.remap).tobytes())
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def sampled(self) -> np.ndarray:
+        """The ids of the evenly spaced samples, mapped. Raises ValueError for one that the map does not have."""
+        return self.mapped(np.concatenate(list(self._pieces())))
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        """64 evenly spaced pieces of 64 KiB; the whole of a short file."""
+        size = 65536 // self.dtype.itemsize
+        last = max(0, len(self) - size)
+        for start in sorted({last * i // 63 for i in range(64)}):
+            yield self.tokens[start : start + size]
+
+    def mapped(self, ids: np.ndarray) -> np.ndarray:
+        """Ids as they are in the file as the int64 ids that they are read as. Raises ValueError."""
+        if self.remap is None:
+            return ids.astype(np.int64)
+        try:
+            return self.remap[ids]
+        except IndexError:
+            raise ValueError(
+                f"{self.path}: token id {int(ids.max())} is beyond the {len(self.remap)} entries of the vocabulary map"
+            ) from None
 
     def require(self, block_size: int) -> None:
         """Raises ValueError when the file has not one window of block_size tokens and the token after it."""
@@ -99,8 +127,10 @@ class Meta:
         if not isinstance(values, dict) or values.get("format") != 1:
             raise ValueError(f"{place}: not a meta of format 1")
         vocab_size, itos = values.get("vocab_size"), values.get("itos") or []
-        if vocab_size is not None and (type(vocab_size) is not int or vocab_size < 1):
-            raise ValueError(f"{place}: vocab_size must be a whole number of at least 1, got {vocab_size!r}")
+        if vocab_size is not None and not (type(vocab_size) is int and 1 <= vocab_size <= _LARGEST_VOCABULARY):
+            raise ValueError(
+                f"{place}: vocab_size must be a whole number from 1 to {_LARGEST_VOCABULARY}, got {vocab_size!r:.80}"
+            )
         if values.get("dtype", "uint16") not in ("uint8", "uint16", "uint32"):
             raise ValueError(f"{place}: dtype must be uint8, uint16 or uint32, got {values.get('dtype')!r}")
         if values.get("tokenizer") not in ("char", "gpt2"):
@@ -117,28 +147,63 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
+# The instructions that make dictionaries, lists, tuples, texts, numbers, true, false and none.
+_PLAIN = set(
+    "PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT "
+    "BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE EMPTY_DICT DICT SETITEM SETITEMS "
+    "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3".split()
+)
+
+
+def _unpickled(content: bytes) -> Any:
+    """The plain value of a pickle. Raises ValueError, or what a broken pickle raises.
+
+    The instructions are looked at first: one of them alone can ask for memory without end.
+    """
+    for instruction, argument, _ in pickletools.genops(content):
+        if instruction.name not in _PLAIN:
+            raise ValueError(f"it holds more than plain values ({instruction.name})")
+        if instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            raise ValueError(f"it numbers a value {argument}")
+    return _PlainUnpickler(io.BytesIO(content)).load()
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Raises ValueError for a file of more than `limit` bytes."""
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path}: longer than {limit:,} bytes")
+    return content
+
+
 def read_meta(folder: Path) -> Meta:
     """meta.json, else nanoGPT's meta.pkl (read without running anything in it), else GPT-2 BPE. Raises ValueError."""
     path = folder / "meta.json"
     if path.exists():
+        content = _read(path, _LONGEST_META)
         try:
-            return Meta.from_json(json.loads(path.read_text("utf-8")), str(path))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            values = json.loads(content)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
+        return Meta.from_json(values, str(path))
     path = folder / "meta.pkl"
     if not path.exists():
         return Meta()
+    content = _read(path, _LONGEST_PICKLE)
     try:
-        values = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        values = _unpickled(content)
     except Exception as error:  # a broken pickle can raise nearly anything
         raise ValueError(f"{path}: not a plain nanoGPT meta.pkl ({error})") from None
-    if not isinstance(values, dict) or type(values.get("vocab_size")) is not int or values["vocab_size"] < 1:
-        raise ValueError(f"{path}: needs a vocab_size")
+    size = values.get("vocab_size") if isinstance(values, dict) else None
+    if type(size) is not int or not 1 <= size <= _LARGEST_VOCABULARY:
+        raise ValueError(f"{path}: needs a vocab_size from 1 to {_LARGEST_VOCABULARY}")
     itos = values.get("itos")
     if not isinstance(itos, dict):
-        return Meta(values["vocab_size"])
-    characters = tuple(str(itos.get(i, "\ufffd")) for i in range(values["vocab_size"]))
-    return Meta(values["vocab_size"], tokenizer="char", itos=characters)
+        return Meta(size)
+    if not all(isinstance(text, str) for text in itos.values()):
+        raise ValueError(f"{path}: itos must hold texts")
+    return Meta(size, tokenizer="char", itos=tuple(itos.get(i, "\ufffd") for i in range(size)))
 
 
 @dataclass(frozen=True)
@@ -194,13 +259,15 @@ def read_remap(path: str | Path, old_size: int | None, new_size: int) -> np.ndar
     """A vocabulary remapping: .npy or .json array of new ids by old id, all in [0, new_size). Raises ValueError."""
     try:
         if str(path).endswith(".json"):
-            array = np.array(json.loads(Path(path).read_text("utf-8")))
+            array = np.array(json.loads(_read(Path(path), _LONGEST_MAP)))
         else:
-            array = np.load(path, allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a broken .npy can raise nearly anything
         raise ValueError(f"vocab_remapping_file {path}: not a readable .npy or .json array ({error})") from None
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
         raise ValueError(f"vocab_remapping_file {path}: must be one list of whole numbers")
+    if len(array) > _LARGEST_VOCABULARY:
+        raise ValueError(f"vocab_remapping_file {path}: at most {_LARGEST_VOCABULARY} entries, got {len(array)}")
     if array.min() < 0 or array.max() >= new_size:
         raise ValueError(
             f"vocab_remapping_file {path}: new ids go from {array.min()} to {array.max()}, "
@@ -285,10 +352,22 @@ def eval_windows(tokens: TokenFile, count: int, block_size: int) -> np.ndarray:
     return block_size * permute(np.arange(min(count, n), dtype=np.int64), n, _EVALUATION_KEY, 0)
 
 
-def gather(tokens: TokenFile, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y), each (len(starts), block_size) int64: the windows and, one further, what follows each token."""
-    windows = tokens.tokens[starts[:, None] + np.arange(block_size + 1)]
-    windows = windows.astype(np.int64) if tokens.remap is None else tokens.remap[windows]
+def within(ids: np.ndarray, vocab_size: int, place: str | Path) -> None:
+    """Raises ValueError where an id is not below vocab_size."""
+    if len(ids) and (largest := int(ids.max())) >= vocab_size:
+        raise ValueError(f"{place}: token id {largest} is beyond the model's vocabulary of {vocab_size}")
+
+
+def gather(
+    tokens: TokenFile, starts: np.ndarray, block_size: int, vocab_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y), each (len(starts), block_size) int64: the windows and, one further, what follows each token.
+
+    Raises ValueError for an id that the file's map or a model with vocab_size ids does not have.
+    """
+    windows = tokens.mapped(tokens.tokens[starts[:, None] + np.arange(block_size + 1)])
+    if vocab_size is not None:
+        within(windows, vocab_size, tokens.path)
     return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
 
@@ -336,8 +415,8 @@ class Stream:
     tokens: TokenFile
     seed: int
 
-    def batch(self, cursor: Cursor, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next `count` samples from a place on, as (x, y), each (count, cursor.length) int64.
+    def batch(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The next `count` samples from a place on, as (x, y), each (count, cursor.length) int64; as `gather` does it.
 
         The order is one of windows of block_size tokens; shorter samples are their pieces in turn, so the tokens of
         the stream come in the same order whatever the length.
@@ -351,7 +430,7 @@ class Stream:
             low = int(window[0])
             starts = window_starts(self.seed, low, int(window[-1]) - low + 1, len(self.tokens), block_size)
             starts = starts[window - low] + piece * cursor.length
-        return gather(self.tokens, starts, cursor.length)
+        return gather(self.tokens, starts, cursor.length, vocab_size)
 
     def passes(self, cursor: Cursor) -> float:
         """How often the data set has been seen up to a place."""

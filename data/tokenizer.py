@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,6 +88,38 @@ class RemappedTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode([self._back.get(int(i), -1) for i in ids])
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer of a local Hugging Face folder. Raises ValueError where the folder has none that can be read."""
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            # Nothing that the folder brings along is run.
+            self._inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # files of all kinds, by many libraries
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{folder}: no tokenizer can be read from it ({first}); --dataset names one") from None
+
+    def encode(self, text: str) -> list[int]:
+        return self._inner.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = len(self._inner)
+        runs = [(inside, list(run)) for inside, run in itertools.groupby(ids, lambda i: 0 <= i < known)]
+        return "".join(self._inner.decode(run) if inside else "\ufffd" * len(run) for inside, run in runs)
+
+
+def tokenizer_kind(folder: str | Path) -> str:
+    """The kind of tokenizer that a Hugging Face folder names ("gpt2" for GPT-2's); nothing where it names none."""
+    try:
+        values = json.loads((Path(folder) / "tokenizer_config.json").read_text("utf-8"))
+        name = str(values["tokenizer_class"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return "gpt2" if name.startswith("GPT2") else name
 
 
 def gpt2_tokenizer() -> BpeTokenizer:

@@ -71,7 +71,9 @@ def kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def default(value: Any) -> str:
-    return {None: "nothing", True: "true", False: "false"}.get(value, str(value))
+    if isinstance(value, bool):  # 0.0 is no false, though they are equal
+        return str(value).lower()
+    return "nothing" if value is None else str(value)
 
 
 def section(cls: type[Operation]) -> str:

@@ -43,6 +43,19 @@ def config_from_folder(folder: str | Path) -> ModelConfig:
     """The configuration of a local Hugging Face folder, from its config.json alone. Raises ValueError."""
     from transformers import AutoConfig
 
+    if not Path(folder).is_dir():
+        hint = ""
+        if str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
+            hint = "; of the hub's models only those of GPT-2 are fetched: download others and give the folder"
+        raise ValueError(
+            f"init_from {folder}: there is no such file or folder; allowed: scratch, resume, {', '.join(GPT2_MODELS)}, "
+            f"a Hugging Face folder, a nanoGPT ckpt.pt{hint}"
+        )
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"init_from {folder}: a PEFT adapter without its base model; merge the two with peft's merge_and_unload, "
+            "save the result, and give that folder"
+        )
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"init_from {folder}: a Hugging Face folder has a config.json, and there is none")
     try:
@@ -110,10 +123,13 @@ def _convert(hf: Any, place: str) -> ModelConfig:
 def load(name_or_folder: str) -> GPT:
     """A released GPT-2 by name, or a local folder, with its weights in float32. Raises ValueError."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     is_name = name_or_folder in GPT2_MODELS
     config = gpt2_config(name_or_folder) if is_name else config_from_folder(name_or_folder)
     source = f"openai-community/{name_or_folder}" if is_name else name_or_folder
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # for shards read from a disk; a download has its own
     try:
         hf = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=not is_name)
     except (OSError, ValueError, RuntimeError) as error:
@@ -122,6 +138,9 @@ def load(name_or_folder: str) -> GPT:
             f"init_from {name_or_folder}: the weights cannot be had ({first}); "
             "without network, download the model elsewhere and give its folder as init_from"
         ) from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return from_weights(config, from_hf(config, hf.state_dict()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ _COMPILED = "_orig_mod."  # torch.compile's prefix on every name
 
 def _read(path: str | Path) -> dict[str, Any]:
     """The checkpoint's dictionary, memory-mapped. Raises ValueError for anything else."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file (a nanoGPT ckpt.pt is expected)")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not a checkpoint: torch.save writes a zip archive, and this is none")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken file can raise nearly anything
         cause = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, pickle.UnpicklingError):  # torch's own advice is to run what is in the file
+            cause = "it is damaged, or it holds other objects, which are never built"
         raise ValueError(f"{path}: not a checkpoint of plain tensors ({cause})") from None
     parts = [loaded.get(name) for name in ("model", "model_args")] if isinstance(loaded, dict) else [None]
     if not all(isinstance(part, dict) and all(isinstance(name, str) for name in part) for part in parts):

@@ -13,8 +13,10 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
+import struct
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,12 +36,13 @@ from orchestrate.data.stream import read_meta, read_remap
 from orchestrate.model import nanogpt
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT
-from orchestrate.training.schedule.file import ENTRY_FIELDS
+from orchestrate.training.schedule.file import entry_fields
 from orchestrate.training.settings.config import KEYS, TrainConfig
 from orchestrate.training.settings.errors import OperationFailed, Refused, ScheduleError
 from orchestrate.training.store.manifest import checksum
 
-SECONDS = 20
+SECONDS, BYTES = 10, 2**30
+"""What a case may take, beyond the memory that is in use before it."""
 NUMBERS = st.one_of(
     st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 48, -1, 2**31, 2**63, 2**64, 10**30]),
     st.sampled_from([0.0, 0.5, -0.0, 1e-300, 1e300, 1e400]),
@@ -72,24 +75,35 @@ class Slow(Exception):
 
 
 @contextlib.contextmanager
-def in_time() -> Iterator[None]:
-    """Raise Slow inside the block after SECONDS."""
+def in_bounds() -> Iterator[None]:
+    """Raise Slow inside the block after SECONDS; BYTES more than there are now cannot be allocated in it.
+
+    They are seconds of computing, because other processes may be busy beside; what only waits has six times as long.
+    """
 
     def ring(number: int, frame: Any) -> None:
         raise Slow(f"more than {SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
+    before = [(number, signal.signal(number, ring)) for number in (signal.SIGPROF, signal.SIGALRM)]
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if Path("/proc/self/statm").exists():
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, limits[1]))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 6 * SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def command(*arguments: str) -> str:
     """The entry script's own way of saying yes or no."""
-    with in_time(), contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()):
+    with in_bounds(), contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()):
         try:
             code = train_orchestrated.run(list(arguments))
         except SystemExit as exit_:  # argparse
@@ -203,7 +217,7 @@ def entries(data: st.DataObject) -> list[dict]:
         entry: dict[str, Any] = {"name": name}
         if EXAMPLES[name] is not None:
             entry["value"] = EXAMPLES[name] if data.draw(st.integers(0, 3)) else mutated(data, EXAMPLES[name])
-        field = data.draw(st.sampled_from(sorted(ENTRY_FIELDS)))
+        field = data.draw(st.sampled_from(sorted(entry_fields())))
         if field not in ("name", "value"):
             entry[field] = data.draw(JSON) if data.draw(st.integers(0, 4)) == 0 else FIELDS.get(field, 3)
         made.append(entry)
@@ -237,6 +251,64 @@ def schedule_text(data: st.DataObject, workspace: Workspace) -> str:
         return command(*workspace.arguments(schedule=path, out_dir=folder / "out"), "--plan")
 
 
+def large_schedules(data: st.DataObject, workspace: Workspace) -> str:
+    """A text that stands for much or is long: aliases of aliases, merges, circles, depth, digits, many of anything."""
+    n = data.draw(st.sampled_from([1, 2, 3, 9, 30]))
+    many = data.draw(st.sampled_from([2, 100, 20_000, 400_000]))
+    wide = data.draw(st.sampled_from([1, 2, 9]))
+
+    def chain(link: str) -> str:
+        return "".join(f"\n    a{i}: &a{i} {link.replace('@', f'*a{i - 1}')}" for i in range(1, n + 1))
+
+    value = data.draw(
+        st.sampled_from(
+            [
+                "1e-3",
+                f"\n    a0: &a0 [x]{chain('[' + ', '.join(['@'] * wide) + ']')}",
+                f"\n    a0: &a0 {{x: 1}}{chain('{<<: [' + ', '.join(['@'] * wide) + ']}')}",
+                "&a " + data.draw(st.sampled_from(["[*a]", "{x: [*a]}", "{*a : x}", "[&b [*a], *b]"])),
+                "[" * many,
+                "[" * n + "]" * n,
+                "9" * many,
+                "0x" + "f" * many,
+                "1:" * many + "1",
+                "!!int '" + "9" * many + "'",
+                "!!float '" + "9" * many + "'",
+                "!!binary " + "aaaa" * many,
+                '"' + "\\x41" * many + '"',
+                "[" + "x, " * many + "]",
+                "{" + ", ".join(f"k{i}: 1" for i in range(many)) + "}",
+                "{" + "k: 1, " * many + "}",
+                "1e-3\n# " + "x" * many,
+                "1e-3\n" + "- {name: set_lr, value: 1e-3}\n" * many,
+                "1e-3\n" + "- {name: set_lrr}\n" * many,
+                "1e-3\n  " + "\n  ".join(f"k{i}: 1" for i in range(many)),
+            ]
+        )
+    )
+    text = f"- name: set_lr\n  value: {value}\n"
+    if data.draw(st.booleans()):
+        made = data.draw(
+            st.sampled_from(
+                [
+                    "[" * many,
+                    '[{"name": "set_lr", "value": 1e-3}' + ', {"name": "set_lr", "value": 1e-3}' * many + "]",
+                    '[{"name": "set_lr", "value": ' + "[" * n + "]" * n + "}]",
+                    '[{"name": "set_lr", "value": ' + "9" * many + "}]",
+                    '[{"name": "set_lr", "value": 1e-3' + ', "value": 1' * many + "}]",
+                    '[{"name": "set_lr", "value": 1e-3' + "".join(f', "k{i}": 1' for i in range(many)) + "}]",
+                    '[{"name": "freeze_layer", "value": ["attn.0"' + ', "attn.*"' * many + "]}]",
+                    '[{"name": "resize_vocabulary", "value": {"size": 2, "map": [0' + ", 1" * many + "]}}]",
+                ]
+            )
+        )
+        text = made
+    with workspace.case() as folder:
+        path = folder / ("s.json" if text.startswith("[") else "s.yaml")
+        path.write_text(text)
+        return command(*workspace.arguments(schedule=path, out_dir=folder / "out"), "--plan")
+
+
 def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
     """What the plan accepts can be carried out: every entry is applied to a live run, and a step is made after it."""
     from orchestrate.training.run.distributed import Ranks
@@ -248,7 +320,7 @@ def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
 
     given = [tuple(a.removeprefix("--").split("=", 1)) for a in workspace.arguments(out_dir="out")]
     config, _ = resolve([], given)
-    with workspace.case(), in_time():
+    with workspace.case(), in_bounds():
         run = open_run(config, None, parse_schedule("", "s"), Ranks("cpu"))
         try:
             schedule = parse_schedule(json.dumps(entries(data)), "s.json")
@@ -306,6 +378,25 @@ def config_file(data: st.DataObject, workspace: Workspace) -> str:
     with workspace.case() as folder:
         (folder / "c.py").write_bytes(text)
         return command(str(folder / "c.py"), f"--out_dir={folder / 'out'}", f"--dataset={workspace.data}", "--plan")
+
+
+def growing_configs(data: st.DataObject, workspace: Workspace) -> str:
+    """A file of plain assignments whose values grow from line to line."""
+    lines = [data.draw(st.sampled_from(["_a = 'abcdefgh'", "_a = 99999", "_a = 1e300", "_a = -8", "_a = '9' + '9'"]))]
+    step = data.draw(
+        st.sampled_from(
+            ["_a + _a", "_a * _a", "_a ** 64", "_a ** _a", "f'{_a}{_a}'", "f'" + "{_a}" * 300 + "'",
+             "str(_a) + str(_a)", "int(_a)", "int(str(_a) + str(_a))", "round(_a, -10**9)", "round(_a, 10**9)",
+             "min(_a, _a + _a)", "max(_a, _a * _a)", "abs(_a) + _a", "_a % _a", "'%9999999999d' % _a", "_a // 1e-300",
+             "time.strftime(str(_a) + '%99999999d')", "_a if _a else _a * _a"]
+        )
+    )  # fmt: skip
+    lines += [f"_a = {step}"] * data.draw(st.sampled_from([1, 2, 40, 2000]))
+    if data.draw(st.integers(0, 2)) == 0:
+        lines = [f"k{i} = 1" for i in range(data.draw(st.sampled_from([1, 900, 20_000])))]
+    with workspace.case() as folder:
+        (folder / "c.py").write_text("\n".join(lines))
+        return command(str(folder / "c.py"), *workspace.arguments(out_dir=folder / "out"), "--plan")
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints and logs
@@ -431,9 +522,22 @@ class _Runs:
 
 def metas(data: st.DataObject, workspace: Workspace) -> str:
     """A data folder's meta.json or meta.pkl, or a vocabulary map."""
-    with workspace.case() as folder, in_time():
-        kind = data.draw(st.integers(0, 3))
-        if kind == 0:
+    with workspace.case() as folder, in_bounds():
+        kind = data.draw(st.integers(0, 4))
+        if kind == 4:
+            size = data.draw(st.sampled_from([3, 2**24, 2**31 - 1, 2**40]))
+            bomb = data.draw(
+                st.sampled_from(
+                    [
+                        b"\x80\x04K\x01r" + struct.pack("<I", size % 2**32) + b".",
+                        b"\x80\x05\x96" + struct.pack("<Q", size) + b".",
+                        b"\x80\x04(" + b"}" * (size % 2**23) + b"l.",
+                        pickle.dumps({"vocab_size": size, "itos": {0: "a"}}),
+                    ]
+                )
+            )
+            (folder / "meta.pkl").write_bytes(bomb)
+        elif kind == 0:
             good = {"format": 1, "vocab_size": 9, "dtype": "uint16", "tokenizer": "char", "itos": list("abcdefghi")}
             (folder / "meta.json").write_text(json.dumps(mutated(data, good)))
         elif kind == 1:
@@ -465,7 +569,7 @@ def metas(data: st.DataObject, workspace: Workspace) -> str:
 
 def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
     """A nanoGPT ckpt.pt with wrong parts, or with noise in it, or with something to run."""
-    with workspace.case() as folder, in_time():
+    with workspace.case() as folder, in_bounds():
         arguments = {"n_layer": 1, "n_head": 2, "n_embd": 4, "block_size": 4, "bias": False, "vocab_size": 5}
         weights: dict[str, Any] = {n: p.detach() for n, p in GPT(ModelConfig(**arguments)).named_parameters()}
         made: Any = {"model_args": arguments, "model": weights}
@@ -491,8 +595,8 @@ def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
 
 TARGETS: dict[str, Callable[[st.DataObject, Workspace], str]] = {
     f.__name__: f
-    for f in (schedule_entries, schedule_text, schedule_runs, config_values, config_file, forged_state, forged_tensors,
-              damaged_files, jsonl, metas, foreign_checkpoints)
+    for f in (schedule_entries, schedule_text, large_schedules, schedule_runs, config_values, config_file,
+              growing_configs, forged_state, forged_tensors, damaged_files, jsonl, metas, foreign_checkpoints)
 }  # fmt: skip
 
 

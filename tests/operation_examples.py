@@ -11,6 +11,7 @@ EXAMPLES = {
     "set_weight_decay": 0.05,
     "change_weight_decay": 0.5,
     "set_betas": [0.8, 0.9],
+    "set_momentum": 0.8,
     "set_grad_clip": 0.5,
     "set_dropout": 0.2,
     "set_batch_size": 6,
@@ -44,6 +45,8 @@ EXAMPLES = {
     "save_checkpoint": None,
     "stop": None,
 }
+# Operations on a number that not every optimizer has, and those that have it.
+ONLY_WITH = {"set_betas": ("adamw",), "set_momentum": ("sgd",)}
 # What must be there before, for the operations that need something to act on.
 BEFORE = {
     "unfreeze_layer": [("freeze_layer", ["block.1"])],

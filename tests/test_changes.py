@@ -19,7 +19,7 @@ from orchestrate.training.settings.errors import OperationFailed
 # Every call that a change makes and that can raise: (object, name).
 STEPS = [
     (changes, "carry"),
-    (changes, "NamedAdamW"),
+    (changes, "make_optimizer"),
     (changes, "trainable_parameters"),
     (changes, "set_dropout"),
     (changes, "compile_blocks"),

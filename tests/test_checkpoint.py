@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from conftest import arguments, events, state_of
+from conftest import arguments, events, lines, state_of
 from fuzzing import write_manifest
 
 import train_orchestrated
@@ -49,6 +49,85 @@ def test_latest_and_best_are_kept_and_linked(tmp_path):
     assert (root / "latest").resolve().name == "iter_000000005"
     assert (root / "best").resolve().name == "iter_000000002"
     assert [path.name for path in checkpoint.find(tmp_path)][0] == "iter_000000005"
+
+
+def test_the_best_ones_are_kept_whatever_their_age(tmp_path):
+    """Of equal losses the newer one; one that was not evaluated has none; a pinned one stays in any case."""
+    for iteration, loss in [(1, 3.0), (2, 1.0), (3, 1.5), (4, 1.0), (5, None), (6, 2.5), (7, 2.0)]:
+        save(tmp_path, iteration, loss, keep_last=1, keep_best=2)
+    assert names(tmp_path) == ["best", "iter_000000002", "iter_000000004", "iter_000000007", "latest"]
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "iter_000000004"
+    save(tmp_path, 8, 1.25, keep_last=2, keep_best=1)
+    assert names(tmp_path) == ["best", "iter_000000004", "iter_000000007", "iter_000000008", "latest"]
+
+
+def test_best_never_points_at_what_was_removed(tmp_path):
+    save(tmp_path, 4, 1.0, keep_last=1, keep_best=0)
+    save(tmp_path, 9, keep_last=1, keep_best=0)
+    assert names(tmp_path) == ["iter_000000009", "latest"]
+
+
+def test_the_loss_in_a_manifest_is_that_of_its_own_state(tmp_path):
+    """A loss that was measured iterations ago is another model's, and `best` does not go by it."""
+    save(tmp_path, 4, 2.0)
+    state = state_of(iter=6, last_val_loss=1.0, last_eval_iter=4)
+    path = checkpoint.save(tmp_path, state, {"a": torch.ones(1)}, {}, keep_last=2, keep_best=1)
+    assert json.loads((path / "manifest.json").read_text())["val_loss"] is None
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "iter_000000004"
+
+
+def test_each_checkpoint_of_a_run_holds_its_own_evaluation(tiny):
+    saves = [{"name": "save_checkpoint", "at_iter": 6}, {"name": "set_lr", "value": 1.0, "at_iter": 7}]
+    _, out = tiny(saves, keep_last=9)
+    measured = {m["iter"]: m["val_loss"] for m in lines(out / "metrics.jsonl") if m["kind"] == "eval"}
+    found = {}
+    for path in checkpoint.find(out):
+        manifest = json.loads((path / "manifest.json").read_text())
+        found[manifest["iter"]] = manifest["val_loss"]
+    assert found == {4: measured[4], 6: None, 8: measured[8], 12: measured[12]}
+    assert measured[4] < min(measured[8], measured[12])
+    assert (out / "checkpoints" / "best").resolve().name == "iter_000000004"
+
+
+def test_latest_resolves_at_every_moment_of_a_save(tmp_path, monkeypatch):
+    """The process dies right before each change of the folder in turn; what is there is the state before or after."""
+    changes = ("replace", "rename", "symlink", "unlink", "rmdir", "link")
+    real = {name: getattr(os, name) for name in changes}
+    left = [-1]
+
+    def dying(name):
+        def change(*args, **keys):
+            left[0] -= 1
+            if left[0] == -1:
+                raise KeyboardInterrupt
+            return real[name](*args, **keys)
+
+        return change
+
+    for name in changes:
+        monkeypatch.setattr(os, name, dying(name))
+    for dies_at in range(100):
+        root = tmp_path / str(dies_at)
+        left[0] = -1
+        save(root, 1, 2.0, keep_last=1)
+        left[0] = dies_at
+        try:
+            save(root, 2, 1.0, keep_last=1)
+            break
+        except KeyboardInterrupt:
+            for name in ("latest", "best"):
+                loaded = checkpoint.load((root / "checkpoints" / name).resolve())
+                assert torch.equal(loaded.model["a"], torch.full((2, 3), float(loaded.state.progress.iter)))
+    assert 4 < dies_at < 99, "there are some, and not all of them were met"
+
+
+def test_a_save_after_going_back_is_kept_beside_later_ones(tmp_path):
+    save(tmp_path, 8, 1.0, keep_last=1, keep_best=0)
+    save(tmp_path, 5, keep_last=1, keep_best=0)
+    assert names(tmp_path) == ["best", "iter_000000005", "iter_000000008", "latest"]
+    assert (tmp_path / "checkpoints/latest").resolve().name == "iter_000000005"
+    checkpoint.remove_after(tmp_path, 5)
+    assert names(tmp_path) == ["iter_000000005", "latest"]
 
 
 def test_saving_the_same_iteration_again_replaces_it(tmp_path):

@@ -156,6 +156,19 @@ def test_sample(trained, capsys, tmp_path):
     assert capsys.readouterr().out.startswith("that is")
 
 
+def test_samples_differ_from_each_other(trained, capsys):
+    """And the first is the same whatever their number."""
+    args = [f"--out_dir={trained}", "--max_new_tokens=30", "--start=To be", "--device=cpu", "--temperature=1.5"]
+
+    def drawn(number: int) -> list[str]:
+        assert sample.main([*args, f"--num_samples={number}"]) == 0
+        return [text.strip("\n") for text in capsys.readouterr().out.split("---------------\n")[:-1]]
+
+    three = drawn(3)
+    assert len(set(three)) == 3 and drawn(1) == three[:1]
+    assert {len(text) for text in three} == {35}, "the prompt and 30 characters"
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -164,7 +177,7 @@ def test_sample(trained, capsys, tmp_path):
         (["--start="], "prompt is empty"),
         (["--out_dir=nowhere"], "no complete checkpoint"),
         (["--init_from=nothing"], "nothing"),
-        (["--checkpoint=iter_9"], "iter_9: there is no such folder"),
+        (["--checkpoint=iter_9"], "no checkpoint iter_9; there are iter_000000012, iter_000000008"),
     ],
 )
 def test_sample_refuses_with_a_message(trained, args, message):

@@ -118,6 +118,13 @@ def test_helper_names_and_expressions(tmp_path):
     assert not errors and found["min_lr"][0] == 2e-4 and found["lr_decay_iters"][0] == 1000 and "_rate" not in found
 
 
+@pytest.mark.parametrize("name", ["s.yaml", "s.yml", "s.json"])
+def test_a_schedule_among_the_configurations_is_known(name):
+    assert refused([name]) == [
+        f"{name}: a schedule is given as --schedule={name}; only CONFIG.py files are given by their name"
+    ]
+
+
 def test_missing_file_and_joint_rules():
     assert "cannot be read" in refused(["nowhere.py"])[0]
     assert "go together" in refused([], [("shrunken_vocab_size", "10")])[0]

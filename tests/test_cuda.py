@@ -16,6 +16,7 @@ from conftest import assert_same_tensors, events, lines, tensors
 from test_operations import live_run
 from test_resume import SCHEDULE, stop_at
 
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.run.run import Run
 from orchestrate.training.settings.errors import OperationFailed
 
@@ -82,8 +83,10 @@ def test_compiled_blocks_follow_a_schedule(tiny):
     assert losses(out) == pytest.approx(losses(eager), abs=1e-2)
 
 
-def test_a_fused_optimizer_heeds_its_veto(data, tmp_path):
-    run = live_run(data, device="cuda", inject="nan@4", out_dir=str(tmp_path))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_fused_optimizer_heeds_its_veto(data, tmp_path, optimizer):
+    run = live_run(data, device="cuda", inject="nan@4", out_dir=str(tmp_path), optimizer=optimizer)
+    assert run.optimizer.note == "" and run.optimizer.parameters[0].device.type == "cuda"
     run.step()
     run.diagnosis.settle()
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}

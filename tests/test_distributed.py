@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, arguments, assert_same_tensors, events, lines, on_ranks, tensors
-from operation_examples import BEFORE, EXAMPLES
+from operation_examples import BEFORE, EXAMPLES, ONLY_WITH
 
 import train_orchestrated
 
@@ -113,10 +114,11 @@ def _every_operation(rank: int, data: str, parallel: str):
     losses, prints = {}, []
     for name, value in EXAMPLES.items():
         model = initial_model(first.config, first.settings.model)
+        settings = replace(first.settings, optimizer=ONLY_WITH.get(name, ["adamw"])[0])
         run = Run(
             first.config,
-            first.settings,
-            Progress.start(first.settings),
+            settings,
+            Progress.start(settings),
             model,
             first.batches.opened,
             first.ranks,
@@ -246,8 +248,8 @@ def _batches(rank: int, data: str):
     seen = []
     load = run.batches.load
 
-    def record(cursor, count):
-        x, y = load(cursor, count)
+    def record(cursor, count, vocab_size):
+        x, y = load(cursor, count, vocab_size)
         seen.append((cursor.sample, x.tolist(), y.tolist()))
         return x, y
 

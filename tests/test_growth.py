@@ -14,6 +14,7 @@ from orchestrate.model.config import LoraSpec, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.lineage import carry, known
 from orchestrate.training.operations import make
+from orchestrate.training.run.optimizers import SGD, AdamW
 from orchestrate.training.session.start import settings_from
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import ScheduleError
@@ -111,7 +112,9 @@ def test_function_and_moments(style, name, value, exact):
 
     old = gradients(model)
     state = {n: {"exp_avg": g, "exp_avg_sq": g * g, "step": torch.tensor(7.0)} for n, g in old.items()}
-    carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
+    shapes = {n: p.shape for n, p in grown.named_parameters()}
+    carried = carry(state, lineage, shapes, AdamW.slots)
+    buffers = carry({n: {"momentum_buffer": g} for n, g in old.items()}, lineage, shapes, SGD.slots)
     fresh = gradients(grown)
     inexact = []
     for n, gradient in fresh.items():
@@ -127,6 +130,8 @@ def test_function_and_moments(style, name, value, exact):
         torch.testing.assert_close(carried[n]["exp_avg"][mask], gradient[mask], atol=1e-8, rtol=1e-5, msg=n)
         torch.testing.assert_close(carried[n]["exp_avg_sq"][mask], gradient[mask] ** 2, atol=1e-12, rtol=1e-5, msg=n)
         assert carried[n]["step"] == 7.0
+        torch.testing.assert_close(buffers[n]["momentum_buffer"][mask], gradient[mask], atol=1e-8, rtol=1e-5, msg=n)
+        assert not buffers[n]["momentum_buffer"][~mask].any(), "what is new has no momentum"
     assert bool(inexact) != exact, inexact
 
 
@@ -205,7 +210,7 @@ def test_which_block_comes_from_which(value, sources):
     pointers = [p.data_ptr() for p in grown.parameters()]
     assert len(set(pointers)) == len(pointers), "two blocks share a parameter"
     state = {n: {"exp_avg": p, "exp_avg_sq": p, "step": torch.tensor(1.0)} for n, p in model.named_parameters()}
-    carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
+    carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()}, AdamW.slots)
     for key in ("exp_avg", "step"):
         pointers = [moments[key].data_ptr() for moments in carried.values()]
         assert len(set(pointers)) == len(pointers), f"two parameters share {key}"
@@ -389,7 +394,7 @@ def test_what_is_new_starts_with_the_moments_of_its_kin():
     }
     for name, value in (("widen_mlp", {"width": 40, "how": "zero"}), ("stack_layers", {"n_layer": 4})):
         _, grown, lineage = grow(model, name, value)
-        carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()})
+        carried = carry(state, lineage, {n: p.shape for n, p in grown.named_parameters()}, AdamW.slots)
         assert set(carried) == set(lineage)
         for n, moments in carried.items():
             assert (moments["exp_avg_sq"] == 4.0).all() and moments["step"] == 9.0

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import TINY, events
-from fuzzing import TARGETS, Workspace, fuzz, seal, write_manifest
+from fuzzing import TARGETS, Workspace, fuzz, in_bounds, seal, write_manifest
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
-from orchestrate.data.stream import read_remap
+from orchestrate.data.stream import read_meta, read_remap
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import from_weights
 from orchestrate.model.nanogpt import config_from_checkpoint
+from orchestrate.training.schedule import file
+from orchestrate.training.settings.config import resolve
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.run_folder import read_run
 
-CASES = {"schedule_runs": 30, "forged_state": 60, "forged_tensors": 40, "jsonl": 40}
+CASES = {"large_schedules": 20, "schedule_runs": 30, "forged_state": 60, "forged_tensors": 40, "jsonl": 40}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,125 @@ def workspace(tmp_path_factory) -> Workspace:
 def test_made_up_input_is_accepted_or_refused(workspace, target):
     answers = fuzz(target, workspace, CASES.get(target, 80))
     assert answers["refused"] and answers["accepted"], "cases of both kinds were made"
+
+
+def _nine_levels(link: str) -> str:
+    levels = "".join(f"\n    a{i}: &a{i} {link.replace('@', f'*a{i - 1}')}" for i in range(1, 10))
+    return f"- name: set_lr\n  value:\n    a0: &a0 {{x: 1}}{levels}\n"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (
+            _nine_levels("[" + ", ".join(["@"] * 9) + "]"),
+            "line 9: not YAML (more than 300,000 values, aliases included)",
+        ),
+        (_nine_levels("{<<: [" + ", ".join(["@"] * 9) + "]}"), "more than 300,000 values, aliases included"),
+        ("- name: set_lr\n  value: &a [1, *a]\n", "line 2: not YAML (*a stands inside &a)"),
+        ("- name: set_lr\n  value: " + "[" * 100, "line 2: not YAML (nested more than 40 deep)"),
+        ("- name: set_lr\n  value: 0x" + "f" * 10**6, "value must be a valid number, got '0xfff"),
+        ("- name: set_lr\n  value: " + "1:" * 10**6 + "1", "value must be a valid number, got '1:1:"),
+        ("- name: set_lr\n  value: !!int '" + "9" * 4000 + "'", "a number of 4000 characters"),
+        ("- name: set_lr\n  value: 1\n" * 10_001, "a schedule has at most 10,000 entries, got 10,001"),
+    ],
+)
+@pytest.mark.parametrize("base", [yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)])
+def test_a_short_text_cannot_become_a_long_schedule(text, said, base, monkeypatch):
+    monkeypatch.setattr(file, "_Loader", file._loader(base))
+    with in_bounds(), pytest.raises(Refused, match=re.escape(said)):
+        file.parse_schedule(text, "s.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[" * 100 + "]" * 100, "nested more than 40 deep"),
+        ("[{" + ", ".join(f'"k{i}": 0' for i in range(100_000)) + ', "k7": 1}]', "'k7' is given twice"),
+        ('[{"name": "set_lr", "value": ' + "9" * 4000 + "}]", "a number of 4000 characters"),
+        ("[" + "0, " * 300_000 + "0]", "more than 300,000 values"),
+        (
+            '[{"name": "stack_layers", "value": [' + '"x", ' * 100_000 + "0]}]",
+            "value.0 must be a valid integer, got 'x'",
+        ),
+        (" " * (8 * 2**20 + 1), "longer than 8,388,608 bytes"),
+    ],
+)
+def test_a_long_json_schedule_is_refused_soon(text, said, tmp_path):
+    (tmp_path / "s.json").write_text(text)
+    with in_bounds(), pytest.raises(Refused, match=re.escape(said)) as refused:
+        file.read_schedule(tmp_path / "s.json")
+    assert len(refused.value.problems) <= 50
+
+
+@pytest.mark.parametrize("name", ["s.yaml", "s.json"])
+def test_the_largest_vocabulary_map_and_a_thousand_entries_are_read(name):
+    entries = [{"name": "resize_vocabulary", "value": {"size": 9, "map": [i % 9 for i in range(262_144)]}}]
+    entries += [{"name": "set_lr", "value": 1e-3, "at_iter": i} for i in range(1000)]
+    with in_bounds():
+        read = file.parse_schedule(json.dumps(entries), name)
+    assert read.entries[0].operation.value.map[-1] == 262_143 % 9 and len(read.entries) == 1001
+
+
+def test_a_json_entry_has_the_line_of_its_first_bracket():
+    text = '{"b": [1,\n2],\n "operations": [\n {"name": "stop"}, {"name":\n "stop"},\n\n  {"name": "no"}]}'
+    with pytest.raises(Refused) as refused:
+        file.parse_schedule(text, "s.json")
+    assert [problem.split(";")[0] for problem in refused.value.problems] == [
+        "s.json: unknown key 'b' beside `operations`",
+        "s.json:7: entry 3: unknown operation 'no'",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("_a = 'abcdefgh'\n" + "_a = _a + _a\n" * 40, ":11: _a: a text of 8192 characters is not a setting"),
+        ("_a = 'abcdefgh'\n" + "_a = f'{_a}{_a}'\n" * 40, ":11: _a: a text of 8192 characters is not a setting"),
+        ("_a = 99999\n" + "_a = _a * _a\n" * 40, ":7: _a: a whole number of 1064 bits is not a setting"),
+        ("_a = 9\n" + "_a = int(str(_a) + str(_a))\n" * 40, "_a: a whole number of 1701 bits is not a setting"),
+        ("_a = round(123, -1000000000)", "round to -1000000000 digits"),
+        ("batch_size = 0x" + "f" * 5000, "a whole number of 20000 bits is not a setting"),
+        ("\n".join(f"k{i} = 1" for i in range(1001)), "at most 1000 statements, got 1001"),
+        ("#" * 65_537, "longer than 65,536 bytes"),
+        ("import time\nout_dir = time.strftime('" + "%c" * 2000 + "')", "characters is not a setting"),
+    ],
+)
+def test_a_short_configuration_cannot_become_a_long_one(text, said, tmp_path):
+    (tmp_path / "c.py").write_text(text)
+    with in_bounds(), pytest.raises(Refused, match=re.escape(said)) as refused:
+        resolve([tmp_path / "c.py"], [])
+    assert len(refused.value.problems) < 60
+
+
+def test_a_number_too_long_to_be_written_is_refused_from_the_command_line():
+    with pytest.raises(Refused, match="max_iters must be a valid integer, got '0xfff"):
+        resolve([], [("max_iters", "0x" + "f" * 100_000)])
+    with pytest.raises(Refused, match="got a list of too many digits to show"):
+        resolve([], [("batch_size", "[0x" + "f" * 100_000 + "]")])
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"\x80\x04K\x01r\xff\xff\xff\x7f.", "it numbers a value 2147483647"),  # would take 32 GiB
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "not a plain nanoGPT meta.pkl"),
+        (b"cos\nsystem\n(S'touch CANARY'\ntR.", "more than plain values"),
+        (pickle.dumps({"vocab_size": 10**12, "itos": {}}), "needs a vocab_size from 1 to"),
+        (pickle.dumps({"vocab_size": 2, "itos": {0: ["a"], 1: "b"}}), "itos must hold texts"),
+    ],
+)
+def test_a_meta_that_asks_for_memory_is_refused(content, said, tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with in_bounds(), pytest.raises(ValueError, match=said):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_nanogpts_meta_is_read_whatever_wrote_it(protocol, tmp_path):
+    made = {"vocab_size": 3, "itos": {0: "a", 1: "\n", 2: "中"}, "stoi": {"a": 0, "\n": 1, "中": 2}, "x": [1.5, None]}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(made, protocol=protocol))
+    assert read_meta(tmp_path).itos == ("a", "\n", "中")
 
 
 @pytest.fixture

@@ -72,6 +72,36 @@ def test_a_decay_that_is_over_before_the_warmup_ends_is_the_floor():
     assert rate(0, warmup_iters=0, lr_decay_iters=0) == 1e-4
 
 
+def test_a_rewarming_climbs_from_above_zero_back_to_the_curve():
+    settings = replace(settings_from(TrainConfig(**CONFIG, lr_schedule="constant"), SHAPE), rewarm_iters=4)
+    climbs = [learning_rate(settings, 50 + i, i) for i in range(6)]
+    assert climbs == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3], rel=1e-12)
+    assert learning_rate(settings, 5, 1) == pytest.approx(1e-3 * 6 / 11 * 2 / 5), (
+        "inside the warm-up it is a share of it"
+    )
+    assert learning_rate(settings, 50, None) == 1e-3 == learning_rate(replace(settings, rewarm_iters=0), 50, 0)
+
+
+@pytest.mark.parametrize(
+    "schedule, keys, expected",
+    [
+        # The last iteration of the warm-up, the peak right after it, and the ends of the fall.
+        ("cosine", {}, {9: 1e-3 * 10 / 11, 10: 1e-3, 109: 1e-4 + 4.5e-4 * (1 - math.cos(math.pi / 100)), 110: 1e-4}),
+        ("linear", {}, {10: 1e-3, 11: 1e-3 - 9e-6, 109: 1e-4 + 9e-6}),
+        # 110 * 0.8 = 88 iterations are stable; where the warm-up is longer than that, the fall begins behind it.
+        ("wsd", {}, {10: 1e-3, 89: 1e-3 - 9e-4 / 22, 109: 1e-4 + 9e-4 / 22}),
+        ("wsd", {"warmup_iters": 100}, {99: 1e-3 * 100 / 101, 100: 1e-3, 105: 5.5e-4}),
+        ("wsd", {"wsd_decay_fraction": 0.0001}, {109: 1e-3, 110: 1e-4}),
+        # The decay ends exactly where the warm-up does, or before.
+        ("linear", {"lr_decay_iters": 10}, {9: 1e-3 * 10 / 11, 10: 1e-4}),
+        ("constant", {}, {0: 1e-3 / 11, 10: 1e-3, 111: 1e-3}),
+    ],
+)
+def test_corners(schedule, keys, expected):
+    found = {at: rate(at, lr_schedule=schedule, **keys) for at in expected}
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_change_of_settings_moves_the_whole_curve():
     base = settings_from(TrainConfig(**CONFIG), SHAPE)
     half = replace(base, learning_rate=5e-4, min_lr=5e-5)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrate.model.config import LoraSpec, ModelConfig, expand_layers, layer_names, layer_of_parameter
 from orchestrate.model.generate import generate
@@ -20,9 +21,11 @@ from orchestrate.model.gpt import (
     parameter_count,
     set_dropout,
 )
+from orchestrate.model.hugging_face import to_hf
 from orchestrate.model.lineage import carry
 from orchestrate.model.lora import reshape_lora, tied_logits, trainable_parameters
 from orchestrate.training.plan import flops_per_token
+from orchestrate.training.run.optimizers import AdamW
 
 GPT2 = ModelConfig(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32, bias=True)
 LLAMA = replace(
@@ -106,6 +109,31 @@ def test_a_position_sees_only_what_is_before_it(config):
     torch.testing.assert_close(one[:, :9], other[:, :9])
     assert (one[:, 9:] - other[:, 9:]).abs().max() > 1e-2
     torch.testing.assert_close(model(x)[0][:, 0], one[:, -1])
+
+
+@pytest.mark.parametrize("base, scale", [(10000.0, 1.0), (500.0, 2.5)])
+def test_rotary_positions_turn_by_their_place_divided_by_the_scale(base, scale):
+    """Pair i of a head of 8 turns by position / scale * base ** (-i / 4), features i and i + 4 together."""
+    config = replace(LLAMA, rotary_base=base, rotary_scale=scale)
+    model, x = trained(config), tokens()[:, :9]
+    with torch.device("meta"):
+        built_on_meta = GPT(config)
+    built_on_meta.reset_buffers(torch.device("cpu"))
+    for built in (model, built_on_meta):
+        for position in (0, 1, 7, 15):
+            angles = [position / scale * base ** (-i / 4) for i in range(4)] * 2
+            torch.testing.assert_close(built.rope_cos[position], torch.tensor(angles).cos(), atol=1e-6, rtol=0)
+            torch.testing.assert_close(built.rope_sin[position], torch.tensor(angles).sin(), atol=1e-6, rtol=0)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=50, max_position_embeddings=16, rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "linear", "factor": scale, "rope_theta": base},
+        )
+    ).eval()  # fmt: skip
+    theirs.load_state_dict(to_hf(trained(replace(config, rotary_scale=1.0))))
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_initial_weights_follow_the_seed_alone():
@@ -199,6 +227,25 @@ def test_shrinking_keeps_the_strongest_directions():
     assert lineage["transformer.h.0.mlp.c_fc.lora_A.default.weight"].name is None
 
 
+@pytest.mark.parametrize("layer, path", [("mlp.0", "transformer.h.0.mlp.c_fc"), ("wte", "transformer.wte")])
+@pytest.mark.parametrize("after", [LoraSpec(3, 8.0), LoraSpec(4, 32.0), LoraSpec(3, 0.5)], ids=str)
+def test_shrinking_makes_up_for_another_scaling_in_the_factors(layer, path, after):
+    """A product of rank 3 fits into a smaller adapter whole: nothing is folded into the frozen base weight."""
+    config = replace(GPT2, lora={layer: LoraSpec(6, 8.0)})
+    model = trained(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                rank = parameter.shape.index(6)
+                parameter.narrow(rank, 3, 3).zero_()
+    base = model.get_parameter(f"{path}.base_layer.weight").detach().clone()
+    product = model.get_submodule(path).get_delta_weight("default").detach()
+    assert product.abs().max() > 0.05
+    new, _ = reshape_lora(model, replace(GPT2, lora={layer: after}), torch.Generator())
+    torch.testing.assert_close(new.get_parameter(f"{path}.base_layer.weight"), base, atol=2e-6, rtol=0)
+    torch.testing.assert_close(new.get_submodule(path).get_delta_weight("default"), product, atol=2e-6, rtol=1e-5)
+
+
 @BOTH
 def test_new_adapters_can_learn(config):
     model, _ = reshape_lora(trained(config), replace(config, lora=RANKS[0]), torch.Generator().manual_seed(0))
@@ -239,7 +286,7 @@ def test_moments_follow_the_gradient(config, after):
                 "exp_avg": gradient, "exp_avg_sq": gradient**2, "step": torch.tensor(1.0)
             }  # fmt: skip
     shapes = {name: parameter.shape for name, parameter in new.named_parameters()}
-    carried = carry(state[0], lineage, shapes)
+    carried = carry(state[0], lineage, shapes, AdamW.slots)
     for name, origin in lineage.items():
         image = torch.ones(shapes[name], dtype=torch.bool)
         for dim, index in enumerate(origin.index):

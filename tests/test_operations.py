@@ -7,14 +7,16 @@ import dataclasses
 import pytest
 import torch
 from conftest import state_of
-from operation_examples import BEFORE, EXAMPLES
+from operation_examples import BEFORE, EXAMPLES, ONLY_WITH
 
 from orchestrate.data.stream import open_data
 from orchestrate.model.config import ModelConfig, layer_of_parameter
 from orchestrate.model.gpt import GPT, from_weights, init_weights
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.operations import OPERATIONS, make
+from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.run.run import Run
 from orchestrate.training.session.start import settings_from
 from orchestrate.training.settings.config import TrainConfig
@@ -41,8 +43,8 @@ def live_run(data, steps: int = 3, model: dict | None = None, **keys) -> Run:
         Progress.start(settings),
         model,
         open_data(str(data), 16),
-        Ranks("cpu"),
-        torch.device("cpu"),
+        Ranks(config.device),
+        pick_device(config.device, 0),
     )
     for _ in range(steps):
         run.step()
@@ -83,8 +85,14 @@ def reloaded(run: Run, folder) -> Run:
     return Run(run.config, settings, progress, model, run.batches.opened, run.ranks, run.device, loaded.optimizer)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_contract(run, name, tmp_path):
+def test_contract(data, name, optimizer, tmp_path):
+    run = live_run(data, optimizer=optimizer)
+    if optimizer not in ONLY_WITH.get(name, OPTIMIZERS):
+        with pytest.raises(ScheduleError, match=f"^{name}: {optimizer} has no (betas|momentum)"):
+            make(name, {"value": EXAMPLES[name]}).plan(run.settings)
+        return
     for before, value in BEFORE.get(name, []):
         apply(run, before, value)
         run.step()
@@ -117,6 +125,10 @@ def test_contract(run, name, tmp_path):
 
     # untouched parameters keep value and moments to the bit
     after = run.optimizer.state_by_name()
+    shapes = {n: p.shape for n, p in run.model.named_parameters()}
+    assert {n: {k: v.shape for k, v in s.items()} for n, s in after.items()} == {
+        n: OPTIMIZERS[optimizer].state_shapes(n, shapes[n]) for n in after
+    }
     for n, p in run.model.named_parameters():
         if name == "reset_moments" and layer_of_parameter(n) in ("mlp.0", "mlp.1", "ln_f"):
             assert n not in after

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, arguments, events
 from test_operations import apply, live_run
 
 import train_orchestrated
 from orchestrate.training import plan
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 
@@ -103,7 +105,8 @@ def test_a_failing_reshape_is_found_before_the_run(data, tmp_path, capsys, monke
         planned(tmp_path, data, [{"name": "widen_mlp", "value": 128}], capsys, "--plan")
 
 
-def test_memory_of_parameters_and_optimizer_is_what_a_run_has(data, tmp_path):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_memory_of_parameters_and_optimizer_is_what_a_run_has(data, tmp_path, optimizer):
     """Within 15 %, at the start and after every kind of change."""
     steps = [
         ("freeze_layer", "mlp.0"),
@@ -118,9 +121,10 @@ def test_memory_of_parameters_and_optimizer_is_what_a_run_has(data, tmp_path):
     config = TrainConfig(
         dataset=str(data), schedule=str(path), n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
         gradient_accumulation_steps=2, bias=True, device="cpu", compile=False, shrunken_vocab_size=0,
+        optimizer=optimizer,
     )  # fmt: skip
     rows = plan.make(config, {}, 1).rows
-    run = live_run(data, model={"vocab_size": rows[0].settings.model.vocab_size})
+    run = live_run(data, model={"vocab_size": rows[0].settings.model.vocab_size}, optimizer=optimizer)
     for row, (name, value) in zip(rows, [(None, None), *steps], strict=True):
         if name:
             apply(run, name, value)
@@ -159,6 +163,8 @@ def test_against_needs_a_run_and_a_plan(data, tmp_path, capsys):
 
 def test_124m_to_1_5b_is_planned_within_2_gib(tmp_path):
     """On the meta device: the largest stage alone would need 6 GB of weights."""
+    for name in ("train.bin", "val.bin"):
+        np.zeros(2000, dtype=np.uint16).tofile(tmp_path / name)
     (tmp_path / "s.yaml").write_text(
         "- {name: stack_layers, value: {n_layer: 24, how: cycle}}\n"
         "- {name: widen_embd, value: 1536}\n"
@@ -167,7 +173,8 @@ def test_124m_to_1_5b_is_planned_within_2_gib(tmp_path):
     )
     script = (
         "import resource, sys; sys.argv = ['x']; import train_orchestrated as t;"
-        f"code = t.run(['config/train_gpt2.py', '--schedule', '{tmp_path / 's.yaml'}', '--plan=json']);"
+        f"code = t.run(['config/train_gpt2.py', '--dataset={tmp_path}', '--schedule={tmp_path / 's.yaml'}',"
+        "'--plan=json']);"
         "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=os.environ)

@@ -261,7 +261,7 @@ def test_the_same_command_again_does_not_undo_the_schedule(tiny, resume):
         ({"block_size": 8}, "block_size cannot change"),
         ({"attn_lora_rank": 4}, "an operation of a schedule can change it"),
         ({"seed": 5}, "samples would repeat"),
-        ({"dataset": "elsewhere"}, "dataset cannot change"),
+        ({"dataset": "elsewhere"}, "dataset elsewhere: no train.bin and val.bin"),
     ],
 )
 def test_a_shape_that_differs_is_refused(tiny, resume, keys, message):

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrate.model.config import ModelConfig
-from orchestrate.training.schedule.file import ENTRY_FIELDS, parse_schedule, read_schedule
+from orchestrate.model.gpt import GPT
+from orchestrate.training.schedule import stages
+from orchestrate.training.schedule.file import entry_fields, parse_schedule, read_schedule
 from orchestrate.training.schedule.ramps import Ramp
 from orchestrate.training.schedule.stages import plan_stages
 from orchestrate.training.schedule.triggers import TRIGGERS
@@ -80,7 +82,28 @@ def test_empty_schedules():
     "text, expected",
     [
         ("- {name: set_lr, value: 1e-3, trigger_los: 3}", "s.yaml:1: entry 1: unknown field 'trigger_los'; did you mean trigger_loss?"),
-        ("- {name: set_learning_rat, value: 1}", "unknown operation 'set_learning_rat'"),
+        ("- {name: set_learning_rat, value: 1}", "unknown operation 'set_learning_rat'; did you mean set_lr?"),
+        ("- {name: set_learning_rate, value: 1}", "unknown operation 'set_learning_rate'; did you mean set_lr?"),
+        ("- {name: change_learning_rate, value: 1}", "did you mean change_lr?"),
+        ("- {name: set_eval_iter, value: 1}", "did you mean set_eval_iters?"),
+        ("- {name: polish, value: 1}", "unknown operation 'polish'; known: add_heads, adjust_batch_size, "),
+        ("- {name: change_eval_iters, value: 1}", "write set_eval_iters, which takes the new number itself"),
+        ("- {name: change_warmup_iters, value: 1}", "write set_warmup_iters, which takes the new number itself"),
+        ("- {name: decrease_attn_lora_scaling, value: 2}", "write set_attn_lora_rank, which takes the new number"),
+        ("- {name: decrease_vocab_lora_scaling, value: 2}", "write set_embedding_lora_rank, which takes the new"),
+        ("- {name: set_curriculum_alpha, value: 1}", "there is no curriculum of tokens here: leave the entry out"),
+        ("- {name: set_embedding_freeze_mode, value: true}", "write freeze_layer: [block.*, ln_f]"),
+        ("- {name: stack_layers, value: 2}", "stack_layers: value must say what the number is: {n_layer: 12} (blocks) or {times: 2} (a factor), got 2"),
+        ("- {name: stack_layers, value: deep}", "value must be a list or a mapping of n_layer, times, how, where, got 'deep'"),
+        ("- {name: stack_layers, value: {layers: 3}}", "value.layers is no field here; did you mean n_layer? allowed: n_layer, times, how, where"),
+        ("- {name: widen_mlp, value: 1.5}", "value must be the new width; a factor is {times: 2}, and it is a whole number, got 1.5"),
+        ("- {name: resize_vocabulary, value: [198, 0.01]}", "[ID, NOISE] is {size: 50304, init: {copy: ID}, noise: NOISE}"),
+        ("- {name: resize_vocabulary, value: {size: 70, init: {cop: 3}}}", "value.init.cop is no field here; did you mean copy? allowed: copy"),
+        ("- {name: adjust_batch_size, value: {target_vram_percent: 80}}", "target: 0.8 instead of target_vram_percent: 80"),
+        ("- {name: adjust_batch_size, value: {percent: 80}}", "value.percent is no field here; allowed: target, keep_global_batch, max_batch_size"),
+        ("- {name: set_lr, value: 1, guard: {max: 1}}", "guard.max is no field here; allowed: max_increase, within_iters, then"),
+        ("- {name: set_lr, value: 1, guard: 3}", "guard must be a mapping of max_increase, within_iters, then, got 3"),
+        ("- {name: merge_lora_weights}", "adapted: none (merging removes adapters; relora merges and keeps them)"),
         ("- {value: 1}", "has no `name`"),
         ("- 3", "an entry is a mapping"),
         ("name: set_lr", "needs the key `operations`"),
@@ -119,6 +142,48 @@ def test_all_errors_at_once_with_their_lines():
     assert [problem.split(": entry")[0] for problem in found] == ["s.yaml:1", "s.yaml:2", "s.yaml:4", "s.yaml:4"]
     text = "- {name: freeze_layer, value: attn.9}\n- {name: change_grad_accum, value: 0.33}\n"
     assert [problem[:9] for problem in problems(text)] == ["s.yaml:1:", "s.yaml:2:"]
+
+
+def test_one_mistake_is_one_message():
+    assert problems('- {name: set_layer_lora_rank, value: [16, "attn.2"]}') == [
+        's.yaml:1: entry 1: set_layer_lora_rank: value must be [names, rank] in this order, e.g. ["attn.2", 16], '
+        "got [16, 'attn.2']"
+    ]
+    assert problems("- {name: freeze_layer, value: 3}") == [
+        "s.yaml:1: entry 1: freeze_layer: value must be text or a list, got 3"
+    ]
+
+
+def test_what_another_orchestrator_has_marked_as_done_is_told_once():
+    text = "- {name: set_lr, value: 1, completed: true}\n- {name: stop}\n- {name: stop, completed: false, x: 1}\n"
+    assert problems(text) == [
+        "s.yaml: entries 1, 3: remove the field `completed`: what has fired is kept in the run folder, and a resume "
+        "goes on from there",
+        "s.yaml:3: entry 3: unknown field 'x'",
+    ]
+
+
+def test_of_many_mistakes_the_first_are_told():
+    found = problems("- {name: stopp}\n" * 900)
+    assert (
+        found[50].startswith("s.yaml:51: ") and found[-1] == "s.yaml:52: entry 52 and those after it were not looked at"
+    )
+    found = problems("- {name: freeze_layer, value: attn.9}\n" * 900)
+    assert len(found) == 52 and found[-1] == "s.yaml: entry 52 and those after it were not looked at"
+
+
+def test_a_thousand_entries_are_planned_soon(monkeypatch):
+    """Each freezes or unfreezes another layer: the model is built once for all of them, not 35 s long."""
+    built = []
+    monkeypatch.setattr(stages, "GPT", lambda config: built.append(config) or GPT(config))
+    stages._model.cache_clear()
+    stages._parameters.cache_clear()
+    kinds = ("attn", "mlp", "ln_1", "ln_2")
+    made = [
+        {"name": ("freeze_layer", "unfreeze_layer")[i // 16 % 2], "value": f"{kinds[i % 4]}.{i // 4 % 4}"}
+        for i in range(1000)
+    ]
+    assert problems(json.dumps(made), "s.json") == [] and len(built) == 1
 
 
 def test_json_errors_have_lines():
@@ -191,7 +256,7 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.dictionaries(st.sampled_from(ENTRY_FIELDS), VALUES, max_size=5), max_size=3))
+@given(st.lists(st.dictionaries(st.sampled_from(entry_fields()), VALUES, max_size=5), max_size=3))
 def test_fuzz_any_values_in_any_fields(document):
     assert all(isinstance(problem, str) for problem in problems(json.dumps(document), "s.json"))
 
@@ -220,7 +285,15 @@ def test_loss_and_clock_triggers():
 
 @pytest.mark.parametrize(
     "history, expected",
-    [((3.0, 2.9, 2.8), False), ((3.0, 2.995, 2.994), True), ((3.0, 2.995), False), ((3.0, 3.5, 2.0), False)],
+    [
+        ((3.0, 2.9, 2.8), False),
+        ((3.0, 2.995, 2.994), True),
+        ((3.0, 2.995), False),
+        ((3.0, 3.5, 2.0), False),
+        ((2.0, 2.5, 2.45, 2.44), True),  # better than the last before, not than the best before
+        ((3.0, 2.5, 2.99), False),  # one of the two gained
+        ((1.0, 0.99, 0.99), False),  # a gain of min_delta is one (0.99 is 1.0 - 0.01 in floating point)
+    ],
 )
 def test_plateau(history, expected):
     plateau = {"evals": 2, "min_delta": 0.01}
@@ -235,6 +308,42 @@ def test_ramps_start_where_they_are_and_end_exactly():
     values = [ramp.at(i)["learning_rate"] for i in range(100, 108)]
     assert values == sorted(values) and ramp.done(107) and not ramp.done(106)
     assert Ramp.from_json(json.loads(json.dumps(ramp.to_json()))) == ramp
+
+
+@pytest.mark.parametrize(
+    "name, value, over, expected",
+    [
+        # A half goes to the even neighbour, as Python rounds.
+        ("set_batch_size", 17, 10, [12, 12, 13, 14, 14, 14, 15, 16, 16, 16, 17]),
+        ("set_batch_size", 9, 4, [12, 11, 10, 10, 9]),
+        # Accumulation moves in steps of the largest number that divides both ends: here 8 (from 40), then 1.
+        ("set_grad_accum", 16, 8, [40, 40, 32, 32, 32, 24, 24, 16, 16]),
+        ("set_grad_accum", 43, 4, [40, 41, 42, 42, 43]),
+    ],
+)
+def test_ramps_of_whole_numbers_round(name, value, over, expected):
+    (entry,) = parse_schedule(json.dumps([{"name": name, "value": value, "over": over}]), "s.json").entries
+    before = start(batch_size=12, gradient_accumulation_steps=40)
+    ramp = Ramp.between(entry, before, entry.operation.plan(before), start_iter=7)
+    (values,) = zip(*[ramp.at(7 + i).values() for i in range(over + 1)], strict=True)
+    assert list(values) == expected and {type(v) for v in values} == {int}
+
+
+def test_a_cosine_ramp_is_slow_at_its_ends():
+    (entry,) = parse_schedule("- {name: set_lr, value: 0.5, over: 4, style: cosine}", "s.yaml").entries
+    before = start(learning_rate=0.1)
+    ramp = Ramp.between(entry, before, entry.operation.plan(before), start_iter=0)
+    values = [ramp.at(i)["learning_rate"] for i in range(5)]
+    assert values == pytest.approx([0.1, 0.1 + 0.2 * (1 - 0.5**0.5), 0.3, 0.1 + 0.2 * (1 + 0.5**0.5), 0.5])
+
+
+def test_nothing_left_to_train_is_refused_whatever_causes_it():
+    """Block 3 is the last that trains, and it is dropped."""
+    text = "- {name: freeze_layer, value: [block.0, block.1, block.2, wte, wpe, ln_f]}\n"
+    assert problems(text) == [] == problems(text + "- {name: drop_layers, value: [2]}")
+    assert problems(text + "- {name: drop_layers, value: [3]}") == [
+        "s.yaml:2: entry 2: nothing would be left to train: every parameter is frozen"
+    ]
 
 
 def test_accumulation_ramps_in_steps_that_both_ends_share():

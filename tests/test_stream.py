@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 
@@ -10,6 +11,7 @@ import pytest
 
 from orchestrate.data.stream import (
     Cursor,
+    Meta,
     Stream,
     TokenFile,
     eval_windows,
@@ -78,6 +80,112 @@ def test_batches_are_the_tokens_and_what_follows(tmp_path):
     assert [stream.coverage(place) for place in places] == [1.0, 30 / 61, 1.0]
 
 
+MASK = 2**64 - 1
+
+
+def mix(x: int) -> int:
+    """The finaliser of SplitMix64 on one Python integer."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
+    return x ^ (x >> 31)
+
+
+def keys_of(seed: int, number: int) -> list[int]:
+    start = mix(mix((seed + 0x632BE59BD9B4E019) & MASK) ^ number)
+    return [mix((start + i * 0x9E3779B97F4A7C15) & MASK) for i in range(1, 6)]
+
+
+def image(index: int, n: int, seed: int, number: int) -> int:
+    """Where a Feistel network of four rounds with cycle walking sends one index."""
+    if n == 1:
+        return 0
+    half = 1
+    while 4**half < n:
+        half += 1
+    while True:
+        left, right = index >> half, index % 2**half
+        for key in keys_of(seed, number)[:4]:
+            left, right = right, left ^ mix((right + key) & MASK) % 2**half
+        index = left << half | right
+        if index < n:
+            return index
+
+
+def start_of(seed: int, sample: int, n_tokens: int, block_size: int) -> int:
+    """The first token of one sample: the window's place in its pass, behind a phase that only the first has not."""
+    n = max(1, (n_tokens - block_size) // block_size)
+    number, place = divmod(sample, n)
+    phase = keys_of(seed, number)[4] % min(block_size, n_tokens - n * block_size) if number else 0
+    return phase + block_size * image(place, n, seed, number)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 61, 64, 65, 300])
+def test_the_permutation_is_that_of_one_integer_at_a_time(n):
+    """The order of the data is part of a seed's meaning: a resumed run of an older version goes on in it."""
+    assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF, "SplitMix64's first output for seed 0"
+    for seed, number in [(0, 0), (1337, 3), (-1, 2), (2**70 + 5, 0)]:
+        assert permute(np.arange(n), n, seed, number).tolist() == [image(i, n, seed & MASK, number) for i in range(n)]
+
+
+@pytest.mark.parametrize("n_tokens, block_size", [(17, 16), (31, 16), (33, 16), (700, 16), (701, 7), (65, 1)])
+def test_windows_start_where_one_sample_at_a_time_does(n_tokens, block_size):
+    expected = [start_of(4, sample, n_tokens, block_size) for sample in range(150)]
+    assert window_starts(4, 0, 150, n_tokens, block_size).tolist() == expected
+    assert window_starts(4, 67, 29, n_tokens, block_size).tolist() == expected[67:96]
+
+
+def test_every_pass_has_an_order_of_its_own():
+    """42 windows; not the order of pass 1 behind another phase."""
+    passes = [window_starts(4, 42 * p, 42, 700, 16) // 16 for p in range(4)]
+    assert len({tuple(order.tolist()) for order in passes}) == 4
+    for one, other in zip(passes, passes[1:], strict=False):
+        assert np.mean(one == other) < 0.2
+
+
+@pytest.mark.parametrize(
+    "samples, before, after, expected",
+    [
+        # (block_size, length): a window that is begun counts as seen.
+        (5, (16, 4), (16, 16), 2),
+        (8, (16, 4), (16, 16), 2),
+        (9, (16, 4), (16, 8), 6),
+        (0, (16, 4), (16, 16), 0),
+        (3, (16, 16), (16, 4), 12),
+        # Another block_size: the same share of the data, rounded up.
+        (3, (16, 16), (32, 32), 2),
+        (3, (16, 16), (24, 24), 2),
+        (3, (32, 32), (16, 16), 6),
+        (7, (16, 8), (32, 16), 4),
+        (9, (16, 4), (24, 8), 6),
+    ],
+)
+def test_the_next_sample_after_a_change_of_length(samples, before, after, expected):
+    assert Cursor(*before, samples).cut(*after) == Cursor(*after, expected)
+
+
+@pytest.mark.parametrize("before, after", [(16, 4), (4, 16), (8, 2), (2, 8), (4, 8)])
+def test_nothing_seen_comes_again_and_less_than_a_window_is_left_out(tmp_path, before, after):
+    """Whatever the number of samples; the file is a pass of 61 windows whose tokens are their own places."""
+    stream = Stream(token_file(tmp_path, 1000), seed=1)
+    for samples in (1, 2, 3, 7, 8, 13, 22):
+        start = Cursor(16, before)
+        seen = set(stream.batch(start, samples)[0].flatten().tolist())
+        cursor = start.skip(samples).cut(16, after)
+        come = set(stream.batch(cursor, 61 * (16 // after) - cursor.sample)[0].flatten().tolist())
+        assert not seen & come
+        assert len(seen) + len(come) > 60 * 16
+
+
+@pytest.mark.parametrize("first, count", [(0, 5), (3, 1), (5, 9), (7, 2)])
+def test_pieces_are_cut_from_their_windows_in_turn(tmp_path, first, count):
+    stream = Stream(token_file(tmp_path, 1000), seed=1)
+    x, y = stream.batch(Cursor(16, 4, first), count)
+    starts = window_starts(1, 0, 10, 1000, 16)
+    expected = [[int(starts[s // 4]) + 4 * (s % 4) + i for i in range(4)] for s in range(first, first + count)]
+    assert x.tolist() == expected and np.array_equal(y, x + 1)
+    assert stream.passes(Cursor(16, 4, 61 * 4)) == 1.0 and stream.coverage(Cursor(16, 4, 61)) == 0.25
+
+
 def test_evaluation_windows_are_fixed_and_extend(tmp_path):
     tokens = token_file(tmp_path, 1000)
     few, many, all_ = (eval_windows(tokens, count, 16) for count in (10, 30, 10**6))
@@ -132,6 +240,104 @@ def test_nanogpt_meta_is_read_without_running_it(tmp_path):
         read_meta(tmp_path)
 
 
+def write_meta(folder, **values) -> None:
+    (folder / "meta.json").write_text(json.dumps({"format": 1, "tokenizer": "gpt2", **values}))
+
+
+def test_a_meta_goes_through_json(tmp_path):
+    meta = Meta(3, "uint8", "char", ("a", "b", "\n"))
+    assert Meta.from_json(json.loads(json.dumps(meta.to_json()))) == meta
+    assert read_meta(tmp_path) == Meta() and Meta().dtype == "uint16", "without one it is GPT-2's, as in nanoGPT"
+    write_meta(tmp_path, vocab_size=1, dtype="uint32")
+    (tmp_path / "meta.pkl").write_bytes(b"not looked at")
+    assert read_meta(tmp_path) == Meta(1, "uint32", "gpt2")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"format": 2}, "not a meta of format 1"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number of at least 1, got 0"),
+        ({"vocab_size": "65"}, "got '65'"),
+        ({"vocab_size": True}, "got True"),
+        ({"dtype": "int64"}, "dtype must be uint8, uint16 or uint32, got 'int64'"),
+        ({"tokenizer": "words"}, "got 'words'"),
+        ({"itos": "abc"}, "itos must be a list of texts"),
+        ({"itos": ["a", 1]}, "itos must be a list of texts"),
+    ],
+)
+def test_what_is_no_meta_is_refused(tmp_path, values, message):
+    write_meta(tmp_path, **values)
+    with pytest.raises(ValueError, match=f"meta.json: .*{message}"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"vocab_size": 0}, {"vocab_size": "3"}, {}, [3]])
+def test_a_meta_of_nanogpt_needs_a_size(tmp_path, values):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(values))
+    with pytest.raises(ValueError, match="needs a vocab_size"):
+        read_meta(tmp_path)
+
+
+def test_a_meta_of_nanogpt_with_and_without_characters(tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1}))
+    assert read_meta(tmp_path) == Meta(1)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": {0: "a", 2: "c"}}))
+    assert read_meta(tmp_path) == Meta(3, tokenizer="char", itos=("a", "\ufffd", "c"))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Stream))
+    with pytest.raises(ValueError, match="it names orchestrate.data.stream.Stream"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["train.bin", "val.bin"])
+def test_a_data_set_has_both_files(tmp_path, missing):
+    for name in {"train.bin", "val.bin"} - {missing}:
+        np.arange(40, dtype=np.uint16).tofile(tmp_path / name)
+    with pytest.raises(ValueError, match="no train.bin and val.bin in .*; a data set has both"):
+        open_data(str(tmp_path), 16)
+    np.arange(20, dtype=np.uint16).tofile(tmp_path / missing)
+    data = open_data(str(tmp_path), 19)
+    assert {len(data.train), len(data.val)} == {40, 20} and data.name == str(tmp_path)
+    with pytest.raises(ValueError, match=f"{missing}: 20 tokens are too few for block_size 20 .at least 21."):
+        open_data(str(tmp_path), 20)
+
+
+def test_a_data_set_is_read_through_one_map_after_the_other(tmp_path):
+    for name in ("train.bin", "val.bin"):
+        np.arange(40, dtype=np.uint16).tofile(tmp_path / name)
+    data = open_data(str(tmp_path), 16, np.arange(40) // 2)
+    assert data.remapped(None) is data
+    twice = data.remapped(np.arange(20) % 5)
+    for file in (twice.train, twice.val):
+        assert gather(file, np.array([7]), 8)[0][0].tolist() == [t // 2 % 5 for t in range(7, 15)]
+    once = open_data(str(tmp_path), 16).remapped(np.arange(40) % 3)
+    assert gather(once.val, np.array([7]), 8)[1][0].tolist() == [t % 3 for t in range(8, 16)]
+
+
+@pytest.mark.parametrize("tokens, dtype", [(5, "uint16"), (200_000, "uint8"), (10_000_000, "uint16")])
+def test_a_fingerprint_samples_a_file_evenly(tmp_path, tokens, dtype):
+    """64 pieces of 64 KiB from the first token to the last; in a file smaller than that every token counts."""
+    values = (np.arange(tokens) % 251).astype(dtype)
+    values.tofile(tmp_path / "t.bin")
+    file = TokenFile(tmp_path / "t.bin", dtype)
+    expected = hashlib.sha256(f"{tokens} {dtype}".encode())
+    piece = 65536 // values.itemsize
+    places = sorted({max(0, tokens - piece) * i // 63 for i in range(64)})
+    for start in places:
+        expected.update(values[start : start + piece].tobytes())
+    assert file.fingerprint() == expected.hexdigest()
+    mapped = TokenFile(tmp_path / "t.bin", dtype, np.arange(300) % 7)
+    expected.update((np.arange(300) % 7).tobytes())
+    assert mapped.fingerprint() == expected.hexdigest()
+
+
+def test_the_windows_of_an_evaluation_stay_what_they_are(tmp_path):
+    """A loss trigger of an older run is compared with losses over the same windows."""
+    assert eval_windows(token_file(tmp_path, 1000), 9, 16).tolist() == [
+        16 * image(i, 62, 0x5EED0FE7A1, 0) for i in range(9)
+    ]
+
+
 def test_remapping_files(tmp_path):
     np.save(tmp_path / "r.npy", np.array([0, 1, 1, 2]))
     assert read_remap(tmp_path / "r.npy", 4, 3).tolist() == [0, 1, 1, 2]
@@ -140,6 +346,17 @@ def test_remapping_files(tmp_path):
         read_remap(tmp_path / "r.json", 2, 3)
     with pytest.raises(ValueError, match="2 entries for a vocabulary of 9"):
         read_remap(tmp_path / "r.json", 9, 6)
+    for bad, message in [
+        ([0, -1], "new ids go from -1 to 0"),
+        ([[0]], "one list"),
+        ([], "one list"),
+        ([0.5], "one list"),
+    ]:
+        (tmp_path / "r.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=message):
+            read_remap(tmp_path / "r.json", None, 3)
+    (tmp_path / "r.json").write_text("[2, 0]")
+    assert read_remap(tmp_path / "r.json", None, 3).tolist() == [2, 0] == read_remap(tmp_path / "r.json", 1, 3).tolist()
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="not a readable"):
         read_remap(tmp_path / "o.npy", 1, 3)

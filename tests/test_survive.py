@@ -23,6 +23,7 @@ import train_orchestrated
 from orchestrate.data.stream import Cursor
 from orchestrate.training.run.sickness import Sick
 from orchestrate.training.schedule.file import Schedule
+from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.session.saving import BackgroundSave
 from orchestrate.training.session.session import Session
 from orchestrate.training.session.stopping import NoSignals
@@ -101,6 +102,14 @@ def test_a_run_that_stays_sick_stops(tiny, tmp_path):
         tiny(inject="nan@5,nan@6,nan@7,nan@8", sick_step_limit=3)
     assert [e["action"] for e in events(tmp_path / "run", "error") if "action" in e] == ["skip", "skip", "stop"]
     assert events(tmp_path / "run", "emergency")[0]["path"], "what there is is saved"
+
+
+def test_a_fault_that_comes_back_after_every_rollback_stops(tiny, tmp_path):
+    """Each rollback makes the count of sick steps in a row what it was; the rollbacks themselves are counted."""
+    with pytest.raises(RuntimeError, match="sick_step_limit 2"):
+        tiny(inject="nan@5,nan@6,nan@7", on_sick_step="rollback", sick_step_limit=2)
+    told = [(r["iter"], r["action"]) for r in lines(tmp_path / "run" / "events.jsonl") if r.get("action")]
+    assert told == [(6, "rollback"), (7, "rollback"), (8, "stop")]
 
 
 def test_stop_saves_and_says_why(tiny, resume, tmp_path):
@@ -374,7 +383,7 @@ def test_an_exception_of_one_rank_does_not_wait_for_a_sharded_save(data, tmp_pat
     """The save needs the other ranks, and one of them may hang."""
     run = live_run(data, out_dir=str(tmp_path))
     run.ranks.sharded = True
-    session = Session(run.config, run, Schedule(), Reporter(tmp_path, 9, 0, None), NoSignals())
+    session = Session(run.config, run, Orchestrator(Schedule(), run), Reporter(tmp_path, 9, 0, None), NoSignals())
     hangs = threading.Event()
     session.saver._background = BackgroundSave(hangs.wait, "never ends")
     ended = threading.Thread(target=lambda: (session.saver.emergency(RuntimeError("alone")), session.saver.finish()))

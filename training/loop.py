@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrate.training.session import ending
 from orchestrate.training.session.session import Session
 
 
@@ -11,6 +12,7 @@ def train(session: Session) -> int:
         return _train(session)
     except Exception as error:
         session.saver.emergency(error)
+        ending.tell(session, f"an error ({type(error).__name__})")
         raise
 
 
@@ -41,15 +43,14 @@ def _train(session: Session) -> int:
             session.settle()
             session.event("signal", signal=number)
             session.save_unless_saved(f"signal {number}")
-            session.event("end", reason=f"signal {number}", best_val_loss=p.best_val_loss)
+            ending.by_signal(session, number)
             return 128 + number
 
         if reason := session.why_end(evaluated):
             if p.last_eval_iter != p.iter:
                 session.evaluate()
             session.save_unless_saved("the end of the run")
-            missed = [entry.number for entry in orchestrator.missed()]
-            session.event("end", reason=reason, best_val_loss=p.best_val_loss, not_fired=missed)
+            ending.by_itself(session, reason)
             return 0
         if evaluated and p.iter > 0 and (improved or config.always_save_checkpoint):
             session.save_unless_saved("best validation loss" if improved else "evaluation", required=False)

@@ -7,7 +7,7 @@ device, where nothing is allocated. What can only be guessed before a run is lab
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,18 +16,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrate.data.stream import open_data
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.operations import Operation
 from orchestrate.training.run.changes import needs_agreement, reshapes
+from orchestrate.training.run.device import pick_device
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Entry, Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.schedule.stages import Stage, plan_stages
-from orchestrate.training.session.resume import resume
-from orchestrate.training.session.start import check_lengths, planned_model_config, settings_from, the_schedule
+from orchestrate.training.session.resume import check_fingerprint, resume
+from orchestrate.training.session.start import (
+    check_data,
+    data_of,
+    doubts,
+    planned_model_config,
+    settings_from,
+    the_schedule,
+    with_foreign_shape,
+)
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Progress, Settings, differences
@@ -99,30 +109,36 @@ class Plan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def make(config: TrainConfig, given: dict[str, str], world_size: int, against: str = "") -> Plan:
+def make(
+    config: TrainConfig,
+    given: dict[str, str],
+    world_size: int,
+    against: str = "",
+    operations: Sequence[OwnFile] = (),
+) -> Plan:
     """The plan of a run. Raises Refused with every problem of the configuration and the schedule.
 
     Args:
         against: a run folder; says when each entry would have fired on its recorded losses.
+        operations: files of the user's own operations, registered now.
     """
     notes: list[str] = []
+    pick_device(config.device, 0)
     if config.init_from == "resume":
-        resumed = resume(config, given)
+        resumed = resume(config, given, operations)
         fired = resumed.loaded.state.fired
         schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
         schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
     else:
-        schedule = the_schedule(config)
+        schedule, config = the_schedule(config), with_foreign_shape(config)
         model, notes = planned_model_config(config)
         settings = settings_from(config, model)
-    stages = plan_stages(schedule, settings, world_size)
-    try:
-        data = open_data(config.dataset, 1)
-    except ValueError as error:
-        notes.append(f"lengths are not checked against the data ({error})")
-    else:
-        check_lengths(stages, data)
+    stages, data = plan_stages(schedule, settings, world_size), data_of(config)
+    check_data(data, config, stages)
+    if config.init_from == "resume":
+        check_fingerprint(config, resumed.loaded.state, data)
+    notes += doubts(data, config, settings)
     share = world_size if config.parallel == "fsdp" else 1
     rows = _rows(stages, config, schedule.source, share)
     if config.parallel == "fsdp":
@@ -161,7 +177,9 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
             trained = _with_moments(lineage, trained)
         trainable = trainable_parameters(model, s.frozen)
         trained = trained | trainable  # a parameter that ever trained keeps its moments
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        sizes = {name: shape.numel() for name, shape in shapes.items()}
+        state_bytes = OPTIMIZERS[s.optimizer].state_bytes
         new = {_block_kind(s, n) for n in range(s.model.n_layer)} - kinds
         recompiles = len(new) if i else 0
         kinds |= new
@@ -181,7 +199,7 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
                 trainable=sum(sizes[name] for name in trainable),
                 flops_per_token=flops_per_token(s.model, sum(sizes.values()), s.sequence_length),
                 model_bytes=4 * (sum(sizes.values()) + sum(sizes[name] for name in trainable)) // share,
-                optimizer_bytes=sum(8 * sizes[name] // share + 4 for name in trained),
+                optimizer_bytes=sum(state_bytes(name, shapes[name], share) for name in trained),
                 activation_bytes=activation_bytes(s, 4 if config.dtype in ("auto", "float32") else 2),
                 rewraps=int(before is not None and needs_agreement(before, s)),
                 recompiles=recompiles if config.compile else 0,

@@ -7,7 +7,6 @@ tests/operation_examples.py; help, validation, plan, resume and the contract tes
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +18,7 @@ from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
-from orchestrate.training.settings.values import problems_of, shown
+from orchestrate.training.settings.values import closest, problems_of, shown
 
 if TYPE_CHECKING:
     from orchestrate.training.run.run import Run
@@ -78,10 +77,11 @@ OPERATIONS: dict[str, type[Operation]] = {}
 
 
 def operation(name: str) -> Callable[[type[Operation]], type[Operation]]:
-    """Class decorator: make the operation available to schedules under this name."""
+    """Class decorator: make the operation available to schedules. Raises ValueError for a name that is taken."""
 
     def register(cls: type[Operation]) -> type[Operation]:
-        assert name not in OPERATIONS, f"two operations are called {name}"
+        if name in OPERATIONS:
+            raise ValueError(f"there is an operation {name} already")
         cls.name = name
         OPERATIONS[name] = cls
         return cls
@@ -89,12 +89,41 @@ def operation(name: str) -> Callable[[type[Operation]], type[Operation]]:
     return register
 
 
+_NO_CURRICULUM = "there is no curriculum of tokens here: leave the entry out"
+_ALL_BUT_EMBEDDINGS = "write freeze_layer: [block.*, ln_f], which trains the embeddings alone"
+_ABSOLUTE = "write {}, which takes the new number itself"
+# Names that people and other orchestrators use -> what to write instead.
+OTHER_NAMES = {
+    **{name: "did you mean set_lr?" for name in ("set_learning_rate", "learning_rate", "lr", "set_rate")},
+    **{name: "did you mean change_lr?" for name in ("change_learning_rate", "scale_lr", "decrease_lr")},
+    **{name: "did you mean set_grad_accum?" for name in ("gradient_accumulation_steps", "set_accumulation",
+                                                         "set_gradient_accumulation_steps")},
+    **{name: "did you mean stack_layers?" for name in ("add_layers", "grow_layers", "set_n_layer")},
+    **{name: "did you mean widen_mlp?" for name in ("set_n_hidden", "grow_mlp")},
+    **{name: "did you mean set_layer_lora_rank?" for name in ("set_lora_rank", "add_lora")},
+    **{name: "did you mean freeze_layer?" for name in ("freeze", "freeze_layers")},
+    **{name: "did you mean unfreeze_layer?" for name in ("unfreeze", "unfreeze_layers")},
+    "set_wd": "did you mean set_weight_decay?",
+    "merge_lora": "did you mean merge_lora_weights?",
+    "set_block_size": "did you mean extend_context (a longer one) or set_sequence_length (a shorter one)?",
+    "set_curriculum_alpha": _NO_CURRICULUM,
+    "set_embedding_freeze_mode": _ALL_BUT_EMBEDDINGS,
+    "set_embedding_finetune_mode": _ALL_BUT_EMBEDDINGS,
+    "disable_vocab_remapping": "vocab_remapping_file holds for the whole run: leave the entry out",
+    **{f"change_{what}": _ABSOLUTE.format(f"set_{what}")
+       for what in ("warmup_iters", "eval_iters", "eval_interval", "lora_alpha")},
+    "decrease_attn_lora_scaling": _ABSOLUTE.format("set_attn_lora_rank"),
+    "decrease_vocab_lora_scaling": _ABSOLUTE.format("set_embedding_lora_rank"),
+}  # fmt: skip
+
+
 def make(name: Any, arguments: dict[str, Any]) -> Operation:
     """The operation of this name with these arguments ({"value": ...} or {}). Raises ScheduleError."""
     if not isinstance(name, str) or name not in OPERATIONS:
-        close = difflib.get_close_matches(str(name), OPERATIONS, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(OPERATIONS))}"
-        raise ScheduleError(f"unknown operation {shown(name)}{hint}")
+        close = closest(str(name), [*OPERATIONS, *OTHER_NAMES], cutoff=0.7)
+        hint = f"did you mean {close}?" if close else f"known: {', '.join(sorted(OPERATIONS))}"
+        hint = OTHER_NAMES.get(close, hint)
+        raise ScheduleError(f"unknown operation {shown(name)}; {hint}")
     cls = OPERATIONS[name]
     if "value" not in cls.model_fields and arguments.get("value") is not None:
         raise ScheduleError(f"{name} takes no value, got {shown(arguments['value'])}")
@@ -103,6 +132,7 @@ def make(name: Any, arguments: dict[str, Any]) -> Operation:
     try:
         return cls(**arguments)
     except ValidationError as error:
+        problems = problems_of(error, cls)
         raise ScheduleError(
-            [f"{name}: {'.'.join(map(str, location)) or 'value'} {message}" for location, message in problems_of(error)]
+            [f"{name}: {'.'.join(map(str, location)) or 'value'} {message}" for location, message in problems]
         ) from None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from orchestrate.training.operations.base import Operation, operation
 from orchestrate.training.settings.errors import ScheduleError
@@ -108,6 +108,13 @@ class AdjustBatchSize(Operation):
 
     touches: ClassVar = ("batch_size", "grad_accum")
     value: PositiveFloat | MemoryTarget
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _no_percent(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "target_vram_percent" in value:
+            raise ValueError("must give a share of memory: target: 0.8 instead of target_vram_percent: 80")
+        return value
 
     @property
     def wanted(self) -> MemoryTarget:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from orchestrate.model import growth
 from orchestrate.model.config import LIMITS, ModelConfig, layer_names
@@ -139,6 +139,13 @@ class StackLayers(LayerOperation):
     fades: ClassVar = True
     value: Annotated[list[NonNegativeInt], Field(min_length=1)] | Stack
 
+    @field_validator("value", mode="before")
+    @classmethod
+    def _no_bare_number(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError("must say what the number is: {n_layer: 12} (blocks) or {times: 2} (a factor)")
+        return value
+
     @property
     def keeps_function(self) -> bool:
         if isinstance(self.value, Stack):
@@ -237,6 +244,13 @@ class WidenMlpOperation(GrowthOperation):
     source: ClassVar = "Chen et al. 2016 (Net2WiderNet, arXiv:1511.05641)"
     fades: ClassVar = True
     value: PositiveInt | WidenMlp
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _no_fraction(cls, value: Any) -> Any:
+        if isinstance(value, float) and not value.is_integer():
+            raise ValueError("must be the new width; a factor is {times: 2}, and it is a whole number")
+        return value
 
     @property
     def wanted(self) -> WidenMlp:
@@ -414,6 +428,13 @@ class ResizeVocabulary(GrowthOperation):
     fades: ClassVar = True
     touches: ClassVar = ("model", "vocabulary_map")
     value: PositiveInt | Vocabulary
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _no_pair(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("must say the new size; [ID, NOISE] is {size: 50304, init: {copy: ID}, noise: NOISE}")
+        return value
 
     @property
     def wanted(self) -> Vocabulary:

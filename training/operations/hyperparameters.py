@@ -15,7 +15,13 @@ from orchestrate.training.operations.base import Operation, operation
 from orchestrate.training.operations.layers import LayerNames, layers
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
-from orchestrate.training.settings.values import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from orchestrate.training.settings.values import (
+    OPTIMIZER_NUMBERS,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+)
 
 
 @operation("set_lr")
@@ -105,7 +111,7 @@ class ResetLearningRateSchedule(Operation):
 
 @operation("set_weight_decay")
 class SetWeightDecay(Operation):
-    """Set AdamW's weight decay of the decayed group (tensors of two and more dimensions)."""
+    """Set the weight decay of the decayed group (tensors of two and more dimensions)."""
 
     touches: ClassVar = ("weight_decay",)
     ramps: ClassVar = True
@@ -136,7 +142,23 @@ class SetBetas(Operation):
     value: Annotated[tuple[Fraction, Fraction], Strict(False)]
 
     def plan(self, settings: Settings) -> Settings:
+        if "beta1" not in OPTIMIZER_NUMBERS[settings.optimizer]:
+            raise ScheduleError(f"set_betas: {settings.optimizer} has no betas")
         return replace(settings, beta1=self.value[0], beta2=self.value[1])
+
+
+@operation("set_momentum")
+class SetMomentum(Operation):
+    """Set the momentum of SGD; its buffers are kept."""
+
+    touches: ClassVar = ("momentum",)
+    ramps: ClassVar = True
+    value: Fraction
+
+    def plan(self, settings: Settings) -> Settings:
+        if "momentum" not in OPTIMIZER_NUMBERS[settings.optimizer]:
+            raise ScheduleError(f"set_momentum: {settings.optimizer} has no momentum of its own")
+        return replace(settings, momentum=self.value)
 
 
 @operation("set_grad_clip")
@@ -176,7 +198,7 @@ class RewarmLearningRate(Operation):
 
 @operation("reset_moments")
 class ResetMoments(Operation):
-    """Forget AdamW's moments of the named layers (a name, a glob, a list), or of all without a value."""
+    """Forget the optimizer's moments of the named layers (a name, a glob, a list), or of all without a value."""
 
     keeps: ClassVar = "the function; the moments of the layers that are not named"
     touches: ClassVar = ("reshapes_asked",)

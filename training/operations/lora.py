@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Strict
+from pydantic import BaseModel, ConfigDict, Strict, field_validator
 
 from orchestrate.model.config import LoraSpec, ModelConfig
 from orchestrate.model.gpt import GPT
@@ -63,6 +63,13 @@ class SetLayerLoraRank(LoraOperation):
     """Set the LoRA rank of the named layers: [names, rank], e.g. ["attn.2", 16] or [["attn.*", "mlp.0"], 8]."""
 
     value: Annotated[tuple[LayerNames, NonNegativeInt], Strict(False)]
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _names_first(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], int):
+            raise ValueError('must be [names, rank] in this order, e.g. ["attn.2", 16]')
+        return value
 
     def plan(self, settings: Settings) -> Settings:
         return with_rank(settings, layers(settings.model, self.value[0]), self.value[1])
@@ -116,7 +123,7 @@ class MergeLoraWeights(LoraOperation):
         if not names:
             raise ScheduleError(
                 f"merge_lora_weights: no adapter on {self.value or 'any layer'}; "
-                f"adapted: {', '.join(adapted) or 'none'}"
+                f"adapted: {', '.join(adapted) or 'none'} (merging removes adapters; relora merges and keeps them)"
             )
         return with_rank(settings, names, 0)
 

@@ -75,11 +75,12 @@ def peak_memory(run: Run, batch_size: int) -> float:
             with run.autocast():
                 _, loss = run.model(x, x)  # not the DDP wrapper: ranks try different sizes for different times
             run.scaler.scale(loss).backward()
-        # AdamW's moments, where the first step has not made them yet, and the gradients are there at the same time.
+        # The optimizer's state, where the first step has not made it yet, and the gradients are there at the same time.
+        optimizer = run.optimizer
         missing = sum(
-            local(p)[0].numel() * p.element_size() * 2
-            for p in run.optimizer.parameters
-            if p not in run.optimizer.inner.state
+            optimizer.state_bytes(name, local(p)[0].shape)
+            for name, p in zip(optimizer.names, optimizer.parameters, strict=True)
+            if p not in optimizer.inner.state
         )
         return meter.peak + missing
     except Exception as error:

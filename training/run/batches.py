@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from orchestrate.data.stream import Cursor, DataSet, Stream
+from orchestrate.training.settings.errors import Refused
 
 Batch = tuple[Tensor, Tensor]
 """Token ids and the token that follows each, both (sequences, length) int64."""
@@ -31,19 +32,22 @@ class Batches:
         """The same samples, every token of the files read as its new id; () reads them as they are."""
         return Batches(self.opened, self.seed, self.device, vocabulary_map)
 
-    def read(self, cursor: Cursor, count: int) -> Batch:
-        """The next `count` samples from a place on."""
+    def read(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> Batch:
+        """The next `count` samples from a place on, for a model of so many tokens. Raises Refused for other tokens."""
         if self._prefetched is not None and self._prefetched[0] == (cursor, count):
             batch, self._prefetched = self._prefetched[1], None
             return batch
-        return self.load(cursor, count)
+        return self.load(cursor, count, vocab_size)
 
-    def prefetch(self, cursor: Cursor, count: int) -> None:
+    def prefetch(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> None:
         """Copy a batch to the GPU while it computes; a change of settings simply makes it unused."""
-        self._prefetched = ((cursor, count), self.load(cursor, count))
+        self._prefetched = ((cursor, count), self.load(cursor, count, vocab_size))
 
-    def load(self, cursor: Cursor, count: int) -> Batch:
-        x, y = (torch.from_numpy(a) for a in self.stream.batch(cursor, count))
+    def load(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> Batch:
+        try:
+            x, y = (torch.from_numpy(a) for a in self.stream.batch(cursor, count, vocab_size))
+        except ValueError as error:
+            raise Refused(f"the data does not fit the model: {error}") from None
         if self.device.type == "cuda":
             return (
                 x.pin_memory().to(self.device, non_blocking=True),

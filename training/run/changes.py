@@ -5,7 +5,7 @@ Everything new is built beside the present run; all ranks are asked whether they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,10 +15,10 @@ from torch import nn
 
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, compile_blocks, set_dropout
-from orchestrate.model.lineage import Lineage, carry
+from orchestrate.model.lineage import Lineage, State, carry
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.run.batches import Batches
-from orchestrate.training.run.optimizers import NamedAdamW, State
+from orchestrate.training.run.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from orchestrate.training.run.sharding import is_sharded
 from orchestrate.training.settings.errors import OperationFailed
 from orchestrate.training.settings.records import Progress, Settings
@@ -37,7 +37,7 @@ class Change:
     settings: Settings
     batches: Batches
     model: GPT
-    optimizer: NamedAdamW
+    optimizer: Optimizer
     trainable: set[str]
     rewraps: bool
     """Whether parameters, or which of them train, differ: then all ranks must agree, and DDP is wrapped anew."""
@@ -77,7 +77,7 @@ def restore(
     """
 
     def prepared() -> Change:
-        placed_model, optimizer, trainable = placed(run, model, optimizer_state, settings.frozen)
+        placed_model, optimizer, trainable = placed(run, model, optimizer_state, settings)
         return Change(settings, _batches(run, settings), placed_model, optimizer, trainable, rewraps=True)
 
     change = _agreed(run, True, prepared)
@@ -91,7 +91,7 @@ def restore(
 
 def install(run: Run, model: GPT, optimizer_state: State) -> None:
     """The first model of a run that has none yet."""
-    change = Change(run.settings, run.batches, *placed(run, model, optimizer_state, run.settings.frozen), rewraps=True)
+    change = Change(run.settings, run.batches, *placed(run, model, optimizer_state, run.settings), rewraps=True)
     run.model, run.optimizer, run.wrapped = change.model, change.optimizer, _wrap(run, change)
 
 
@@ -121,7 +121,8 @@ def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
     model, state = run.model, run.optimizer.state_by_name()
     if not reshapes(run.settings, target):
         trainable = trainable_parameters(model, target.frozen)
-        return Change(target, batches, model, NamedAdamW(model, trainable, state), trainable, rewraps=True)
+        optimizer = make_optimizer(target, model, trainable, state)
+        return Change(target, batches, model, optimizer, trainable, rewraps=True)
     if reshape is None:
         raise ValueError("the target has another shape and nothing says how to get there")
     seed = np.random.SeedSequence([run.config.seed, run.progress.iter, 1]).generate_state(1, np.uint64)
@@ -131,8 +132,8 @@ def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
     assert shape_of(model.config) == shape_of(target.model), "the reshaped model is not the target's"
-    state = carry(state, lineage, shapes)
-    return Change(target, batches, *placed(run, model, state, target.frozen), rewraps=True)
+    state = carry(state, lineage, shapes, OPTIMIZERS[target.optimizer].slots)
+    return Change(target, batches, *placed(run, model, state, target), rewraps=True)
 
 
 def _batches(run: Run, target: Settings) -> Batches:
@@ -141,13 +142,13 @@ def _batches(run: Run, target: Settings) -> Batches:
     return run.batches.mapped(target.vocabulary_map)
 
 
-def placed(run: Run, model: GPT, state: State, frozen: Iterable[str]) -> tuple[GPT, NamedAdamW, set[str]]:
+def placed(run: Run, model: GPT, state: State, settings: Settings) -> tuple[GPT, Optimizer, set[str]]:
     """A model and its optimizer on this rank's device."""
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         model = run.ranks.place(model, run.device)
-    trainable = trainable_parameters(model, frozen)
+    trainable = trainable_parameters(model, settings.frozen)
     state = run.ranks.place_state(state, model, run.device)
-    return model, NamedAdamW(model, trainable, state), trainable
+    return model, make_optimizer(settings, model, trainable, state), trainable
 
 
 def _carry_out(run: Run, change: Change, together: bool) -> None:
@@ -171,7 +172,7 @@ def _wrap(run: Run, change: Change) -> nn.Module:
     if change.rewraps:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in change.trainable)
-            # A stale gradient would still be applied by AdamW after a freeze.
+            # A stale gradient would still be applied by the optimizer after a freeze.
             parameter.grad = None
         model.train()
         if run.config.compile:

@@ -19,12 +19,40 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrate.model.gpt import GPT
+from orchestrate.model.lineage import State
 from orchestrate.training.run import sharding
-from orchestrate.training.run.optimizers import State
 
 # Long enough for a slow evaluation or a big save on rank 0, short enough to end a job that is stuck.
 TIMEOUT = datetime.timedelta(minutes=30)
 T = TypeVar("T")
+
+
+class Meeting:
+    """Where the processes of a start meet before they are a group: torchrun's store, or nothing for one alone."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.store: dist.Store | None = None
+        if "RANK" in os.environ and self.world_size > 1:
+            store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            # torchrun keeps its store over a restart, with the addresses of the processes that died in it.
+            self.store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def from_first(self, question: str, answer: Callable[[], str]) -> str:
+        """Rank 0's answer on every rank. Rank 0 returns when all have it: they may end now, and the store with it."""
+        if self.store is None:
+            return answer()
+        if self.rank == 0:
+            self.store.set(question, answer())
+        text = self.store.get(question).decode()
+        heard = [f"{question}_heard_{rank}" for rank in range(self.world_size)]
+        self.store.set(heard[self.rank], "")
+        if self.rank == 0:
+            self.store.wait(heard)
+            for key in (question, *heard):
+                self.store.delete_key(key)
+        return text
 
 
 class SaveGroup:
@@ -54,26 +82,31 @@ class Ranks:
     Args:
         parallel: "ddp", a copy of the model on every rank, or "fsdp", one copy sharded over them.
         dtype: of the computation; see `sharding.shard`.
+        meeting: where the processes have met already.
 
     Attributes: rank, local_rank, world_size, backend; sharded, whether parameters are spread over the ranks.
     """
 
     def __init__(
-        self, device_type: str, backend: str = "auto", parallel: str = "ddp", dtype: torch.dtype = torch.float32
+        self,
+        device_type: str,
+        backend: str = "auto",
+        parallel: str = "ddp",
+        dtype: torch.dtype = torch.float32,
+        meeting: Meeting | None = None,
     ) -> None:
+        meeting = meeting or Meeting()
+        self.rank, self.world_size = meeting.rank, meeting.world_size
         self.dtype = dtype
-        self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.backend = backend if backend != "auto" else ("nccl" if device_type == "cuda" else "gloo")
         self._control: dist.ProcessGroup | None = None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         if self.distributed:
             # Ranks on one device type only; a wrong pair (nccl on a CPU) fails here, at second 0.
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            # torchrun keeps its store over a restart, with the addresses of the processes that died in it.
-            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(self.backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)
+            dist.init_process_group(
+                self.backend, timeout=TIMEOUT, store=meeting.store, rank=self.rank, world_size=self.world_size
+            )
             self._control = dist.group.WORLD
             if self.backend != "gloo":
                 self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -167,10 +200,6 @@ class Ranks:
         self._pending = None
         work.wait()
         return int(tensor.item())
-
-    def barrier(self) -> None:
-        if self.distributed:
-            dist.barrier(group=self._control)
 
     def close(self) -> None:
         """Leave the group. Not called after an exception: the other ranks may be waiting for this one."""

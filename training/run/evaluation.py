@@ -16,6 +16,7 @@ from orchestrate.data.stream import TokenFile, eval_windows, gather
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.sharding import reshard
+from orchestrate.training.settings.errors import Refused
 
 
 @torch.no_grad()
@@ -49,7 +50,11 @@ def validation_loss(
             # With sharded weights no rank can compute alone: one without a batch repeats the last.
             if mine < len(chunks) or ranks.sharded:
                 chunk = chunks[min(mine, len(chunks) - 1)]
-                x, y = (torch.from_numpy(a).to(device) for a in gather(tokens, chunk, block_size))
+                try:
+                    pair = gather(tokens, chunk, block_size, model.config.vocab_size)
+                except ValueError as error:
+                    raise Refused(f"the data does not fit the model: {error}") from None
+                x, y = (torch.from_numpy(a).to(device) for a in pair)
                 with autocast():
                     _, loss = model(x, y)
             if mine < len(chunks):

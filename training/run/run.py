@@ -16,6 +16,7 @@ from torch import nn
 
 from orchestrate.data.stream import DataSet, Stream
 from orchestrate.model.gpt import GPT
+from orchestrate.model.lineage import State
 from orchestrate.training.run import changes, step
 from orchestrate.training.run.batches import Batches
 from orchestrate.training.run.changes import Reshape
@@ -25,7 +26,7 @@ from orchestrate.training.run.evaluation import validation_loss
 from orchestrate.training.run.fingerprint import fingerprint
 from orchestrate.training.run.injection import Injector
 from orchestrate.training.run.learning_rate import learning_rate
-from orchestrate.training.run.optimizers import NamedAdamW, State
+from orchestrate.training.run.optimizers import Optimizer
 from orchestrate.training.run.sickness import Diagnosis
 from orchestrate.training.run.step import StepResult
 from orchestrate.training.run.stopwatch import Stopwatch
@@ -48,7 +49,7 @@ class Run:
     """
 
     model: GPT
-    optimizer: NamedAdamW
+    optimizer: Optimizer
     wrapped: nn.Module | None
 
     def __init__(

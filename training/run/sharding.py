@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, from_weights
-from orchestrate.training.run.optimizers import State
+from orchestrate.model.lineage import State
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,14 +46,17 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> G
 
 
 def shard_state(state: State, model: GPT) -> State:
-    """Moments sharded as the parameters of a sharded model are; `step` stays as it is. No rank sends anything."""
+    """Moments sharded as the parameters of a sharded model are; single numbers stay as they are.
+
+    No rank sends anything.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     parameters = dict(model.named_parameters())
 
     def placed(name: str, value: Tensor) -> Tensor:
         like = parameters[name]
-        if isinstance(value, DTensor) or value.shape != like.shape:
+        if isinstance(value, DTensor) or not value.dim():
             return value.to(like.device)
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
@@ -61,7 +64,7 @@ def shard_state(state: State, model: GPT) -> State:
 
 
 def unshard(model: GPT, state: State) -> tuple[GPT, State]:
-    """The whole model and its moments in host memory, on every rank: 12 bytes a trained parameter. Collective."""
+    """The whole model and its moments in host memory, on every rank. Collective."""
     weights = {name: whole(p.detach()).cpu() for name, p in model.named_parameters()}
     moments = {name: {k: whole(v).cpu() for k, v in parts.items()} for name, parts in state.items()}
     return from_weights(model.config, weights), moments
@@ -74,6 +77,15 @@ def empty(config: ModelConfig, mesh: DeviceMesh, device: torch.device, dtype: to
     shard(model, mesh, dtype).to_empty(device=device)
     model.reset_buffers(device)
     return model
+
+
+def empty_state(shape: torch.Size, like: Tensor) -> Tensor:
+    """Zeros of this shape, sharded as the parameter is; a single number is whole, on the CPU."""
+    from torch.distributed.tensor import zeros
+
+    if not shape:
+        return torch.zeros(())
+    return zeros(shape, dtype=like.dtype, device_mesh=like.device_mesh, placements=like.placements)
 
 
 def reshard(model: GPT) -> None:

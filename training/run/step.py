@@ -48,13 +48,9 @@ def step(run: Run) -> StepResult:
         grad_norm = gradient_norm(run.optimizer.parameters, s.grad_clip)
         spike = bool(run.config.spike_sigma) and is_spike(_loss_of_all(run, total, fits), run.config.spike_sigma, p)
         healthy = torch.isfinite(grad_norm) & (not spike)
-        run.optimizer.set(lr, s.beta1, s.beta2, s.weight_decay)
+        run.optimizer.set(lr, s)
         run.consistent = False
-        if not run.scaler.is_enabled():
-            # The fused kernels look at this on the device: no weight is touched, and no host waits to know.
-            run.optimizer.inner.found_inf = (~healthy).to(torch.float32)
-        if not (spike and run.scaler.is_enabled()):  # a GradScaler has a veto of its own for what is not finite
-            run.scaler.step(run.optimizer.inner)
+        run.optimizer.step(veto=(~healthy).to(torch.float32))
         run.scaler.update()
         run.optimizer.zero_grad()
         p.iter += 1
@@ -75,7 +71,7 @@ def _backward(run: Run, total: Tensor) -> bool:
         for micro in micro_steps:
             last = micro + ranks.world_size >= s.grad_accum
             with run.stopwatch.part("data"):
-                x, y = run.batches.read(p.cursor.skip(micro * s.batch_size), s.batch_size)
+                x, y = run.batches.read(p.cursor.skip(micro * s.batch_size), s.batch_size, s.model.vocab_size)
             with run.stopwatch.part("forward_backward"):
                 if ranks.distributed and not ranks.sharded:
                     # Only the last backward exchanges gradients; the earlier ones add up locally. Sharded ones
@@ -94,7 +90,7 @@ def _backward(run: Run, total: Tensor) -> bool:
             if run.device.type == "cuda":
                 with run.stopwatch.part("data"):
                     following = s.grad_accum + ranks.rank if last else micro + ranks.world_size
-                    run.batches.prefetch(p.cursor.skip(following * s.batch_size), s.batch_size)
+                    run.batches.prefetch(p.cursor.skip(following * s.batch_size), s.batch_size, s.model.vocab_size)
     except Exception as error:
         # Once gradients (or, sharded, weights) are being exchanged the other ranks cannot be joined any more.
         if exchanging or ranks.sharded or not is_out_of_memory(error):

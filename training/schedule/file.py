@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,12 @@ from orchestrate.training.schedule.triggers import TRIGGERS, Trigger
 from orchestrate.training.settings.errors import Refused, ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import (
+    MOST_PROBLEMS,
     NonNegativeFloat,
     PositiveInt,
     nearest,
     problems_of,
+    read_at_most,
     shown,
 )
 
@@ -53,9 +56,13 @@ class _EntryFields(BaseModel):
     guard: Guard | None = None
 
 
-ENTRY_FIELDS = ("name", "value", *TRIGGERS, *[f for f in _EntryFields.model_fields if f != "name"])
-# What stands for "not given" in a file: a person writes `trigger_loss: null` for no trigger.
-_MAY_BE_NULL = {*TRIGGERS, "desc", "over", "style", "on_error", "reevaluate", "guard"}
+# Fields of an entry that no trigger may be called by.
+RESERVED = ("name", "value", *[field for field in _EntryFields.model_fields if field != "name"])
+
+
+def entry_fields() -> tuple[str, ...]:
+    """Every field that an entry may have; the triggers among them are those registered now."""
+    return (*RESERVED, *TRIGGERS)
 
 
 @dataclass(frozen=True)
@@ -110,83 +117,185 @@ class Schedule:
 # ---------------------------------------------------------------------------------------------- reading the file
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        self.flatten_mapping(node)
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+# No schedule that people or programs write is near these. They are counted with every alias written out, and before
+# anything is built, so that a short file cannot become a long one. A vocabulary map is the longest thing in a schedule.
+LONGEST_FILE = 8 * 2**20
+"""Bytes."""
+MOST_VALUES = 300_000
+MOST_ENTRIES = 10_000
+DEEPEST = 40
+_LONGEST_NUMBER = 256
+"""Characters. The time to read a number grows with the square of its digits."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-# Plain integers must still be integers: the resolver that was added last is asked last, and int comes first.
+class _Composer(yaml.composer.Composer):
+    """Composes YAML nodes and counts them; an alias counts as much as what it stands for."""
+
+    def __init__(self) -> None:
+        yaml.composer.Composer.__init__(self)
+        self._values = self._depth = 0
+        self._sizes: dict[str, int] = {}  # of anchors whose node is complete
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        mark, before = event.start_mark, self._values
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.anchors and event.anchor not in self._sizes:
+                raise yaml.composer.ComposerError(None, None, f"*{event.anchor} stands inside &{event.anchor}", mark)
+            self._values += self._sizes.get(event.anchor, 0)
+        else:
+            self._values += 1
+            self._depth += 1
+        if self._values > MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_VALUES:,} values, aliases included", mark)
+        if self._depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {DEEPEST} deep", mark)
+        node = super().compose_node(parent, index)
+        if not isinstance(event, yaml.AliasEvent):
+            self._depth -= 1
+            if event.anchor is not None:
+                self._sizes[event.anchor] = self._values - before
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _LONGEST_NUMBER:
+            raise yaml.composer.ComposerError(None, None, f"a number of {len(node.value)} characters", mark)
+        return node
+
+    def resolve(self, kind: type, value: str, implicit: Any) -> str:
+        """The tag of a node. A long plain scalar is text: the patterns of numbers are never tried on it."""
+        if kind is yaml.ScalarNode and implicit[0] and len(value) > _LONGEST_NUMBER:
+            implicit = (False, True)
+        return super().resolve(kind, value, implicit)
 
 
-def _parse(text: str, is_json: bool) -> tuple[Any, list[int]]:
+def _loader(base: type) -> type:
+    """Safe YAML of bounded size in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key given twice is an error.
+
+    Args:
+        base: one of PyYAML's safe loaders; the one in C reads four times as fast and need not be there.
+    """
+
+    class Loader(_Composer, base):
+        def __init__(self, text: str) -> None:
+            base.__init__(self, text)
+            _Composer.__init__(self)
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            self.flatten_mapping(node)
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if isinstance(key, str) and key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+                if isinstance(key, str):
+                    seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$"
+            r"|^\.(?:nan|NaN|NAN)$"
+        ),
+        list("-+0123456789."),
+    )
+    # Plain integers must still be integers: the resolver that was added last is asked last, and int comes first.
+    return Loader
+
+
+_Loader = _loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
+
+
+def _parse_yaml(text: str) -> tuple[Any, list[int]]:
     """The document and the line of each entry. Raises ValueError with "line N: ..." in the message."""
-    document: Any = None
-    if is_json:
-        try:
-            document = json.loads(text, object_pairs_hook=_no_doubles)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {error.lineno}: not JSON ({error.msg})") from None
-        text = text.replace("\t", " ")  # inside JSON only white space can be a tab, and YAML takes none
+    loader = _Loader(text)
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        if not is_json:
-            loader = _Loader(text)
-            try:
-                document = loader.get_single_data()
-            finally:
-                loader.dispose()
+        node = loader.get_single_node()
+        document = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
-        if is_json:
-            return document, []
         mark = error.problem_mark or error.context_mark
         raise ValueError(f"line {mark.line + 1 if mark else '?'}: not YAML ({error.problem})") from None
     except yaml.YAMLError as error:
-        if is_json:
-            return document, []
         raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
+    finally:
+        loader.dispose()
     if isinstance(node, yaml.MappingNode):
         node = next((value for key, value in node.value if key.value == "operations"), None)
-    lines = []
-    if isinstance(node, yaml.SequenceNode):
-        lines = [item.start_mark.line + 1 for item in node.value]
+    return document, [item.start_mark.line + 1 for item in node.value] if isinstance(node, yaml.SequenceNode) else []
+
+
+def _parse_json(text: str) -> tuple[Any, list[int]]:
+    """The document and the line of each entry. Raises ValueError with "line N: ..." in the message."""
+    try:
+        document = json.loads(text, object_pairs_hook=_no_doubles, parse_int=_whole_number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}: not JSON ({error.msg})") from None
+    _check_size(document)
+    entries = document.get("operations") if isinstance(document, dict) else document
+    lines: list[int] = []
+    if not isinstance(entries, list):
+        return document, lines
+    at = _SKIPPED.match(text).end() + 1  # behind the first bracket
+    decode = json.JSONDecoder().raw_decode
+    if isinstance(document, dict):
+        key = ""
+        while key != "operations":
+            key, at = decode(text, _SKIPPED.match(text, at).end())
+            at = _SKIPPED.match(text, at).end()
+            at = decode(text, at)[1] if key != "operations" else at + 1
+    line, seen = 1, 0
+    for _ in entries:
+        at = _SKIPPED.match(text, at).end()
+        line, seen = line + text.count("\n", seen, at), at
+        lines.append(line)
+        at = decode(text, at)[1]
     return document, lines
 
 
+_SKIPPED = re.compile(r"[\s,:]*")
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} characters")
+    return int(text)
+
+
+def _check_size(document: Any) -> None:
+    """Raises ValueError for a JSON document that is longer or deeper than any schedule."""
+    level, values = [document], 0
+    for _ in range(DEEPEST):
+        values += len(level)
+        if values > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values")
+        level = [inner for value in level if isinstance(value, list | dict) for inner in _inner(value)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def _inner(value: list | dict) -> list[Any]:
+    return [*value, *value.values()] if isinstance(value, dict) else value
+
+
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"{key} is given twice")
-    return dict(pairs)
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"{shown(counts.most_common(1)[0][0])} is given twice")
+    return made
 
 
 def read_schedule(path: str | Path) -> Schedule:
     """Read and validate a schedule file. Raises Refused with every problem that can be seen without settings."""
     try:
-        raw = Path(path).read_bytes()
+        raw = read_at_most(path, LONGEST_FILE)
     except OSError as error:
         raise Refused(f"schedule {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise Refused(f"schedule {path}: {error}") from None
     try:
         return parse_schedule(raw.decode("utf-8"), str(path))
     except UnicodeDecodeError as error:
@@ -196,16 +305,15 @@ def read_schedule(path: str | Path) -> Schedule:
 def parse_schedule(text: str, source: str) -> Schedule:
     """A schedule from its text; `source` is the name for messages and tells JSON by its ending. Raises Refused."""
     try:
-        document, lines = _parse(text, source.endswith(".json"))
+        document, lines = (_parse_json if source.endswith(".json") else _parse_yaml)(text)
     except RecursionError:
         raise Refused(f"{source}: nested too deeply to be a schedule") from None
     except ValueError as error:
         raise Refused(f"{source}: {error}") from None
     problems: list[str] = []
     if isinstance(document, dict):
-        for key in document:
-            if key != "operations":
-                problems.append(f"{source}: unknown key {shown(key)} beside `operations`")
+        for key in [key for key in document if key != "operations"][:MOST_PROBLEMS]:
+            problems.append(f"{source}: unknown key {shown(key)} beside `operations`")
         if "operations" not in document:
             raise Refused([*problems, f"{source}: a mapping needs the key `operations` with a list of entries"])
         document = document["operations"]
@@ -214,10 +322,22 @@ def parse_schedule(text: str, source: str) -> Schedule:
     if not isinstance(document, list):
         raise Refused(f"{source}: a schedule is a list of entries (or {{operations: [...]}}), got {shown(document)}")
 
+    if len(document) > MOST_ENTRIES:
+        raise Refused(f"{source}: a schedule has at most {MOST_ENTRIES:,} entries, got {len(document):,}")
+
     entries = []
+    completed = [i for i, given in enumerate(document, 1) if isinstance(given, dict) and "completed" in given]
+    if completed:
+        numbers = ", ".join(map(str, completed[:10])) + (", ..." if len(completed) > 10 else "")
+        problems.append(
+            f"{source}: entries {numbers}: remove the field `completed`: what has fired is kept in the run folder, "
+            "and a resume goes on from there"
+        )
     for i, given in enumerate(document):
         line = lines[i] if i < len(lines) else 0
         place = f"{source}:{line}: entry {i + 1}" if line else f"{source}: entry {i + 1}"
+        if len(problems) > MOST_PROBLEMS:
+            raise Refused([*problems, f"{place} and those after it were not looked at"])
         try:
             entries.append(_entry(i + 1, line, given))
         except ScheduleError as error:
@@ -232,14 +352,17 @@ def _entry(number: int, line: int, given: Any) -> Entry:
     if not isinstance(given, dict):
         raise ScheduleError(f"an entry is a mapping with `name`, got {shown(given)}")
     if "name" not in given:
-        raise ScheduleError(f"has no `name`; got the fields {', '.join(map(str, given)) or 'none'}")
-    problems = [f"unknown field {shown(key)}{nearest(key, ENTRY_FIELDS)}" for key in given if key not in ENTRY_FIELDS]
+        raise ScheduleError(f"has no `name`; got the fields {', '.join(map(shown, list(given)[:10])) or 'none'}")
+    known = entry_fields()
+    unknown = [key for key in given if key not in known and key != "completed"][:MOST_PROBLEMS]
+    problems = [f"unknown field {shown(key)}{nearest(key, known)}" for key in unknown]
     fields = {
         key: value
         for key, value in given.items()
-        if key in ENTRY_FIELDS and not (value is None and key in _MAY_BE_NULL)
+        # A person writes `trigger_loss: null` for no trigger.
+        if key in known and not (value is None and key not in ("name", "value"))
     }
-    title = f"{given['name']}: " if isinstance(given["name"], str) else ""
+    title = f"{given['name'][:60]}: " if isinstance(given["name"], str) else ""
 
     operation = common = None
     try:
@@ -250,7 +373,9 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         common = _EntryFields(**{key: fields[key] for key in _EntryFields.model_fields if key in fields})
     except ValidationError as error:
         problems += [
-            f"{title}{'.'.join(map(str, loc))} {message}" for loc, message in problems_of(error) if loc[0] != "name"
+            f"{title}{'.'.join(map(str, loc))} {message}"
+            for loc, message in problems_of(error, _EntryFields)
+            if loc[0] != "name"
         ]
     triggers = []
     for name, trigger in TRIGGERS.items():
@@ -260,7 +385,8 @@ def _entry(number: int, line: int, given: Any) -> Entry:
             triggers.append(trigger(value=fields[name]))
         except ValidationError as error:
             problems += [
-                f"{title}{'.'.join([name, *map(str, loc[1:])])} {message}" for loc, message in problems_of(error)
+                f"{title}{'.'.join([name, *map(str, loc[1:])])} {message}"
+                for loc, message in problems_of(error, trigger)
             ]
     if operation and common and common.over and not (operation.ramps or operation.fades):
         problems.append(f"{title}`over` moves a number or fades new weights in; {operation.name} does neither")

@@ -88,12 +88,15 @@ class Position:
 
 
 class Orchestrator:
-    """Fires the entries of a schedule on a run."""
+    """Fires the entries of a schedule on a run. The host may be set later: before the first `consult`."""
 
-    def __init__(self, schedule: Schedule, run: Run, host: Host) -> None:
+    host: Host
+
+    def __init__(self, schedule: Schedule, run: Run, host: Host | None = None) -> None:
         self.schedule = schedule
         self.run = run
-        self.host = host
+        if host is not None:
+            self.host = host
         self.position = Position()
         self.ramps: list[Ramp] = []
 

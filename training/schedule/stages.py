@@ -14,6 +14,7 @@ from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.schedule.file import Entry, Schedule
 from orchestrate.training.settings.errors import Refused, ScheduleError
 from orchestrate.training.settings.records import Settings
+from orchestrate.training.settings.values import MOST_PROBLEMS
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ def plan_stages(schedule: Schedule, settings: Settings, world_size: int) -> list
     except ScheduleError as error:
         problems += error.problems
     for entry in schedule.entries:
+        if len(problems) > MOST_PROBLEMS:
+            problems.append(f"{schedule.source}: entry {entry.number} and those after it were not looked at")
+            break
         try:
             after = entry.plan(stages[-1].settings)
             check_settings(after, world_size)
@@ -68,10 +72,15 @@ def _shape_key(config: ModelConfig) -> str:
     return json.dumps(replace(config, dropout=0.0, fading={}).to_json(), sort_keys=True)
 
 
-@functools.lru_cache(maxsize=64)
-def _parameters(shape: str, frozen: tuple[str, ...]) -> tuple[int, int, frozenset[str]]:
+@functools.lru_cache(maxsize=4)  # a model of thousands of blocks is large even without its numbers
+def _model(shape: str) -> GPT:
     with torch.device("meta"):
-        model = GPT(ModelConfig.from_json(json.loads(shape)))
+        return GPT(ModelConfig.from_json(json.loads(shape)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameters(shape: str, frozen: tuple[str, ...]) -> tuple[int, int, frozenset[str]]:
+    model = _model(shape)
     trainable = trainable_parameters(model, frozen)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return sum(sizes.values()), sum(sizes[name] for name in trainable), frozenset(trainable)

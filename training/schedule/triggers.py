@@ -1,12 +1,13 @@
 """When an entry fires: each trigger is one small pure class, `fires(waited, measured) -> reason | None`.
 
 A trigger sees only numbers that are the same on every rank, but for the clock, which rank 0 reads; so what rank 0
-decides every other rank could have decided too. To add a trigger, add a class here: the schedule's field, its
+decides every other rank could have decided too. A trigger is one class under `@trigger`: the schedule's field, its
 validation and the documentation follow from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -27,10 +28,26 @@ class Trigger(BaseModel):
         raise NotImplementedError
 
 
+TRIGGERS: dict[str, type[Trigger]] = {}
+
+
+def trigger(field: str) -> Callable[[type[Trigger]], type[Trigger]]:
+    """Class decorator: make the trigger a field of a schedule's entries. Raises ValueError for a name that is taken."""
+
+    def register(cls: type[Trigger]) -> type[Trigger]:
+        if field in TRIGGERS:
+            raise ValueError(f"there is a trigger {field} already")
+        cls.field = field
+        TRIGGERS[field] = cls
+        return cls
+
+    return register
+
+
+@trigger("trigger_loss")
 class TriggerLoss(Trigger):
     """The validation loss is at or below this."""
 
-    field: ClassVar[str] = "trigger_loss"
     value: Finite
 
     def fires(self, waited: Waited, measured: Measured) -> str | None:
@@ -39,10 +56,10 @@ class TriggerLoss(Trigger):
         return None
 
 
+@trigger("max_wait_iters")
 class MaxWaitIters(Trigger):
     """So many iterations have passed since the previous entry fired, or since the start."""
 
-    field: ClassVar[str] = "max_wait_iters"
     value: NonNegativeInt
 
     def fires(self, waited: Waited, measured: Measured) -> str | None:
@@ -51,10 +68,10 @@ class MaxWaitIters(Trigger):
         return None
 
 
+@trigger("max_wait_tokens")
 class MaxWaitTokens(Trigger):
     """So many training tokens have passed since the previous entry fired, or since the start."""
 
-    field: ClassVar[str] = "max_wait_tokens"
     value: NonNegativeInt
 
     def fires(self, waited: Waited, measured: Measured) -> str | None:
@@ -63,10 +80,10 @@ class MaxWaitTokens(Trigger):
         return None
 
 
+@trigger("max_wait_seconds")
 class MaxWaitSeconds(Trigger):
     """So many seconds of running have passed since the previous entry fired; looked at every log_interval."""
 
-    field: ClassVar[str] = "max_wait_seconds"
     reads_clock: ClassVar[bool] = True
     value: NonNegativeFloat
 
@@ -76,20 +93,20 @@ class MaxWaitSeconds(Trigger):
         return None
 
 
+@trigger("at_iter")
 class AtIter(Trigger):
     """The run has done this many iterations."""
 
-    field: ClassVar[str] = "at_iter"
     value: NonNegativeInt
 
     def fires(self, waited: Waited, measured: Measured) -> str | None:
         return f"iteration {waited.iter} (at_iter {self.value})" if waited.iter >= self.value else None
 
 
+@trigger("at_tokens")
 class AtTokens(Trigger):
     """The run has seen this many training tokens."""
 
-    field: ClassVar[str] = "at_tokens"
     value: NonNegativeInt
 
     def fires(self, waited: Waited, measured: Measured) -> str | None:
@@ -104,10 +121,10 @@ class Plateau(BaseModel):
     min_delta: NonNegativeFloat = 0.01
 
 
+@trigger("trigger_plateau")
 class TriggerPlateau(Trigger):
     """The validation loss has stopped falling: {evals: 5, min_delta: 0.01}. Counted since the previous entry fired."""
 
-    field: ClassVar[str] = "trigger_plateau"
     value: Plateau
 
     def fires(self, waited: Waited, measured: Measured) -> str | None:
@@ -119,17 +136,3 @@ class TriggerPlateau(Trigger):
             margin = f"min_delta {self.value.min_delta:g}"
             return f"plateau: {recent:.4f} in {evals} evaluations, {before:.4f} before ({margin})"
         return None
-
-
-TRIGGERS: dict[str, type[Trigger]] = {
-    trigger.field: trigger
-    for trigger in (
-        TriggerLoss,
-        MaxWaitIters,
-        MaxWaitTokens,
-        MaxWaitSeconds,
-        AtIter,
-        AtTokens,
-        TriggerPlateau,
-    )
-}

@@ -5,28 +5,31 @@ What is wrong with the folder or with the overrides is found here, as `Refused`,
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from orchestrate.model.config import ModelConfig
+from orchestrate.data.stream import DataSet
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
+from orchestrate.model.lineage import State as Moments
 from orchestrate.training.run import out_of_memory, sharding
 from orchestrate.training.run.distributed import Ranks
-from orchestrate.training.run.optimizers import State
+from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
+from orchestrate.training.schedule.own import OwnFile, compare
 from orchestrate.training.session.start import IN_SETTINGS
-from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.config import TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings, get_field, with_field
 from orchestrate.training.settings.values import shown
 from orchestrate.training.store import checkpoint
-from orchestrate.training.store.manifest import Damaged, held, survey
+from orchestrate.training.store.manifest import Damaged, survey
+from orchestrate.training.store.state import State
 
 _SHAPE = "the checkpoint's weights have this shape; an operation of a schedule can change it"
 # Keys that a resume must not change, and why.
@@ -41,7 +44,7 @@ FIXED = {
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
     "seed": "the order of the data follows from it, and samples would repeat or be left out",
-    "dataset": "the stream of samples would not go on where it stopped",
+    "optimizer": "what one optimizer has gathered means nothing to another",
 }
 
 
@@ -90,49 +93,67 @@ def newest_whole(out_dir: str, from_first: FromFirst = _alone) -> Newest:
     return Newest(root / found["name"], found["problems"], [root / name for name in found["damaged"]])
 
 
-def latest_good(out_dir: str, from_first: FromFirst = _alone) -> tuple[checkpoint.Checkpoint, list[str], list[Path]]:
-    """The newest checkpoint that is whole, what is wrong with others, and their folders. Raises Refused."""
-    newest = newest_whole(out_dir, from_first)
-    return checkpoint.load(newest.path, whole=False), newest.problems, newest.damaged
-
-
 def _newest_whole(out_dir: str) -> dict[str, Any]:
     """name; problems and names of the damaged; or, in `refused`, why there is nothing to go on from."""
     name, problems, damaged = "", [], []
-    for path, result in survey(out_dir):
-        try:
-            if isinstance(result, Refused):
-                raise result
-            if not name:
-                checkpoint.load(path)
-                name = path.name
-        except Damaged as error:
-            problems += error.problems
-            damaged.append(path.name)
-        except Refused as error:
-            return {"refused": [*problems, *error.problems]}
+    try:
+        for path, result in survey(out_dir):
+            try:
+                if isinstance(result, Refused):
+                    raise result
+                if not name:
+                    with reading(path):
+                        checkpoint.load(path)
+                    name = path.name
+            except Damaged as error:
+                problems += error.problems
+                damaged += [path.name] if path.exists() else []
+    except Refused as error:
+        return {"refused": [*problems, *error.problems]}
+    except OSError as error:
+        return {"refused": [f"out_dir {out_dir}: cannot be read ({error})"]}
     none = [] if name else [*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"]
     return {"name": name, "problems": problems, "damaged": damaged, "refused": none}
 
 
-def resume_after_restart(config: TrainConfig, given: dict[str, str]) -> tuple[TrainConfig, dict[str, str]]:
-    """When torchrun or Slurm starts the same command again, it means to go on from the latest checkpoint."""
-    counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    restarted = any(count.isdigit() and int(count) > 0 for count in counts)
-    # Checkpoints that cannot be read are a reason to go on too: that is refused, where a new run would hide the loss.
-    if restarted and config.init_from != "resume" and held(config.out_dir):
-        # Keys of the command are those that the run was started with; the schedule may have moved them since.
-        kept = {key: place for key, place in given.items() if key != "init_from"}
-        return config.model_copy(update={"init_from": "resume"}), kept
-    return config, given
+def latest_good(out_dir: str, from_first: FromFirst = _alone) -> tuple[checkpoint.Checkpoint, list[str], list[Path]]:
+    """The newest checkpoint that is whole, what is wrong with others, and their folders. Raises Refused."""
+    newest = newest_whole(out_dir, from_first)
+    with reading(newest.path):
+        return checkpoint.load(newest.path, whole=False), newest.problems, newest.damaged
 
 
-def resume(config: TrainConfig, given: dict[str, str], from_first: FromFirst = _alone) -> Resumed:
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What comes of a checkpoint that is removed while it is read, in one line. That can be only without the lock."""
+    try:
+        yield
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if path.exists():  # a removal begins with another name
+            raise
+        raise Damaged(f"checkpoint {path}: removed while it was read: another job is running, try again") from error
+
+
+def named(out_dir: str, name: str) -> checkpoint.Checkpoint:
+    """The checkpoint of a name, or `best`. Raises Refused."""
+    path = checkpoint.folder(out_dir) / name
+    if not path.exists():
+        there = [found.name for found in checkpoint.find(out_dir)]
+        raise Refused(f"out_dir {out_dir}: there is no checkpoint {name}; there are {', '.join(there) or 'none'}")
+    return checkpoint.load(path)
+
+
+def resume(
+    config: TrainConfig,
+    given: dict[str, str],
+    operations: Sequence[OwnFile] = (),
+    from_first: FromFirst = _alone,
+) -> Resumed:
     """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
     loaded, passed_over, damaged = latest_good(config.out_dir, from_first)
     state, recorded, settings = loaded.state, loaded.state.config, loaded.state.settings
-    overrides: list[dict[str, Any]] = []
-    problems: list[str] = []
+    overrides = compare(state.operations, operations)
+    problems = unread(settings.optimizer, given)
     for key in given:
         before, after = getattr(recorded, key), getattr(config, key)
         in_force = get_field(settings, IN_SETTINGS[key]) if key in IN_SETTINGS else before
@@ -147,15 +168,15 @@ def resume(config: TrainConfig, given: dict[str, str], from_first: FromFirst = _
             problems.append(
                 f"{given[key]}: {key} cannot change on resume from {shown(before)} to {shown(after)}: {FIXED[key]}"
             )
-        elif key not in ("init_from", "out_dir"):
+        elif key not in ("init_from", "out_dir", "schedule"):
             if key in IN_SETTINGS:
                 settings = with_field(settings, IN_SETTINGS[key], after)
             overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
 
-    schedule = parse_schedule(state.schedule.text, state.schedule.source or "schedule")
-    if "schedule" in given and config.schedule:
-        new = read_schedule(config.schedule)
-        for i, done in enumerate(schedule.as_given[: state.fired]):
+    schedule, fired = parse_schedule(state.schedule.text, state.schedule.source or "schedule"), state.fired
+    if "schedule" in given:
+        new = read_schedule(config.schedule) if config.schedule else _only(schedule, fired)
+        for i, done in enumerate(schedule.as_given[:fired]):
             if i >= len(new.entries) or new.as_given[i] != done:
                 problems.append(
                     f"{config.schedule}: entry {i + 1} has fired already and must stay as it was: {json.dumps(done)}"
@@ -164,8 +185,8 @@ def resume(config: TrainConfig, given: dict[str, str], from_first: FromFirst = _
             overrides.append(
                 {
                     "key": "schedule",
-                    "before": schedule.as_given[state.fired :],
-                    "after": new.as_given[state.fired :],
+                    "before": schedule.as_given[fired:],
+                    "after": new.as_given[fired:],
                     "applied": True,
                     "reason": given["schedule"],
                 }
@@ -188,31 +209,50 @@ def resume(config: TrainConfig, given: dict[str, str], from_first: FromFirst = _
 
 
 def open_model(
-    loaded: checkpoint.Checkpoint, config: ModelConfig, ranks: Ranks, device: torch.device
-) -> tuple[GPT, State]:
+    loaded: checkpoint.Checkpoint, settings: Settings, ranks: Ranks, device: torch.device
+) -> tuple[GPT, Moments]:
     """A checkpoint's model and moments; where the ranks are sharded each reads its own parts. Raises Refused."""
+    config, optimizer = settings.model, OPTIMIZERS[settings.optimizer]
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
     wanted = dict(shapes)
     for name in {key.rpartition("|")[0] for key in loaded.shapes if "|" in key}:
         if name not in shapes:
             raise Refused(f"checkpoint {loaded.path}: there are moments of {name}, which is not in the model")
-        wanted |= {f"{name}|exp_avg": shapes[name], f"{name}|exp_avg_sq": shapes[name], f"{name}|step": torch.Size([])}
+        wanted |= {f"{name}|{slot}": shape for slot, shape in optimizer.state_shapes(name, shapes[name]).items()}
     try:
         check_shapes(wanted, loaded.shapes)
     except ValueError as error:
         raise Refused(f"checkpoint {loaded.path}: {error}") from None
     if not ranks.sharded:
-        return from_weights(config, loaded.model), loaded.optimizer
+        with reading(loaded.path):
+            return from_weights(config, loaded.model), loaded.optimizer
     model = sharding.empty(config, ranks.mesh, device, ranks.dtype)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = {
-        key: torch.zeros(()) if key.endswith("|step") else torch.zeros_like(weights[key.rpartition("|")[0]])
-        for key in loaded.shapes
+        key: sharding.empty_state(shape, weights[key.rpartition("|")[0]])
+        for key, shape in loaded.shapes.items()
         if "|" in key
     }
-    loaded.read_into({**weights, **moments})
+    with reading(loaded.path):
+        loaded.read_into({**weights, **moments})
     return model, checkpoint.by_parameter(moments)
+
+
+def _only(schedule: Schedule, fired: int) -> Schedule:
+    """A schedule of the entries that have fired, and no more."""
+    return parse_schedule(json.dumps(schedule.as_given[:fired], indent=1), "fired.json")
+
+
+def check_fingerprint(config: TrainConfig, state: State, data: DataSet) -> None:
+    """Raises Refused where the data is not what the checkpoint was trained on, whatever its name is."""
+    changed = [name for name, print_ in data.fingerprint().items() if state.data.get(name) != print_]
+    if changed and not config.allow_changed_data:
+        raise Refused(
+            f"dataset {config.dataset}: the content of {' and '.join(f'{name}.bin' for name in changed)} is not what "
+            f"the checkpoint was trained on ({state.config.dataset}; fingerprints differ): the stream of samples "
+            "would not go on where it stopped; --allow_changed_data=True goes on all the same"
+        )
 
 
 def pending(schedule: Schedule, fired: int) -> Schedule:

@@ -55,7 +55,7 @@ class Saver:
     def save(self, why: str, required: bool = True, mark: str = "") -> str:
         """Save a checkpoint (rank 0, or every rank its shards) and return its name, which ends in `mark`.
 
-        Where it could not be written, every rank raises RuntimeError; or, when it is not `required`, the run says so
+        Where it could not be written, every rank raises Stopped; or, when it is not `required`, the run says so
         and goes on with the checkpoint before, which is not touched until a new one is whole.
         """
         run, name, error = self.session.run, "", None
@@ -75,7 +75,7 @@ class Saver:
                     error = f"checkpoint at iteration {run.progress.iter} could not be written: {caught}"
             name, error = run.ranks.broadcast((name, error))
         if error and required:
-            raise RuntimeError(error)
+            raise Stopped(error)
         if error:
             self.session.event("error", message=error, action="go on")
             self.session.reporter.say(f"warning: {error}; the run goes on with the checkpoint before")

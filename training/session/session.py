@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from orchestrate.training.run.run import Run
 from orchestrate.training.run.step import StepResult
-from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.session import healing
 from orchestrate.training.session.resume import open_model
 from orchestrate.training.session.saving import Saver
@@ -24,31 +25,38 @@ from orchestrate.training.settings.errors import Stopped
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Silent, machine, memory_percent
-from orchestrate.training.store.state import ScheduleText, State
+from orchestrate.training.store.state import ScheduleText, State, UserFile
 
 
 class Session:
     """What the loop works with.
 
     Args:
+        orchestrator: at the place in the schedule from which this start goes on.
         wandb_id: id of the W&B run, kept in every checkpoint so that a resume continues it.
+        operations: files of the user's own operations, kept in every checkpoint so that a resume asks for them.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         run: Run,
-        schedule: Schedule,
+        orchestrator: Orchestrator,
         reporter: Silent,
         signals: SignalWatch | NoSignals,
         wandb_id: str | None = None,
+        operations: Sequence[OwnFile] = (),
     ) -> None:
         self.config = config
         self.run = run
         self.reporter = reporter
         self.signals = signals
         self.wandb_id = wandb_id
-        self.orchestrator = Orchestrator(schedule, run, self)
+        self.operations = operations
+        self.orchestrator = orchestrator
+        orchestrator.host = self
+        self.began_at = run.progress.iter
+        """The iteration at which this start began."""
         self.saver = Saver(self)
         self.rollbacks = 0
         """How often this start went back because of a sick step."""
@@ -203,6 +211,7 @@ class Session:
             data=run.batches.opened.fingerprint(),
             tokenizer=run.data.meta,
             world_size=run.ranks.world_size,
+            operations=tuple(UserFile(**file.to_json()) for file in self.operations),
         )
 
     def save(self, why: str, required: bool = True, mark: str = "") -> str:
@@ -220,7 +229,7 @@ class Session:
         try:
             path = checkpoint.folder(self.config.out_dir) / name
             loaded = checkpoint.load(path, whole=run.ranks.is_first)
-            found = loaded.state, *open_model(loaded, loaded.state.settings.model, run.ranks, run.device)
+            found = loaded.state, *open_model(loaded, loaded.state.settings, run.ranks, run.device)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = f"{type(caught).__name__}: {caught}"
         failures = [text for text in run.ranks.gather(error) if text]

@@ -6,10 +6,13 @@ What is wrong with the input is found here, as `Refused` or ValueError, before a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from orchestrate.data.stream import DataSet, find_folder, read_meta
+from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
+from orchestrate.data.tokenizer import tokenizer_kind
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.config import LIMITS, LoraSpec, ModelConfig
 from orchestrate.model.gpt import GPT, from_weights, init_weights
@@ -18,6 +21,7 @@ from orchestrate.training.schedule.stages import Stage
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings
+from orchestrate.training.settings.values import shown
 
 DEFAULT_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as nanoGPT has it
 
@@ -27,25 +31,19 @@ IN_SETTINGS = {
         key: key
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
-            "weight_decay beta1 beta2 grad_clip eval_interval eval_iters log_interval"
+            "optimizer weight_decay beta1 beta2 momentum grad_clip eval_interval eval_iters log_interval"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
     "dropout": "model.dropout",
 }
+_USUAL = ("n_kv_head", "n_hidden")  # whose 0 stands for a number that follows from others
+# Configuration keys of a model's shape that have the same name in ModelConfig.
+_SAME_IN_MODEL = "n_layer n_head n_kv_head n_embd bias norm norm_eps activation rotary_base tie_weights".split()
 
 
 def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
     """The model that a configuration describes from scratch. Raises Refused."""
-    ranks = {"attn": config.attn_lora_rank, "mlp": config.mlp_lora_rank}
-    adapters = {
-        f"{kind}.{n}": LoraSpec(rank, config.lora_alpha)
-        for n in range(min(config.n_layer, LIMITS["n_layer"]))
-        for kind, rank in ranks.items()
-        if rank
-    }
-    if config.embedding_rank:
-        adapters["wte"] = LoraSpec(config.embedding_rank, config.lora_alpha)
     try:
         return ModelConfig(
             block_size=config.block_size,
@@ -63,10 +61,17 @@ def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
             position="rotary" if config.use_rotary_embeddings else "learned",
             rotary_base=config.rotary_base,
             tie_weights=config.tie_weights,
-            lora=adapters,
+            lora=_adapters(config, min(config.n_layer, LIMITS["n_layer"])),
         )
     except ValueError as error:
         raise Refused(str(error).split("; ")) from None
+
+
+def _adapters(config: TrainConfig, n_layer: int) -> dict[str, LoraSpec]:
+    """The adapters that a configuration asks for from the start."""
+    ranks = {f"{kind}.{n}": getattr(config, f"{kind}_lora_rank") for n in range(n_layer) for kind in ("attn", "mlp")}
+    ranks["wte"] = config.embedding_rank
+    return {name: LoraSpec(rank, config.lora_alpha) for name, rank in ranks.items() if rank}
 
 
 def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
@@ -86,13 +91,39 @@ def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
             vocab = DEFAULT_VOCAB
             notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
         return model_config_from(config, vocab), notes
-    if config.init_from in hugging_face.GPT2_MODELS:
-        model = hugging_face.gpt2_config(config.init_from)
-    elif Path(config.init_from).is_dir():
-        model = hugging_face.config_from_folder(config.init_from)
-    else:
-        model = nanogpt.config_from_checkpoint(config.init_from)
-    return _adjusted(config, model), notes
+    return _adjusted(config, _foreign_model(config.init_from)), notes
+
+
+def _foreign_model(init_from: str) -> ModelConfig:
+    """The configuration of weights from elsewhere. Raises ValueError."""
+    if init_from in hugging_face.GPT2_MODELS:
+        return hugging_face.gpt2_config(init_from)
+    if Path(init_from).is_file():
+        return nanogpt.config_from_checkpoint(init_from)
+    return hugging_face.config_from_folder(init_from)
+
+
+def with_foreign_shape(config: TrainConfig) -> TrainConfig:
+    """A configuration whose keys of shape say what the foreign weights of init_from are; any other as it is.
+
+    A key that was given and contradicts the weights is refused. Raises Refused and ValueError.
+    """
+    if config.init_from in ("scratch", "resume"):
+        return config
+    model = _foreign_model(config.init_from)
+    keys: dict[str, Any] = {key: getattr(model, key) for key in _SAME_IN_MODEL}
+    keys |= {"n_hidden": model.n_hidden[0], "use_rotary_embeddings": model.position == "rotary"}
+    given = config.model_fields_set
+    problems = [
+        f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {key} {shown(value)}"
+        for key, value in keys.items()
+        if key in given and getattr(config, key) != value and (getattr(config, key) or key not in _USUAL)
+    ]
+    if problems:
+        raise Refused(problems)
+    if "block_size" not in given:
+        keys["block_size"] = min(config.block_size, model.block_size)
+    return config.model_copy(update=keys)
 
 
 def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
@@ -103,8 +134,11 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
         raise Refused(
             f"block_size {config.block_size} is longer than the {model.block_size} that {config.init_from} was made for"
         )
-    wanted = model_config_from(config.model_copy(update={"n_layer": model.n_layer}), model.vocab_size)
-    return replace(model, dropout=config.dropout, block_size=config.block_size, lora=wanted.lora)
+    try:
+        adapters = _adapters(config, model.n_layer)
+        return replace(model, dropout=config.dropout, block_size=config.block_size, lora=adapters)
+    except ValueError as error:
+        raise Refused(str(error).split("; ")) from None
 
 
 def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
@@ -128,6 +162,55 @@ def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
 
 def the_schedule(config: TrainConfig) -> Schedule:
     return read_schedule(config.schedule) if config.schedule else Schedule()
+
+
+def data_of(config: TrainConfig) -> DataSet:
+    """The data set of a configuration, read through its vocabulary map. Raises ValueError."""
+    remap = None
+    if config.shrunken_vocab_size:
+        old = read_meta(find_folder(config.dataset)).vocab_size
+        remap = read_remap(config.vocab_remapping_file, old, config.shrunken_vocab_size)
+    return open_data(config.dataset, config.block_size, remap)
+
+
+def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
+    """Raises Refused where the data does not fit the models of a run: too few tokens, or ids that a model lacks.
+
+    Of the files only samples are looked at; a batch is looked at whole before it is used.
+    """
+    check_lengths(stages, data)
+    settings = stages[0].settings
+    known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
+    if known and known > size and not settings.vocabulary_map:
+        whose = "" if config.init_from in ("scratch", "resume") else f" of {config.init_from}"
+        raise Refused(f"dataset {config.dataset} has a vocabulary of {known}, more than the {size} of the model{whose}")
+    mapped = data.remapped(np.array(settings.vocabulary_map) if settings.vocabulary_map else None)
+    for file in (mapped.train, mapped.val):
+        try:
+            within(file.sampled(), size, file.path)
+        except ValueError as error:
+            raise Refused(f"dataset {config.dataset}: {error}") from None
+
+
+def doubts(data: DataSet, config: TrainConfig, settings: Settings) -> list[str]:
+    """What is allowed and likely not meant, one sentence each."""
+    told = []
+    known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
+    if known and not settings.vocabulary_map and size > -(-known // 128) * 128:  # more than padding
+        told.append(f"dataset {config.dataset} has {known} tokens, and the model's vocabulary is {size}")
+    foreign = config.init_from not in ("scratch", "resume")
+    theirs = "gpt2" if config.init_from in hugging_face.GPT2_MODELS else tokenizer_kind(config.init_from)
+    if foreign and theirs and theirs != data.meta.tokenizer:
+        told.append(
+            f"dataset {config.dataset} is written in tokens of {data.meta.tokenizer}, and {config.init_from} speaks "
+            f"{theirs}: a token means something else to it"
+        )
+    if settings.decay_lr and config.max_iters <= settings.warmup_iters and config.max_iters:
+        told.append(
+            f"the run ends within its warm-up (max_iters {config.max_iters}, warmup_iters {settings.warmup_iters}): "
+            "the learning rate never gets to its peak"
+        )
+    return told
 
 
 def check_lengths(stages: list[Stage], data: DataSet) -> None:

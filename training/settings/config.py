@@ -19,13 +19,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.faults import parse_faults
 from orchestrate.training.settings.values import (
+    MOST_PROBLEMS,
+    OPTIMIZER_NUMBERS,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    OptimizerName,
     PositiveFloat,
     PositiveInt,
+    is_large,
     nearest,
     problems_of,
+    read_at_most,
     shown,
 )
 
@@ -74,7 +79,9 @@ class TrainConfig(BaseModel):
     n_layer: PositiveInt = _key(12, "transformer blocks")
     n_head: PositiveInt = _key(12, "query heads")
     n_kv_head: NonNegativeInt = _key(0, "key and value heads (grouped-query attention); 0: n_head")
-    n_embd: PositiveInt = _key(768, "width of the residual stream")
+    n_embd: PositiveInt = _key(
+        768, "width of the residual stream; weights start with std 0.02 * sqrt(768 / n_embd), nanoGPT's 0.02 at 768"
+    )
     n_hidden: NonNegativeInt = _key(0, "hidden width of the MLPs; 0: 4 * n_embd (SwiGLU: 8/3)")
     dropout: Fraction = _key(0.0, "dropout probability")
     bias: bool = _key(False, "biases in Linear and LayerNorm")
@@ -91,9 +98,13 @@ class TrainConfig(BaseModel):
     # optimizer and learning rate
     learning_rate: NonNegativeFloat = _key(6e-4, "peak learning rate")
     max_iters: NonNegativeInt = _key(600000, "iterations of the whole run")
-    weight_decay: NonNegativeFloat = _key(1e-1, "AdamW weight decay, on tensors of two and more dimensions")
-    beta1: Fraction = _key(0.9, "AdamW beta1")
-    beta2: Fraction = _key(0.95, "AdamW beta2")
+    optimizer: OptimizerName = _key("adamw", "adamw | sgd (with momentum)")
+    weight_decay: NonNegativeFloat = _key(
+        1e-1, "weight decay, on tensors of two and more dimensions (adamw: decoupled; sgd: added to the gradient)"
+    )
+    beta1: Fraction = _key(0.9, "adamw: beta1")
+    beta2: Fraction = _key(0.95, "adamw: beta2")
+    momentum: Fraction = _key(0.9, "sgd: momentum")
     grad_clip: NonNegativeFloat = _key(1.0, "largest global gradient norm; 0: no clipping")
     decay_lr: bool = _key(True, "follow lr_schedule; False: learning_rate throughout")
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = _key(
@@ -134,12 +145,21 @@ ALIASES = {"scaling_schedule_file": "schedule"}
 KEYS = tuple(TrainConfig.model_fields)
 
 
+# No configuration is near these. They bound what a hostile file can make of a short line.
+LONGEST_FILE = 64 * 1024
+"""Bytes."""
+MOST_STATEMENTS = 1000
+_LONGEST_TEXT = 4096
+"""Characters, as many as a path may have."""
+
+
 def parse_text(text: str) -> Any:
     """A command-line value: a Python literal where it reads as one, else the text itself."""
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+    return text if is_large(value) else value
 
 
 _BINARY = {
@@ -152,12 +172,20 @@ _BINARY = {
     ast.Pow: operator.pow,
 }
 _UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Not: operator.not_}
+
+
+def _round(number: float, digits: int = 0) -> float:
+    if abs(digits) > 400:
+        raise ValueError(f"round to {digits} digits is not a setting")
+    return round(number, digits) if digits else round(number)
+
+
 _CALLS = {
     "str": str,
     "int": int,
     "float": float,
     "bool": bool,
-    "round": round,
+    "round": _round,
     "min": min,
     "max": max,
     "abs": abs,
@@ -167,7 +195,19 @@ _CALLS = {
 
 
 def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    """The value of an expression of a config file; raises ValueError for what is not plain."""
+    """The value of an expression of a config file; raises ValueError for what is not plain or too large.
+
+    Every part of an expression is bounded, so that no operation ever meets a large operand.
+    """
+    value = _value(node, names)
+    if is_large(value):
+        raise ValueError(f"a whole number of {value.bit_length()} bits is not a setting")
+    if isinstance(value, str) and len(value) > _LONGEST_TEXT:
+        raise ValueError(f"a text of {len(value)} characters is not a setting (at most {_LONGEST_TEXT})")
+    return value
+
+
+def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
     match node:
         case ast.Constant(value=value):
             return value
@@ -179,7 +219,6 @@ def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
             return _UNARY[type(op)](_evaluate(operand, names))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             a, b = _evaluate(left, names), _evaluate(right, names)
-            # A power or a repeated text is the one way in which a short line could take forever or fill the memory.
             if isinstance(op, ast.Pow) and (abs(a) > 1e6 or abs(b) > 64):
                 raise ValueError("a power this large is not a setting")
             if isinstance(op, ast.Mult | ast.Mod) and not (isinstance(a, int | float) and isinstance(b, int | float)):
@@ -190,6 +229,8 @@ def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
         case ast.Call(func=func, args=args, keywords=[]) if ast.unparse(func) in _CALLS:
             return _CALLS[ast.unparse(func)](*(_evaluate(arg, names) for arg in args))
         case ast.JoinedStr(values=values):
+            if len(values) > 100:
+                raise ValueError("an f-string of more than 100 parts is not a setting")
             return "".join(str(_evaluate(value, names)) for value in values)
         case ast.FormattedValue(value=value, conversion=-1, format_spec=None):
             return _evaluate(value, names)
@@ -201,8 +242,10 @@ def read_config_file(path: str | Path) -> tuple[dict[str, tuple[Any, str]], list
 
     Returns ({key: (value, "file:line")}, problems). Names that begin with an underscore are helpers of the file.
     """
+    if str(path).endswith((".yaml", ".yml", ".json")):
+        return {}, [f"{path}: a schedule is given as --schedule={path}; only CONFIG.py files are given by their name"]
     try:
-        tree = ast.parse(Path(path).read_bytes().decode("utf-8"), filename=str(path))
+        tree = ast.parse(read_at_most(path, LONGEST_FILE).decode("utf-8"), filename=str(path))
     except OSError as error:
         return {}, [f"{path}: cannot be read ({error.strerror})"]
     except SyntaxError as error:
@@ -210,12 +253,16 @@ def read_config_file(path: str | Path) -> tuple[dict[str, tuple[Any, str]], list
     except (ValueError, RecursionError, MemoryError) as error:
         return {}, [f"{path}: not a config file ({error})"]
 
-    defaults = {name: info.default for name, info in TrainConfig.model_fields.items()}
+    if len(tree.body) > MOST_STATEMENTS:
+        return {}, [f"{path}: a config file has at most {MOST_STATEMENTS} statements, got {len(tree.body)}"]
+    names = {name: info.default for name, info in TrainConfig.model_fields.items()}
     found: dict[str, tuple[Any, str]] = {}
-    helpers: dict[str, Any] = {}
     problems = []
     for statement in tree.body:
         place = f"{path}:{statement.lineno}"
+        if len(problems) > MOST_PROBLEMS:
+            problems.append(f"{place}: this line and those after it were not looked at")
+            break
         match statement:
             case ast.Expr(value=ast.Constant(value=str())):
                 continue  # a docstring
@@ -228,17 +275,24 @@ def read_config_file(path: str | Path) -> tuple[dict[str, tuple[Any, str]], list
             case _:
                 problems.append(f"{place}: only assignments KEY = VALUE are allowed here")
                 continue
-        names = defaults | helpers | {key: given for key, (given, _) in found.items()}
         try:
-            result = _evaluate(value, names)
+            names[name] = _evaluate(value, names)
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             problems.append(f"{place}: {name}: {error}")
             continue
-        if name.startswith("_"):
-            helpers[name] = result
-        else:
-            found[name] = (result, place)
+        if not name.startswith("_"):
+            found[name] = (names[name], place)
     return found, problems
+
+
+def unread(optimizer: str, given: Mapping[str, str]) -> list[str]:
+    """Numbers of other optimizers that the command line gives. A file may hold those of several."""
+    own, numbers = OPTIMIZER_NUMBERS[optimizer], {key for keys in OPTIMIZER_NUMBERS.values() for key in keys}
+    return [
+        f"{place}: {optimizer} has no {key}; it has {' and '.join(own)}"
+        for key, place in given.items()
+        if key in numbers - {*own} and place.startswith("--")
+    ]
 
 
 def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]) -> tuple[TrainConfig, dict[str, str]]:
@@ -257,18 +311,22 @@ def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
         is_text = key in KEYS and TrainConfig.model_fields[key].annotation is str
         given[key] = (text if is_text else parse_text(text), f"--{key}")
 
-    for key in [key for key in given if key not in KEYS]:
+    for i, key in enumerate([key for key in given if key not in KEYS]):
         _, place = given.pop(key)
-        problems.append(f"{place}: unknown key {key}{nearest(key, [*KEYS, *ALIASES])}")
+        if i < MOST_PROBLEMS:
+            problems.append(f"{place}: unknown key {shown(key)[1:-1]}{nearest(key, [*KEYS, *ALIASES])}")
     try:
         config = TrainConfig(**{key: value for key, (value, _) in given.items()})
     except ValidationError as error:
         for location, message in problems_of(error):
             key = str(location[0])
             problems.append(f"{given[key][1]}: {key} {message}")
+    places = {key: place for key, (_, place) in given.items()}
+    if not problems and config.init_from != "resume":  # else the checkpoint knows the optimizer
+        problems = unread(config.optimizer, places)
     if problems:
         raise Refused(problems)
-    return check_config(config), {key: place for key, (_, place) in given.items()}
+    return check_config(config), places
 
 
 def check_config(config: TrainConfig) -> TrainConfig:

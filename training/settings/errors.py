@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 class Refused(ValueError):
@@ -31,3 +32,14 @@ class RanksDisagree(RuntimeError):
 
 class Stopped(RuntimeError):
     """The run cannot or shall not go on. Raised on every rank at the same place, so they can still save together."""
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Tell a person of input that data/ or model/ did not accept (ValueError) as of any other refusal."""
+    try:
+        yield
+    except Refused:
+        raise
+    except ValueError as error:
+        raise Refused(str(error)) from error

@@ -20,6 +20,7 @@ from orchestrate.training.settings.values import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    OptimizerName,
     PositiveFloat,
     PositiveInt,
 )
@@ -62,6 +63,8 @@ class Settings:
     log_interval: PositiveInt
     lora_alpha: PositiveFloat
     """Alpha given to adapters that are added from now on."""
+    optimizer: OptimizerName = "adamw"
+    momentum: Fraction = 0.9
     sequence_length: NonNegativeInt = 0
     """Tokens in one training sequence, at most (and 0 for) model.block_size."""
     frozen: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The number types that configurations and schedules share, and their errors in one wording.
+"""The number types that configurations and schedules share, how much of a file is read, and errors in one wording.
 
 Validation is pydantic's, in strict mode (text is not a number, true is not 1). One thing is more generous: a float
 without a fraction, such as 1e9, is taken where a whole number is meant, because people write token counts that way.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 
 def _whole(value: Any) -> Any:
@@ -20,6 +21,8 @@ def _whole(value: Any) -> Any:
 
 _TAG = re.compile(r"\[|^[A-Z]|^(constrained-)?(int|float|str)$")
 
+_LIST = re.compile(r"a valid (list|tuple)")
+Location = tuple[int | str, ...]
 Whole = Annotated[int, BeforeValidator(_whole)]
 PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
 NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
@@ -27,17 +30,48 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+OptimizerName = Literal["adamw", "sgd"]
+OPTIMIZER_NUMBERS: dict[str, tuple[str, ...]] = {"adamw": ("beta1", "beta2"), "sgd": ("momentum",)}
+"""The numbers that each optimizer has, beside learning rate and weight decay, as Settings and configurations say."""
+
+
+LARGEST_BITS = 1024
+"""Of a whole number in a configuration or a schedule: as many as a float can hold."""
+MOST_PROBLEMS = 50
+"""That are told of one file: a person reads no more, and a file of nothing but mistakes ends soon."""
+
+
+def read_at_most(path: str | Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes. Raises OSError, and ValueError for a longer one."""
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)  # not its size first: a device or a pipe has none
+    if len(content) > limit:
+        raise ValueError(f"it is longer than {limit:,} bytes")
+    return content
+
+
+def is_large(value: Any) -> bool:
+    """Whether a value is a whole number of more bits than arithmetic with it is safe for."""
+    return isinstance(value, int) and value.bit_length() > LARGEST_BITS
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The known name closest to this one, or nothing when none is close."""
+    return next(iter(difflib.get_close_matches(name[:100], list(known), n=1, cutoff=cutoff)), "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name closest to this one, or nothing when none is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    found = closest(str(name), known)
+    return f"; did you mean {found}?" if found else ""
 
 
 def shown(value: Any, limit: int = 80) -> str:
     """A value as it is quoted in a message: its repr, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = f"a {type(value).__name__} of too many digits to show"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -53,17 +87,62 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def problems_of(error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
-    """pydantic's errors as (location, 'what is allowed, got what was given') pairs in plain words."""
-    found = []
-    for detail in error.errors(include_url=False, include_context=True):
+def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[tuple[Location, str]]:
+    """pydantic's errors as (location, 'what is allowed, got what was given') pairs in plain words.
+
+    What several readings of one value say is one problem. With the `model` that was validated, a mapping's problem
+    names the fields that are allowed in it.
+    """
+    found: dict[Location, list[str]] = {}
+    given: dict[Location, str] = {}
+    for detail in error.errors(include_url=False, include_context=True)[:MOST_PROBLEMS]:
         # Of a value that may be several things, pydantic puts the name of each into the location.
         location = tuple(part for part in detail["loc"] if not (isinstance(part, str) and _TAG.search(part)))
         message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        if detail["type"] == "missing":
-            found.append((location, "is missing"))
-        else:
-            found.append((location, f"{message}, got {shown(detail['input'])}"))
+        message = _LIST.sub("a list", message).replace("a valid string", "text")
+        match detail["type"]:
+            case "missing":
+                message = "is missing"
+            case "extra_forbidden" | "unexpected_keyword_argument":
+                allowed = _fields(_inside(model, detail["loc"][:-1]))
+                hint = nearest(str(location[-1]), allowed) or ";"
+                message = "is no field here" + (f"{hint} allowed: {', '.join(allowed)}" if allowed else "")
+            case "model_type" | "dict_type" | "dataclass_type" | "model_attributes_type":
+                allowed = _fields(_inside(model, detail["loc"]))
+                message = "must be a mapping" + (f" of {', '.join(allowed)}" if allowed else "")
+        if detail["type"] not in ("missing", "extra_forbidden", "unexpected_keyword_argument"):
+            given[location] = shown(detail["input"])
+        found.setdefault(location, []).append(message)
     # Where one reading of a value got as far as a field in it, that it is no other reading is not the news.
-    inner = {location[:n] for location, _ in found for n in range(1, len(location))}
-    return [(location, message) for location, message in found if location not in inner]
+    inner = {location[:n] for location in found for n in range(1, len(location))}
+    return [
+        (location, _or(messages) + (f", got {given[location]}" if location in given else ""))
+        for location, messages in found.items()
+        if location not in inner
+    ]
+
+
+def _or(messages: list[str]) -> str:
+    """What several readings of a value ask for, as one sentence."""
+    first, *others = dict.fromkeys(messages)
+    return " or ".join([first, *(other.removeprefix("must be ") for other in others)])
+
+
+def _inside(model: type[BaseModel] | None, location: Location) -> list[type[BaseModel]]:
+    """The models that may stand at a place inside a model."""
+    found = [model] if model else []
+    for part in location:
+        named = [cls for cls in found if cls.__name__ == part]
+        fields = [field for cls in found for name, field in cls.model_fields.items() if part in (name, field.alias)]
+        found = named or [cls for field in fields for cls in _models(field.annotation)] or found
+    return found
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [cls for part in get_args(annotation) for cls in _models(part)]
+
+
+def _fields(models: list[type[BaseModel]]) -> list[str]:
+    return [field.alias or name for cls in models for name, field in cls.model_fields.items()]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from orchestrate.training.run.optimizers import State as Moments
+from orchestrate.model.lineage import State as Moments
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import manifest
 from orchestrate.training.store.manifest import FORMAT, NAME, STATE, find, folder, remove_after, set_aside
@@ -65,7 +65,7 @@ class Checkpoint:
 
     @cached_property
     def optimizer(self) -> Moments:
-        """AdamW's state by parameter name, whole, on the CPU."""
+        """The optimizer's state by parameter name, whole, on the CPU."""
         return by_parameter({key: value for key, value in self._whole.items() if "|" in key})
 
     @cached_property
@@ -123,7 +123,7 @@ def save(
 
     def finish() -> Path:
         path = manifest.commit(writing, state.text(), state.progress.iter, state.val_loss, torch.__version__)
-        manifest.prune(out_dir, keep_last, keep_best, pinned)
+        manifest.prune(path, keep_last, keep_best, pinned)
         return path
 
     if group is None:

@@ -158,7 +158,7 @@ def survey(out_dir: str | Path) -> list[tuple[Path, Manifest | Refused]]:
 
 def find(out_dir: str | Path) -> list[Path]:
     """Complete checkpoint folders whose manifests can be read, newest first."""
-    return [path for path, result in survey(out_dir) if isinstance(result, Manifest)]
+    return [path for path, _ in _readable(out_dir)]
 
 
 def held(out_dir: str | Path) -> list[str]:
@@ -220,7 +220,7 @@ def begin(out_dir: str | Path, name: str) -> Path:
 
 
 def commit(writing: Path, state: str, iteration: int, val_loss: float | None, torch: str) -> Path:
-    """Make a checkpoint of a temporary folder in which the tensors are. Returns its folder; `latest` points there.
+    """Make a checkpoint of a temporary folder in which the tensors are. Returns its folder.
 
     Args:
         state: the text of state.json.
@@ -250,7 +250,6 @@ def commit(writing: Path, state: str, iteration: int, val_loss: float | None, to
     os.replace(writing, final)
     _sync_folder(root)
     shutil.rmtree(aside, ignore_errors=True)
-    _link(root, "latest", name)
     return final
 
 
@@ -261,21 +260,36 @@ def _sealed(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
-def prune(out_dir: str | Path, keep_last: int, keep_best: int, pinned: Set[str]) -> None:
-    """Point `best` at the lowest validation loss, and remove what need not be kept. A damaged one is let be."""
-    root, found = folder(out_dir), find(out_dir)
-    kept = {*_link_best(out_dir)[:keep_best], *found[:keep_last], *(root / name for name in pinned)}
-    _remove(root, [path for path in found if path not in kept])
+def prune(saved: Path, keep_last: int, keep_best: int, pinned: Set[str]) -> None:
+    """After a save, remove what need not be kept beside it. A damaged one is let be.
+
+    Args:
+        pinned: names of checkpoints that are kept in any case.
+    """
+    found = _readable(saved.parents[1])
+    best = [path for _, _, path in _ranked(found)[:keep_best]]
+    # Where the run has gone back, later ones are there still; what was saved now is the latest in any case.
+    names = {saved.name, *pinned, *(path.name for path in (*best, *[path for path, _ in found][:keep_last]))}
+    _keep(found, [path for path, _ in found if path.name in names], saved)
 
 
 def remove_after(out_dir: str | Path, iteration: int) -> None:
     """Remove checkpoints of later iterations: the run has gone back and they are not on its way any more."""
-    manifests = [(path, result) for path, result in survey(out_dir) if isinstance(result, Manifest)]
-    left = [path for path, manifest in manifests if manifest.iter <= iteration]
+    found = _readable(out_dir)
+    left = [path for path, manifest in found if manifest.iter <= iteration]
     if left:
-        _link(folder(out_dir), "latest", left[0].name)
-    _remove(folder(out_dir), [path for path, manifest in manifests if manifest.iter > iteration])
-    _link_best(out_dir)
+        _keep(found, left, left[0])
+
+
+def _keep(found: list[tuple[Path, Manifest]], kept: list[Path], latest: Path) -> None:
+    """Point `latest` and `best` at what is kept, and only then remove the others."""
+    root = latest.parent
+    _link(root, "latest", latest.name)
+    if ranked := _ranked([(path, manifest) for path, manifest in found if path in kept]):
+        _link(root, "best", ranked[0][2].name)
+    else:
+        (root / "best").unlink(missing_ok=True)
+    _remove(root, [path for path, _ in found if path not in kept])
 
 
 def set_aside(path: str | Path) -> Path:
@@ -299,13 +313,14 @@ def _remove(root: Path, paths: Iterable[Path]) -> None:
         shutil.rmtree(litter)
 
 
-def _link_best(out_dir: str | Path) -> list[Path]:
-    """Point `best` at the lowest validation loss; all that have one, best first."""
-    manifests = [(path, result) for path, result in survey(out_dir) if isinstance(result, Manifest)]
-    ranked = sorted((m.val_loss, -m.iter, path) for path, m in manifests if m.val_loss is not None)
-    if ranked:
-        _link(folder(out_dir), "best", ranked[0][2].name)
-    return [path for _, _, path in ranked]
+def _readable(out_dir: str | Path) -> list[tuple[Path, Manifest]]:
+    """Checkpoints whose manifests can be read, newest first."""
+    return [(path, result) for path, result in survey(out_dir) if isinstance(result, Manifest)]
+
+
+def _ranked(found: list[tuple[Path, Manifest]]) -> list[tuple[float, int, Path]]:
+    """Those with a validation loss, best first, and of equal ones the newest."""
+    return sorted((m.val_loss, -m.iter, path) for path, m in found if m.val_loss is not None)
 
 
 def _link(root: Path, name: str, target: str) -> None:

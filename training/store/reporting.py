@@ -7,6 +7,7 @@ events.jsonl are is run_folder.py's.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import run_folder
 from orchestrate.training.store.run_folder import COURSE, EVENTS, METRICS, METRICS_KINDS, Lines, clean, mark_void
 
@@ -26,10 +28,10 @@ class Silent:
     """The reporter of every rank but the first.
 
     Attributes:
-        restore: makes again what a start writes, when somebody removed the run folder.
+        restore: makes again what a start writes, when somebody removed the run folder; returns what is wrong.
     """
 
-    restore: Callable[[], None] | None = None
+    restore: Callable[[], str] | None = None
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event. Raises TypeError, on every rank, where it is not what run_folder.py says."""
@@ -108,8 +110,9 @@ class Reporter(Silent):
 
     def _restore(self) -> None:
         if self.restore is not None:
-            with contextlib.suppress(OSError):  # the logs have said already that something is wrong
-                self.restore()
+            with contextlib.suppress(OSError):  # the logs say already that something is wrong
+                if problem := self.restore():
+                    self.say(f"warning: {problem}")
 
     def say(self, text: str) -> None:
         """One line for a person."""
@@ -188,15 +191,31 @@ def memory_percent(device: torch.device) -> dict[str, float]:
     return used
 
 
-def start_wandb(project: str, name: str, run_id: str | None, config: Mapping[str, Any], folder: Path) -> Any:
-    """A W&B run; with the id of an earlier one, that run continued. WANDB_MODE=offline needs no network."""
+def check_wandb() -> str:
+    """Why W&B cannot be logged to, or nothing. Asks for a key where there is a terminal and none is known."""
     import wandb
 
-    return wandb.init(
-        project=project,
-        name=name,
-        id=run_id,
-        resume="allow",
-        config=dict(config),
-        dir=str(folder),
-    )
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return ""
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        return f"wandb_log: {error} (or set WANDB_MODE=offline)"
+    return ""
+
+
+def start_wandb(project: str, name: str, run_id: str | None, config: Mapping[str, Any], folder: Path) -> Any:
+    """A W&B run; with the id of an earlier one, that run continued. Raises Refused."""
+    import wandb
+
+    try:
+        return wandb.init(
+            project=project,
+            name=name,
+            id=run_id,
+            resume="allow",
+            config=dict(config),
+            dir=str(folder),
+        )
+    except wandb.Error as error:
+        raise Refused(f"wandb_log: {error} (or set WANDB_MODE=offline)") from error

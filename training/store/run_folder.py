@@ -124,6 +124,8 @@ class _Begins(_Event):
     parameters_total: int
     parameters_trainable: int
     tokens_per_iter: int
+    operations: NotRequired[list[dict[str, str]]]
+    """Files of the user's own operations: "file", its name, and "sha256"."""
 
 
 class Start(_Begins):
@@ -387,10 +389,12 @@ def line(record: Mapping[str, Any]) -> str:
 
 
 def write_start(out_dir: Path, config: Mapping[str, Any], schedule: str) -> None:
-    """config.json and schedule.yaml of the latest start."""
+    """config.json and schedule.yaml of the latest start, each whole or as before."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-    (out_dir / SCHEDULE).write_text(schedule or "[]\n", "utf-8")
+    for name, text in ((CONFIG, json.dumps(config, indent=1) + "\n"), (SCHEDULE, schedule or "[]\n")):
+        temporary = out_dir / f".{name}"
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, out_dir / name)
 
 
 def rewind(out_dir: Path, sizes: Mapping[str, int]) -> None:

@@ -1,0 +1,92 @@
+"""Train a model while a schedule changes the run: the main command.
+
+    python train_orchestrated.py [CONFIG.py ...] [--schedule FILE] [--KEY=VALUE | --KEY VALUE ...]
+    torchrun --standalone --nproc_per_node=2 train_orchestrated.py config/x.py --schedule schedules/scale.yaml
+    python train_orchestrated.py CONFIG.py --schedule FILE --plan
+    python train_orchestrated.py --init_from=resume --out_dir=RUN [--learning_rate=3e-4 ...]
+
+`orchestrate train` is the same command. Bad input ends with a message and exit code 2, before anything is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Sequence
+
+from orchestrate.tools.main import called
+from orchestrate.training import plan
+from orchestrate.training.loop import train
+from orchestrate.training.schedule.own import registered
+from orchestrate.training.session.launch import launch
+from orchestrate.training.session.stopping import SignalWatch
+from orchestrate.training.settings import config as configuration
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused, refusing
+
+
+def parse(
+    arguments: Sequence[str], name: str = "train", description: str | None = __doc__
+) -> tuple[TrainConfig, dict[str, str], argparse.Namespace]:
+    """The configuration, where each key was given, and the options that are no keys. Raises Refused."""
+    parser = argparse.ArgumentParser(
+        prog=called(name),
+        description=description,
+        epilog=configuration.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s [CONFIG.py ...] [--schedule FILE] [--operations FILE.py] [--plan[=json] [--against RUN]]"
+        " [--KEY=VALUE]",
+    )
+    parser.add_argument("files", nargs="*", metavar="CONFIG.py", help="files of plain assignments, later ones win")
+    parser.add_argument(
+        "--operations",
+        metavar="FILE.py",
+        action="append",
+        default=[],
+        help="a Python file that registers operations and triggers of your own; it is executed (repeatable)",
+    )
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="table",
+        choices=("table", "json"),
+        help="check everything, print the stages (as a table, or --plan=json), train nothing",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="RUN",
+        default="",
+        help="with --plan: at which iteration each entry would have fired on the losses of this run folder",
+    )
+    for key in (*configuration.KEYS, *configuration.ALIASES):
+        # nargs="?" lets a switch such as --compile stand for --compile=True.
+        parser.add_argument(f"--{key}", nargs="?", const="True", action="append", help=argparse.SUPPRESS)
+    # A bare --plan takes no argument, so that a config file may follow it.
+    known, unknown = parser.parse_known_intermixed_args(["--plan=table" if a == "--plan" else a for a in arguments])
+    given = [(key, text) for key in (*configuration.KEYS, *configuration.ALIASES) for text in getattr(known, key) or []]
+    for text in unknown:
+        key, _, value = text.removeprefix("--").partition("=")
+        given.append((key, value))
+    config, places = configuration.resolve(known.files, given)
+    if known.against and not known.plan:
+        raise Refused("--against says when a plan's entries would have fired: give --plan too")
+    return config, places, known
+
+
+def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
+    """Plan or train; returns the exit code. Raises Refused for bad input, before anything is written.
+
+    Args:
+        watch: installed already; without one, signals are listened to from here on.
+    """
+    config, given, options = parse(arguments)
+    with contextlib.ExitStack() as stack:
+        own = stack.enter_context(registered(options.operations))
+        if not options.plan:
+            return launch(config, given, watch or stack.enter_context(SignalWatch().installed()), train, own)
+        with refusing():
+            planned = plan.make(config, given, int(os.environ.get("WORLD_SIZE", 1)), options.against, own)
+        print(planned.to_json() if options.plan == "json" else planned.table())
+        return 0
