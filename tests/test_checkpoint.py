@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from conftest import arguments, events, lines, state_of
+from conftest import arguments, events, lines, on_ranks, state_of
 from fuzzing import write_manifest
 
 import train_orchestrated
@@ -394,3 +394,23 @@ def test_a_damaged_latest_is_passed_over_and_said(tiny, resume, capsys):
     assert event["checkpoint"].endswith("iter_000000004") and "model.safetensors is damaged" in event["problems"][0]
     assert event["set_aside"][0].endswith("damaged_iter_000000008"), "and out of the way"
     assert "passed over" in capsys.readouterr().out
+
+
+def _reads(rank: int, out_dir: str):
+    """Which tensor files a rank has computed checksums of in a resume."""
+    read, real = [], manifest._digest
+    manifest._digest = lambda path: read.append(path.name) or real(path)
+    code = train_orchestrated.main(["--init_from=resume", f"--out_dir={out_dir}", "--max_iters=8"])
+    return code, read.count("model.safetensors") > 0
+
+
+def test_on_two_ranks_a_damaged_newest_checkpoint_is_passed_over_on_the_word_of_the_first(tiny):
+    _, out_dir = tiny(max_iters=8)
+    path = out_dir / "checkpoints" / "iter_000000008" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert on_ranks(_reads, str(out_dir)) == [(0, True), (0, False)]
+    (event,) = events(out_dir, "resume")
+    assert event["checkpoint"].endswith("iter_000000004") and "optimizer.safetensors is damaged" in event["problems"][0]
+    assert [e["iter"] for e in events(out_dir, "end")] == [8, 8]

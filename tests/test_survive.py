@@ -24,6 +24,7 @@ from orchestrate.data.stream import Cursor
 from orchestrate.training.run.sickness import Sick
 from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.session.lock import FolderLock
 from orchestrate.training.session.saving import BackgroundSave
 from orchestrate.training.session.session import Session
 from orchestrate.training.session.stopping import NoSignals
@@ -312,11 +313,13 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tiny, monkeypatch, capsys):
 
 def test_a_run_folder_that_vanishes_is_made_anew(tiny, resume, monkeypatch, tmp_path, capsys):
     """Somebody removes it during the run: what comes after is there, and that something is gone is said."""
-    real, out = Session.evaluate, tmp_path / "run"
+    real, out, told = Session.evaluate, tmp_path / "run", []
 
     def evaluate(self):
         if self.run.progress.iter == 8:
             shutil.rmtree(out)
+        if self.run.progress.iter == 12:
+            told.append(FolderLock(out).take())
         return real(self)
 
     monkeypatch.setattr(Session, "evaluate", evaluate)
@@ -324,6 +327,7 @@ def test_a_run_folder_that_vanishes_is_made_anew(tiny, resume, monkeypatch, tmp_
     assert "was removed: a new one is begun" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["max_iters"] == 12
     assert (out / "schedule.yaml").read_text() == "[]\n"
+    assert told == [f"out_dir {out}: another job is running in it"], "the new folder is locked too"
     assert [m["iter"] for m in train_lines(out)] == [9, 10, 11, 12]
     assert "metrics.jsonl was removed" in events(out, "error")[0]["message"]
     monkeypatch.undo()
