@@ -49,10 +49,10 @@ IMPORTED_ONCE = ["torch", "numpy", "pydantic", "yaml", "hypothesis", "safetensor
 
 SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "learning rate": (["training/run/learning_rate.py"], ["learning_rate"]),
-    "triggers": (["training/schedule/triggers.py"], ["orchestrator", "schedule"]),
+    "triggers": (["training/schedule/triggers.py"], ["orchestrator", "schedule", "own_operations"]),
     "stream": (["data/stream.py"], ["stream"]),
     "evaluation": (["training/run/evaluation.py"], ["evaluation"]),
-    "optimizer": (["training/run/optimizers.py"], ["optimizer", "step"]),
+    "optimizer": (["training/run/optimizers.py"], ["adamw", "optimizers"]),
     "orchestrator": (["training/schedule/orchestrator.py"], ["orchestrator", "guard", "resume"]),
     "schedule": (
         ["training/schedule/file.py", "training/schedule/stages.py", "training/schedule/ramps.py"],
@@ -95,7 +95,7 @@ class LeaveOut(Operator):
     def mutation_positions(self, node):
         if node.parent is None or node.parent.type != "simple_stmt" or node.parent.parent.type == "file_input":
             return
-        called = node.type in ("atom_expr", "power") and str(getattr(node.children[-1], "children", " ")[0]) == "("
+        called = node.type in ("atom_expr", "power") and getattr(node.children[-1], "children", " ")[0] == "("
         assigned = node.type == "expr_stmt" and (
             node.children[0].type in ("atom_expr", "power")
             or isinstance(node.children[1], syntax.Operator)

@@ -67,6 +67,7 @@ FIELDS = {
     "on_error": "skip",
     "guard": {"max_increase": 0.1, "within_iters": 3, "then": "keep"},
     "trigger_plateau": {"evals": 2, "min_delta": 0.1},
+    "trigger": {"metric": "loss", "plateau": {"evals": 2, "min_delta": 0.1}},
 }
 
 

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TEXT, arguments, events, tensors, write_data
+from conftest import TEXT, arguments, events, on_ranks, tensors, write_data
 from test_foreign_weights import gpt2, llama, nanogpt_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -79,6 +79,38 @@ def test_an_id_of_the_validation_file_too(tmp_path, capsys):
     given = arguments(folder, tmp_path / "run", eval_iters=50, eval_batch_size=50)
     assert train_orchestrated.run(given) == 2
     assert "val.bin: token id 9 is beyond the model's vocabulary of 5" in capsys.readouterr().err
+
+
+def _meets_a_foreign_id(rank: int, folder: str, out: str):
+    """A run of two ranks in which the second alone finds an id that the model does not have."""
+    import contextlib
+    import io
+
+    from orchestrate.data import stream
+    from orchestrate.training.run.batches import Batches
+
+    def within(ids, vocab_size, place):
+        raise ValueError(f"{place}: token id 9 is beyond")
+
+    def load(self, *args, original=Batches.load):
+        stream.within = within
+        return original(self, *args)
+
+    if rank:
+        Batches.load = load  # its first batch of training
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        try:
+            code = train_orchestrated.run(arguments(folder, out, max_iters=3))
+        except RuntimeError as error:  # the exchange that the other rank has left
+            return type(error).__name__, told.getvalue()
+    return code, told.getvalue()
+
+
+def test_the_rank_that_meets_it_tells_it(tmp_path):
+    folder = with_ids(tmp_path / "d", [0, 1, 2] * 100, vocab_size=5)
+    (first, _), (code, told) = on_ranks(_meets_a_foreign_id, str(folder), str(tmp_path / "run"))
+    assert first == "RuntimeError"
+    assert code == 2 and told.startswith("error: the data does not fit the model: ") and "token id 9" in told
 
 
 def test_a_map_that_lacks_ids_of_the_data_is_refused(tmp_path):

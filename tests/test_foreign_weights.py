@@ -139,7 +139,7 @@ def test_other_files_are_refused_and_run_nothing(tmp_path):
         lambda: nanogpt_checkpoint(path, model={}),
     ):
         write()
-        with pytest.raises(ValueError, match="ckpt.pt: ") as refused:
+        with pytest.raises(ValueError) as refused:
             load_checkpoint(path)
         told = str(refused.value).lower()
         assert "only" not in told and "mmap" not in told, "torch's advice is to run what is in the file"

@@ -48,6 +48,19 @@ GROWTH = [
     {"name": "reset_moments", "value": "mlp.*"},
 ]
 SCHEDULES = {"settings": SCHEDULE, "growth": GROWTH}
+# Triggers and guards on the lines of metrics, which come every second iteration.
+LOSS_STAYS = {"metric": "loss", "plateau": {"evals": 1, "min_delta": 9.0}}
+METRICS = [
+    {"name": "set_grad_clip", "value": 0.5, "trigger": LOSS_STAYS},
+    {"name": "set_lr", "value": 5e-3, "trigger": {"metric": "grad_norm", "below": 99.0},
+     "guard": {"metric": "loss", "max_increase": 99.0, "within_iters": 3}},
+    {"name": "set_dropout", "value": 0.1, "trigger": {"metric": "coverage", "above": 0.0}},
+    {"name": "set_lr", "value": 3.0, "max_wait_iters": 1,
+     "guard": {"metric": "loss", "max_increase": 0.05, "within_iters": 4}},
+    {"name": "set_attn_lora_rank", "value": 2, "trigger": LOSS_STAYS},
+    {"name": "set_weight_decay", "value": 0.0, "trigger": {"metric": "val_loss", "below": 99.0}},
+]  # fmt: skip
+METRICS_KEYS = {"log_interval": 2, "max_iters": 16, "early_stopping_metric": "loss", "early_stopping_patience": 9}
 
 
 def stop_at(monkeypatch, iteration: int, polls: int = 0) -> None:
@@ -83,9 +96,9 @@ def compare(one, other) -> None:
     assert fired[0] == fired[1] and len(fired[0]) in (len(SCHEDULE), len(GROWTH))
 
 
-def run_whole(folder, data, schedule):
+def run_whole(folder, data, schedule, **keys):
     (folder / "s.json").write_text(json.dumps(schedule))
-    assert train_orchestrated.main(arguments(data, folder / "run", schedule=folder / "s.json")) == 0
+    assert train_orchestrated.main(arguments(data, folder / "run", schedule=folder / "s.json", **keys)) == 0
     return folder / "run"
 
 
@@ -108,6 +121,33 @@ def test_stopped_at_any_iteration_while_growing(iteration, uninterrupted_growth,
     monkeypatch.undo()
     assert resume(out) == 0
     compare(out, uninterrupted_growth)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_metrics(tmp_path_factory, data):
+    whole = run_whole(tmp_path_factory.mktemp("metrics"), data, METRICS, **METRICS_KEYS)
+    assert [e["entry"] for e in events(whole, "operation")] == [1, 2, 3, 5, 6] and events(whole, "rollback")
+    return whole
+
+
+@pytest.mark.parametrize("iteration, polls", [*((n, 0) for n in range(1, 16)), (4, 1), (8, 1), (8, 2)])
+def test_stopped_at_any_iteration_while_metrics_decide(
+    iteration, polls, uninterrupted_metrics, tiny, resume, monkeypatch
+):
+    """With polls: inside the evaluation that stands between a line of metrics and the round that looks at it."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, iteration, polls)
+        code, out = tiny(METRICS, **METRICS_KEYS)
+    assert code == 128 + signal.SIGUSR1
+    assert resume(out) == 0
+    assert_same_tensors(tensors(out), tensors(uninterrupted_metrics))
+    kinds, known = ("operation", "decision", "rollback"), []
+    for folder in (out, uninterrupted_metrics):
+        state = json.loads((folder / "checkpoints/latest/state.json").read_text())
+        state["orchestrator"]["position"].pop("since_seconds")
+        course = [(kind, e["entry"], e["iter"], e["reason"]) for kind in kinds for e in events(folder, kind)]
+        known.append((course, state["orchestrator"], state["progress"]["evals_without_gain"]))
+    assert known[0] == known[1]
 
 
 @pytest.mark.parametrize("iteration", range(12))

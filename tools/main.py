@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from orchestrate.training.session.stopping import SIGNALS, SignalWatch
-from orchestrate.training.settings.errors import Refused, Stopped
+from orchestrate.training.settings.errors import Refused, RefusedHere, Stopped
 
 # Each is a module of tools/ with main(arguments, watch) -> exit code.
 COMMANDS = {
@@ -65,7 +65,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
         try:
             return importlib.import_module(f"orchestrate.tools.{name}").main(arguments, watch)
         except (Refused, Stopped) as error:
-            if int(os.environ.get("RANK", 0)) == 0:
+            if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, RefusedHere):
                 for problem in error.problems if isinstance(error, Refused) else [error]:
                     print(f"error: {problem}", file=sys.stderr)
             return 2 if isinstance(error, Refused) else 1

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from orchestrate.training.run.out_of_memory import is_out_of_memory
-from orchestrate.training.run.run import Run
 from orchestrate.training.run.sharding import local
+
+if TYPE_CHECKING:
+    from orchestrate.training.run.run import Run
 
 
 def largest_batch_that_fits(run: Run, target: float, candidates: Sequence[int]) -> int:

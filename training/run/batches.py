@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orchestrate.data.stream import Cursor, DataSet, Stream
-from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.errors import RefusedHere
 
 Batch = tuple[Tensor, Tensor]
 """Token ids and the token that follows each, both (sequences, length) int64."""
@@ -33,7 +33,7 @@ class Batches:
         return Batches(self.opened, self.seed, self.device, vocabulary_map)
 
     def read(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> Batch:
-        """The next `count` samples from a place on, for a model of so many tokens. Raises Refused for other tokens."""
+        """The next `count` samples from a place on, for a model of so many tokens. Raises RefusedHere for others."""
         if self._prefetched is not None and self._prefetched[0] == (cursor, count):
             batch, self._prefetched = self._prefetched[1], None
             return batch
@@ -47,7 +47,7 @@ class Batches:
         try:
             x, y = (torch.from_numpy(a) for a in self.stream.batch(cursor, count, vocab_size))
         except ValueError as error:
-            raise Refused(f"the data does not fit the model: {error}") from None
+            raise RefusedHere(f"the data does not fit the model: {error}") from None
         if self.device.type == "cuda":
             return (
                 x.pin_memory().to(self.device, non_blocking=True),

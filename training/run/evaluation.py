@@ -16,7 +16,7 @@ from orchestrate.data.stream import TokenFile, eval_windows, gather
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.sharding import reshard
-from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.errors import RefusedHere
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def validation_loss(
                 try:
                     pair = gather(tokens, chunk, block_size, model.config.vocab_size)
                 except ValueError as error:
-                    raise Refused(f"the data does not fit the model: {error}") from None
+                    raise RefusedHere(f"the data does not fit the model: {error}") from None
                 x, y = (torch.from_numpy(a).to(device) for a in pair)
                 with autocast():
                     _, loss = model(x, y)

@@ -27,6 +27,7 @@ from orchestrate.training.session.start import doubts, the_schedule, with_foreig
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
+from orchestrate.training.settings.values import brief
 from orchestrate.training.store.manifest import held, refuse_to_overwrite, set_aside
 from orchestrate.training.store.reporting import Reporter, Silent, check_wandb, start_wandb
 from orchestrate.training.store.run_folder import rewind, write_start
@@ -204,7 +205,8 @@ def announce(session: Session, resumed: Resumed | None) -> None:
             session.event("override", **override)
             verb = "override" if override["applied"] else "not overridden"
             session.reporter.say(
-                f"{verb}: {override['key']} {override['before']} -> {override['after']} ({override['reason']})"
+                f"{verb}: {override['key']} {brief(override['before'])} -> {brief(override['after'])} "
+                f"({override['reason']})"
             )
     session.reporter.say(
         f"{total:,} parameters, {trainable:,} trainable; {run.settings.tokens_per_iter:,} tokens per iteration; "

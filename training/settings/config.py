@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.faults import parse_faults
+from orchestrate.training.settings.metrics import VAL_LOSS, MetricName
 from orchestrate.training.settings.values import (
     MOST_PROBLEMS,
     OPTIMIZER_NUMBERS,
@@ -116,6 +117,9 @@ class TrainConfig(BaseModel):
     wsd_decay_fraction: PositiveFloat = _key(0.2, "wsd: the share of lr_decay_iters that decays, linearly")
     early_stopping_patience: NonNegativeInt = _key(0, "evaluations without a gain before the run ends; 0: never")
     early_stopping_min_delta: NonNegativeFloat = _key(0.0, "how much lower the loss must be to count as a gain")
+    early_stopping_metric: MetricName = _key(
+        VAL_LOSS, "the metric that must go down; of another than val_loss, patience counts logged values"
+    )
     # when something goes wrong
     on_sick_step: Literal["skip", "rollback", "stop"] = _key(
         "skip", "a non-finite or spiking step never updates weights; then: skip it | rollback to a checkpoint | stop"

@@ -18,6 +18,10 @@ class Refused(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class RefusedHere(Refused):
+    """Input that one rank alone has met, in the middle of a run: this rank tells it, whichever it is."""
+
+
 class ScheduleError(Refused):
     """An operation that cannot be applied to the settings it meets (raised by `Operation.plan`)."""
 

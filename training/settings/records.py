@@ -8,6 +8,7 @@ Progress is what only grows. Neither knows how to do anything to a model.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, ConfigDict, TypeAdapter
 
 from orchestrate.data.stream import Cursor
 from orchestrate.model.config import ModelConfig
+from orchestrate.training.settings.metrics import VAL_LOSS
 from orchestrate.training.settings.values import (
     Finite,
     Fraction,
@@ -192,8 +194,10 @@ class Progress:
     best_iter: NonNegativeInt | None = None
     last_val_loss: Finite | None = None
     last_eval_iter: int = -1
+    stopping_metric: str = VAL_LOSS
+    """What the next two are about."""
     stopping_best: Finite | None = None
-    """The loss that early stopping measures against (best_val_loss less what min_delta ignores)."""
+    """The value that early stopping measures against (the lowest less what min_delta ignores)."""
     evals_without_gain: NonNegativeInt = 0
     loss_mean: Finite = 0.0
     """Running mean and variance of the training loss, kept where spikes are looked for (spike_sigma)."""
@@ -236,17 +240,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the orchestrator may look at: numbers that are equal on every rank."""
+    """What a trigger may look at: metrics by name (settings/metrics.py), equal on every rank."""
 
-    val_loss: float | None = None
-    """The evaluation just made, or None where there was none at this boundary."""
-    history: tuple[float, ...] = field(default=())
-    """Validation losses since the head of the queue became the head, oldest first, this one included."""
+    now: Mapping[str, float] = field(default_factory=dict)
+    """Those that this boundary's evaluation or line of metrics has just given."""
+    history: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Values since the head of the queue became the head, oldest first, those of now included, for the metrics that
+    its triggers look back on. The lowest of the oldest may stand for all of them."""
 
 
 @dataclass(frozen=True)
-class Waited:
-    """How long the head of the queue has waited, and where the run is."""
+class Elapsed:
+    """How far the run has come, and how much of that the head of the queue has waited."""
 
     iter: int
     tokens: int

@@ -23,6 +23,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.metrics import NAMES as METRIC_NAMES
 from orchestrate.training.store import manifest
 
 METRICS, EVENTS, CONFIG, SCHEDULE = "metrics.jsonl", "events.jsonl", "config.json", "schedule.yaml"
@@ -159,7 +160,11 @@ class Override(_Event):
 
 
 class Decision(_Event):
-    """The schedule decides: an entry fires, a ramp arrives or is taken over, a guard ends."""
+    """The schedule decides: an entry fires, a ramp arrives or is taken over, a guard ends.
+
+    At the end of a guard also METRIC_before and METRIC, numbers of the metric that it watches, val_loss by default:
+    before its entry, and now.
+    """
 
     kind: Literal["decision"]
     entry: int
@@ -167,12 +172,8 @@ class Decision(_Event):
     name: str
     """Of its operation."""
     reason: str
-    val_loss_before: NotRequired[_Number]
-    """At the end of a guard: the loss before its entry."""
-    val_loss: NotRequired[_Number]
-    """At the end of a guard: the loss now."""
     limit: NotRequired[_Number]
-    """The loss that the guard allows."""
+    """What the guard allows at most."""
 
 
 class Operation(_Event):
@@ -227,7 +228,10 @@ class Emergency(_Event):
 
 
 class Rollback(_Event):
-    """The run went back to a checkpoint; `iter` is where it is now."""
+    """The run went back to a checkpoint; `iter` is where it is now.
+
+    After a guard also METRIC_before and METRIC: before the entry, and the number that was beyond the limit.
+    """
 
     kind: Literal["rollback"]
     reason: str
@@ -243,9 +247,6 @@ class Rollback(_Event):
     entry: NotRequired[int]
     name: NotRequired[str]
     """Of a guard: the entry that was taken back, and its operation."""
-    val_loss_before: NotRequired[_Number]
-    val_loss: NotRequired[_Number]
-    """Of a guard: the loss before the entry, and that which was beyond the limit."""
 
 
 class Signal(_Event):
@@ -297,6 +298,8 @@ def event(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A line of events.jsonl, stamped with the time. Raises TypeError where the kind's fields are others."""
     record = {"kind": kind, **fields, "time": time.time()}
     required, optional = EVENT_KINDS[kind].__required_keys__, EVENT_KINDS[kind].__optional_keys__
+    if kind in ("decision", "rollback"):
+        optional = optional | {key for key in record if key.removesuffix("_before") in METRIC_NAMES}
     wrong = (required - record.keys()) | (record.keys() - required - optional)
     if wrong:
         raise TypeError(
