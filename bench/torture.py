@@ -41,6 +41,8 @@ import torch.distributed.fsdp  # noqa: E402, F401
 
 import train_orchestrated  # noqa: E402
 from orchestrate.training.store import checkpoint  # noqa: E402
+from orchestrate.training.store.manifest import survey  # noqa: E402
+from orchestrate.training.store.run_folder import read_run  # noqa: E402
 
 SCHEDULE = [
     {"name": "set_batch_size", "value": 6, "at_iter": 3},
@@ -166,13 +168,12 @@ class Torture:
             assert codes == [128 + number] * len(children), f"{number.name}: {codes}"
             last = self.signals_told(out_dir)[-1]
             state = checkpoint.load(checkpoint.find(out_dir)[0]).state
-            assert state["progress"]["iter"] == last["iter"], "nothing was saved"
+            assert state.progress.iter == last["iter"], "nothing was saved"
         return False
 
     def signals_told(self, out_dir: Path) -> list[dict]:
         """The events of kind `signal` in the run folder."""
-        path = out_dir / "events.jsonl"
-        events = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        events = read_run(out_dir).events if out_dir.exists() else []
         return [event for event in events if event["kind"] == "signal"]
 
     def has_ended(self, child: int) -> os.waitid_result | None:
@@ -212,8 +213,7 @@ class Torture:
 
     def look_at(self, out_dir: Path) -> None:
         """What must hold after any kill: every checkpoint that can be found is whole, and few things lie about."""
-        found = checkpoint.find(out_dir)
-        for path in found:
+        for path, _ in survey(out_dir):
             checkpoint.load(path)  # raises for a damaged one
         if (out_dir / "checkpoints").exists():
             names = sorted(path.name for path in (out_dir / "checkpoints").iterdir())
@@ -232,12 +232,12 @@ class Torture:
                 assert value.equal(ends[1].optimizer[name][key]), f"{key} of {name} differs"
         logs = []
         for folder in (out_dir, reference):
-            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-            events = [json.loads(line) for line in (folder / "events.jsonl").read_text("utf-8").splitlines()]
+            record = read_run(folder)
+            assert not any(record.foreign.values()), f"lines that are none: {record.foreign}"
             logs.append(
                 (
-                    [(m["kind"], m["iter"], m.get("loss"), m.get("val_loss")) for m in metrics],
-                    [(e["entry"], e["iter"]) for e in events if e["kind"] == "operation" and not e.get("void")],
+                    [(m["kind"], m["iter"], m.get("loss"), m.get("val_loss")) for m in record.metrics],
+                    [(e["entry"], e["iter"]) for e in record.valid.events if e["kind"] == "operation"],
                 )
             )
         assert logs[0][0] == logs[1][0], "the metrics differ"

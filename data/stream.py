@@ -55,18 +55,22 @@ class TokenFile:
         if size == 0 or size % self.dtype.itemsize:
             raise ValueError(f"{path}: {size} bytes are not a whole number of {self.dtype} tokens (at least 1)")
         self.tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
+        self._fingerprint = ""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def fingerprint(self) -> str:
-        """SHA-256 over length, type and 64 evenly spaced samples of 64 KiB: cheap for a file of any size."""
+        """SHA-256 over length, type and 64 evenly spaced samples of 64 KiB: cheap for a file of any size. Made once."""
+        if self._fingerprint:
+            return self._fingerprint
         digest = hashlib.sha256(f"{len(self)} {self.dtype}".encode())
         for piece in self._pieces():
             digest.update(piece.tobytes())
         if self.remap is not None:
             digest.update(np.ascontiguousarray(self.remap).tobytes())
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def sampled(self) -> np.ndarray:
         """The ids of the evenly spaced samples, mapped. Raises ValueError for one that the map does not have."""

@@ -14,6 +14,13 @@ import pytest
 import torch
 
 import train_orchestrated
+from orchestrate.data.stream import Meta
+from orchestrate.training.run.run import Run
+from orchestrate.training.session.start import model_config_from, settings_from
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.records import Progress
+from orchestrate.training.store.run_folder import EVENTS, METRICS, read_run
+from orchestrate.training.store.state import ScheduleText, State
 
 ROOT = Path(__file__).resolve().parents[1]
 # Models this small are fastest on one thread, and threads that wait for each other make a busy machine crawl.
@@ -93,11 +100,34 @@ def resume():
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    """All lines of a run folder's metrics.jsonl or events.jsonl, each as run_folder.py says that it is."""
+    record = read_run(path.parent)
+    assert not record.foreign[path.name], f"{path}: lines that are none"
+    return record.metrics if path.name == METRICS else record.events
 
 
 def events(out_dir: Path, kind: str) -> list[dict]:
-    return [record for record in lines(out_dir / "events.jsonl") if record["kind"] == kind and not record.get("void")]
+    """The events of a kind that are not void."""
+    return [event for event in lines(out_dir / EVENTS) if event["kind"] == kind and not event.get("void")]
+
+
+def state_of(run: Run | None = None, **progress) -> State:
+    """What a session would save of this run, or of a tiny one with this progress; with a schedule of nothing."""
+    config = run.config if run else TrainConfig(n_layer=1, n_head=1, n_embd=4, block_size=4)
+    settings = run.settings if run else settings_from(config, model_config_from(config, 5))
+    return State(
+        config=config,
+        settings=settings,
+        progress=run.progress if run else Progress(settings.cursor(0), **progress),
+        orchestrator={"position": {"fired": 0}, "ramps": []},
+        schedule=ScheduleText("", ""),
+        scaler={},
+        wandb_id=None,
+        log_sizes={},
+        data={},
+        tokenizer=Meta(5),
+        world_size=1,
+    )
 
 
 def tensors(out_dir: Path, name: str = "latest") -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ from orchestrate.model.gpt import GPT
 from orchestrate.training.schedule.file import entry_fields
 from orchestrate.training.settings.config import KEYS, TrainConfig
 from orchestrate.training.settings.errors import OperationFailed, Refused, ScheduleError
+from orchestrate.training.store.manifest import checksum
 
 SECONDS, BYTES = 10, 2**30
 """What a case may take, beyond the memory that is in use before it."""
@@ -416,9 +417,17 @@ def seal(folder: Path) -> None:
     """Make the manifest fit the files again, as somebody who means it would."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
-        content = (folder / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, facts: dict) -> None:
+    """A manifest.json that says this, with the checksum of itself that its format asks for."""
+    facts = {name: value for name, value in facts.items() if name != "sha256"}
+    seal = {"sha256": checksum(facts)} if facts.get("format", 3) >= 3 else {}
+    (folder / "manifest.json").write_text(json.dumps({**facts, **seal}))
 
 
 @contextlib.contextmanager
@@ -482,11 +491,14 @@ def damaged_files(data: st.DataObject, workspace: Workspace) -> str:
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(noisy(data, before))
         changed = (folder / name).read_bytes() != before
+        if name == "manifest.json":
+            with contextlib.suppress(ValueError, RecursionError):  # blanks are no damage
+                changed = json.loads((folder / name).read_bytes()) != json.loads(before)
         forged = name != "manifest.json" and data.draw(st.booleans())
         if forged:
             seal(folder)
         answer = resumed(out)
-        assert not (changed and not forged and name != "manifest.json") or answer == "refused", name
+        assert not (changed and not forged) or answer == "refused", name
         return answer
 
 

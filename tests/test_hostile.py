@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, events, lines
-from fuzzing import TARGETS, Workspace, fuzz, in_bounds, seal
+from conftest import TINY, events
+from fuzzing import TARGETS, Workspace, fuzz, in_bounds, seal, write_manifest
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
@@ -28,6 +28,7 @@ from orchestrate.training.schedule import file
 from orchestrate.training.settings.config import resolve
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
+from orchestrate.training.store.run_folder import read_run
 
 CASES = {"large_schedules": 20, "schedule_runs": 30, "forged_state": 60, "forged_tensors": 40, "jsonl": 40}
 
@@ -235,21 +236,25 @@ def test_lines_of_a_log_that_are_no_records_are_let_be(copy):
     with open(out / "events.jsonl", "a") as file:
         file.write('null\n["x"]\n' + "[" * 5000 + "\n3\n")
     assert resume(out) == 0
-    assert events_without_noise(out)[-1]["kind"] == "end"
-
-
-def events_without_noise(out) -> list[dict]:
-    return [record for record in lines(out / "events.jsonl") if isinstance(record, dict)]
+    record = read_run(out)
+    assert record.events[-1]["kind"] == "end" and record.foreign == {"metrics.jsonl": 0, "events.jsonl": 3}
 
 
 def test_an_older_format_is_read_and_a_newer_one_refused(copy):
     out, folder = copy
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["format"] == checkpoint.FORMAT == 2
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
-    assert resume(out, "--eval_only") == 0
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
-    with pytest.raises(Refused, match="format 3, this version reads 1 and 2"):
+    assert manifest["format"] == checkpoint.FORMAT == 3
+    state = json.loads((folder / "state.json").read_text())
+    del state["operations"]  # what came with format 3
+    state["progress"]["samples"] = state["progress"].pop("cursor")["sample"]
+    (folder / "state.json").write_text(json.dumps(state))
+    for older in (1, 2):
+        write_manifest(folder, {**manifest, "format": older})
+        seal(folder)
+        assert "sha256" not in json.loads((folder / "manifest.json").read_text())
+        assert resume(out, "--eval_only") == 0
+    write_manifest(folder, {**manifest, "format": 4})
+    with pytest.raises(Refused, match="format 4, this version reads 1, 2 and 3"):
         resume(out)
 
 
@@ -277,7 +282,7 @@ def test_a_broken_ckpt_is_refused(tmp_path):
             config_from_checkpoint(tmp_path / "ckpt.pt")
 
 
-_FAR = '{"kind": "train", "iter": 99999999999, "tokens": 1, "seconds": 1.0}'
+_FAR = '{"kind": "train", "iter": 99999999999, "tokens": 1, "seconds": 1.0, "loss": 2.0}'
 
 
 @pytest.mark.parametrize(

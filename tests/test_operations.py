@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import state_of
 from operation_examples import BEFORE, EXAMPLES, ONLY_WITH
 
 from orchestrate.data.stream import open_data
@@ -76,11 +77,11 @@ def test_every_operation_has_an_example_and_a_docstring():
 
 def reloaded(run: Run, folder) -> Run:
     """The run as a checkpoint of it brings it back."""
-    state = {"settings": run.settings.to_json(), "progress": run.progress.to_json()}
+    state = state_of(run)
     weights, moments = dict(run.model.named_parameters()), run.optimizer.state_by_name()
     loaded = checkpoint.load(checkpoint.save(folder, state, weights, moments, keep_last=1, keep_best=0))
-    settings = Settings.from_json(loaded.state["settings"])
-    model, progress = from_weights(settings.model, loaded.model), Progress.from_json(loaded.state["progress"], settings)
+    settings, progress = loaded.state.settings, loaded.state.progress
+    model = from_weights(settings.model, loaded.model)
     return Run(run.config, settings, progress, model, run.batches.opened, run.ranks, run.device, loaded.optimizer)
 
 

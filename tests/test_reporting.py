@@ -8,7 +8,20 @@ import shutil
 
 from conftest import lines
 
-from orchestrate.training.store.reporting import EVENTS, METRICS, JsonLines, Reporter, clean, rewind
+from orchestrate.training.store.reporting import Reporter
+from orchestrate.training.store.run_folder import EVENTS, METRICS, Lines, clean, line, rewind
+
+
+def train(reporter, iteration: int) -> None:
+    reporter.metrics("train", iter=iteration, tokens=16 * iteration, seconds=0.5, loss=2.0)
+
+
+def operation(reporter, iteration: int, name: str) -> None:
+    reporter.event(
+        "operation", iter=iteration, entry=1, name=name, value=None, reason="", desc="", over=None, settings_before={},
+        settings_after={}, val_loss_before=None, val_loss_after=None, seconds=0.0, parameters_total=1,
+        parameters_trainable=1,
+    )  # fmt: skip
 
 
 def test_nan_and_infinity_become_null():
@@ -22,19 +35,20 @@ def test_nan_and_infinity_become_null():
 def test_a_piece_of_a_line_that_a_crash_left_is_cut(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"kind": "a"}\n{"kind": "b", "val')
-    lines = JsonLines(path)
-    lines.write({"kind": "c"})
-    lines.close()
+    log = Lines(path)
+    log.write(line({"kind": "c", "val_loss": float("inf")}))
+    log.close()
+    assert path.read_text().endswith('"val_loss": null}\n')
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["a", "c"]
 
 
 def test_rewind_cuts_metrics_and_voids_the_course_but_not_what_befell_the_process(tmp_path):
     reporter = Reporter(tmp_path, 10, 0, None)
-    reporter.metrics("train", iter=1, loss=2.0)
-    reporter.event("operation", iter=1, name="set_lr", settings_after={})
+    train(reporter, 1)
+    operation(reporter, 1, "set_lr")
     sizes = reporter.sizes()
-    reporter.metrics("train", iter=2, loss=1.0)
-    reporter.event("operation", iter=2, name="stop", settings_after={})
+    train(reporter, 2)
+    operation(reporter, 2, "stop")
     reporter.event("signal", iter=2, signal=15)
     reporter.close()
     with open(tmp_path / EVENTS, "ab") as file:
@@ -69,18 +83,43 @@ def test_a_line_that_has_no_room_is_left_out_and_told(tmp_path, monkeypatch, cap
     """The disk takes half a line: no half line stays, a person is told once, and later lines are written again."""
     reporter = Reporter(tmp_path, 9, 0, None)
     real = os.write
-    reporter.metrics("train", iter=1)
+    train(reporter, 1)
     monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[: len(data) // 2]))
     for i in (2, 3):
-        reporter.metrics("train", iter=i)
+        train(reporter, i)
     monkeypatch.undo()
-    reporter.metrics("train", iter=4)
+    train(reporter, 4)
     reporter.close()
     assert [line["iter"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 4]
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and "cannot be written to (No space left" in told[0] and "2 lines are lost" in told[1]
     (event,) = lines(tmp_path / "events.jsonl")
-    assert event["kind"] == "error" and "2 lines are lost" in event["message"]
+    assert event["kind"] == "error" and event["iter"] == 4 and "2 lines are lost" in event["message"]
+
+
+def test_a_removed_console_log_is_made_anew_and_said(tmp_path, capsys):
+    reporter = Reporter(tmp_path, 9, 0, tmp_path / "logs" / "run.log")
+    reporter.say("before")
+    shutil.rmtree(tmp_path / "logs")
+    train(reporter, 3)
+    reporter.say("after")
+    reporter.close()
+    told = f"warning: {tmp_path}/logs/run.log was removed: a new one is begun"
+    assert capsys.readouterr().out.splitlines() == ["before", "after", told]
+    assert (tmp_path / "logs" / "run.log").read_text().splitlines() == ["after", told]
+    (event,) = lines(tmp_path / "events.jsonl")
+    assert (event["kind"], event["iter"]) == ("error", 3) and "run.log was removed" in event["message"]
+
+
+def test_a_console_log_without_room_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    reporter = Reporter(tmp_path, 9, 0, tmp_path / "run.log")
+    monkeypatch.setattr(os, "write", lambda handle, data: 0)
+    reporter.say("lost")
+    monkeypatch.undo()
+    reporter.say("kept")
+    reporter.close()
+    assert (tmp_path / "run.log").read_text().splitlines()[0] == "kept"
+    assert "run.log cannot be written to" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_made_anew_for_a_while(tmp_path, capsys):
@@ -90,13 +129,13 @@ def test_a_folder_that_cannot_be_made_anew_for_a_while(tmp_path, capsys):
     reporter = Reporter(folder, 9, 0, None)
     shutil.rmtree(folder)
     folder.write_text("in the way")
-    reporter.metrics("train", iter=1)
+    train(reporter, 1)
     with open(tmp_path / "other", "w") as other:
-        reporter.metrics("train", iter=2)
+        train(reporter, 2)
         other.flush()
     assert (tmp_path / "other").read_text() == ""
     folder.unlink()
-    reporter.metrics("train", iter=3)
+    train(reporter, 3)
     reporter.close()
     assert [line["iter"] for line in lines(folder / "metrics.jsonl")] == [3]
     assert "2 lines are lost" in capsys.readouterr().out

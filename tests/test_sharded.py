@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, arguments, assert_same_tensors, events, lines, on_ranks
-from fuzzing import seal
+from fuzzing import seal, write_manifest
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
@@ -216,11 +216,11 @@ def test_what_goes_wrong_in_a_sharded_run(data, tmp_path):
         (e["key"], e["before"], e["after"]) for e in events(tmp_path / "oom", "override") if "memory" in e["reason"]
     ]
     assert halved == [("batch_size", 4, 2), ("gradient_accumulation_steps", 6, 12)]
-    assert checkpoint.load(tmp_path / "oom/checkpoints/latest").state["progress"]["cursor"]["sample"] == 14 * 24
+    assert checkpoint.load(tmp_path / "oom/checkpoints/latest").state.progress.cursor.sample == 14 * 24
     (rollback,) = events(tmp_path / "nan", "rollback")
     assert rollback["checkpoint"] == "iter_000000004" and events(tmp_path / "nan", "end")[0]["iter"] == 12
     (saved,) = events(tmp_path / "stop", "emergency")
-    assert checkpoint.load(tmp_path / "stop" / saved["path"]).state["progress"]["iter"] == 7
+    assert checkpoint.load(tmp_path / "stop" / saved["path"]).state.progress.iter == 7
     (lost,) = events(tmp_path / "raise", "emergency")
     assert lost["saved"] is False and "other ranks" in lost["reason"]
     assert [path.name for path in checkpoint.find(tmp_path / "raise")] == ["iter_000000004"]
@@ -262,7 +262,7 @@ def _listed(name):
     def change(folder):
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"][name] = {}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        write_manifest(folder, manifest)
 
     return change
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -20,10 +22,17 @@ from test_operations import live_run
 import train_orchestrated
 from orchestrate.data.stream import Cursor
 from orchestrate.training.run.sickness import Sick
+from orchestrate.training.schedule.file import Schedule
+from orchestrate.training.schedule.orchestrator import Orchestrator
+from orchestrate.training.session.lock import FolderLock
+from orchestrate.training.session.saving import BackgroundSave
 from orchestrate.training.session.session import Session
+from orchestrate.training.session.stopping import NoSignals
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.faults import parse_faults
 from orchestrate.training.settings.records import Place
+from orchestrate.training.store.reporting import Reporter
+from orchestrate.training.store.run_folder import read_run
 
 
 def train_lines(out_dir):
@@ -83,6 +92,9 @@ def test_rolling_back_passes_over_a_damaged_checkpoint(tiny, monkeypatch):
     assert code == 0
     (back,) = events(out, "rollback")
     assert back["iter"] == 4 and back["checkpoint"] == "iter_000000004"
+    assert "iter_000000008: model.safetensors is damaged" in back["problems"][0]
+    assert [Path(path).name for path in back["set_aside"]] == ["damaged_iter_000000008"]
+    assert (out / "checkpoints" / "damaged_iter_000000008" / "model.safetensors").exists()
     assert [m["iter"] for m in train_lines(out)] == list(range(1, 13))
 
 
@@ -301,16 +313,21 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tiny, monkeypatch, capsys):
 
 def test_a_run_folder_that_vanishes_is_made_anew(tiny, resume, monkeypatch, tmp_path, capsys):
     """Somebody removes it during the run: what comes after is there, and that something is gone is said."""
-    real, out = Session.evaluate, tmp_path / "run"
+    real, out, told = Session.evaluate, tmp_path / "run", []
 
     def evaluate(self):
         if self.run.progress.iter == 8:
             shutil.rmtree(out)
+        if self.run.progress.iter == 12:
+            told.append(FolderLock(out).take())
         return real(self)
 
     monkeypatch.setattr(Session, "evaluate", evaluate)
     assert tiny()[0] == 0
     assert "was removed: a new one is begun" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["max_iters"] == 12
+    assert (out / "schedule.yaml").read_text() == "[]\n"
+    assert told == [f"out_dir {out}: another job is running in it"], "the new folder is locked too"
     assert [m["iter"] for m in train_lines(out)] == [9, 10, 11, 12]
     assert "metrics.jsonl was removed" in events(out, "error")[0]["message"]
     monkeypatch.undo()
@@ -364,6 +381,42 @@ def test_a_background_save_that_fails_is_told(tiny, monkeypatch):
     code, out = tiny(async_save=True)
     assert code == 0 and "No space left" in events(out, "error")[0]["message"]
     assert len(checkpoint.find(out)) == 2
+
+
+def test_an_exception_of_one_rank_does_not_wait_for_a_sharded_save(data, tmp_path):
+    """The save needs the other ranks, and one of them may hang."""
+    run = live_run(data, out_dir=str(tmp_path))
+    run.ranks.sharded = True
+    session = Session(run.config, run, Orchestrator(Schedule(), run), Reporter(tmp_path, 9, 0, None), NoSignals())
+    hangs = threading.Event()
+    session.saver._background = BackgroundSave(hangs.wait, "never ends")
+    ended = threading.Thread(target=lambda: (session.saver.emergency(RuntimeError("alone")), session.saver.finish()))
+    ended.start()
+    ended.join(10)
+    still_waits = ended.is_alive()
+    hangs.set()
+    ended.join()
+    assert not still_waits
+    assert [e["saved"] for e in events(tmp_path, "emergency")] == [False]
+
+
+def test_an_evaluation_that_is_no_number_can_be_saved_and_resumed(tiny, resume):
+    keys = dict(learning_rate=1e38, min_lr=1e38, warmup_iters=0, decay_lr=False, grad_clip=0.0, sick_step_limit=99)
+    code, out = tiny(max_iters=4, **keys)
+    assert code == 0
+    (_, last) = [m for m in lines(out / "metrics.jsonl") if m["kind"] == "eval"]
+    assert last["iter"] == 4 and last["val_loss"] is None
+    saved = read_run(out).checkpoints[0]
+    assert (saved.iter, saved.val_loss) == (4, None)
+    assert resume(out, max_iters=5) == 0
+
+
+def test_the_data_is_read_for_its_fingerprint_once_a_start(tiny, monkeypatch):
+    made, real = [], hashlib.sha256
+    monkeypatch.setattr("orchestrate.data.stream.hashlib.sha256", lambda *a: made.append(a) or real(*a))
+    _, out = tiny(keep_last=9)
+    assert len(read_run(out).checkpoints) == 3
+    assert sum(bool(a) and a[0].endswith(b"uint16") for a in made) == 2, "train.bin and val.bin"
 
 
 # ---------------------------------------------------------------------------------------------- elsewhere

@@ -42,7 +42,7 @@ from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.metrics import LOGGED, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
 from orchestrate.training.settings.values import brief
-from orchestrate.training.store.reporting import METRICS
+from orchestrate.training.store.run_folder import METRICS, METRICS_KINDS, read_lines
 
 _LONGEST = 10**7
 """Iterations of a recorded run; every one of them is replayed."""
@@ -125,7 +125,7 @@ def make(
     pick_device(config.device, 0)
     if config.init_from == "resume":
         resumed = resume(config, given, operations)
-        fired = resumed.loaded.state["orchestrator"]["position"]["fired"]
+        fired = resumed.loaded.state.fired
         schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
         schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
@@ -349,24 +349,21 @@ def _recorded(run: Path, asked: Set[str]) -> _Recorded:
     path = run / METRICS if run.is_dir() else run
     found = _Recorded()
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"--against {run}: {path} cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
+        for number, record in read_lines(path, METRICS_KINDS):
+            if record is None:
+                raise Refused(f"--against {path}:{number}: not a line of metrics")
             if record.get("void"):
                 continue
-            iteration = int(record["iter"])
-            found.clock[iteration] = int(record["tokens"]), float(record["seconds"])
+            iteration = record["iter"]
+            if iteration > _LONGEST:
+                raise Refused(f"--against {path}:{number}: iter must be from 0 to {_LONGEST}, got {iteration}")
+            found.clock[iteration] = record["tokens"], record["seconds"]
             if record["kind"] == "eval" and "why" not in record and record["val_loss"] is not None:
-                found.losses[iteration] = float(record["val_loss"])
+                found.losses[iteration] = record["val_loss"]
             if record["kind"] == "train" and asked:
                 found.logged[iteration] = {name: v for name, v in numbers(record).items() if name in asked}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            raise Refused(f"--against {path}:{number}: not a line of metrics") from None
-        if not 0 <= iteration <= _LONGEST:
-            raise Refused(f"--against {path}:{number}: iter must be from 0 to {_LONGEST}, got {iteration}")
+    except OSError as error:
+        raise Refused(f"--against {run}: {path} cannot be read ({error})") from None
     if not found.losses:
         raise Refused(f"--against {path}: it holds no validation loss")
     return found

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ from orchestrate.training.operations import OPERATIONS
 from orchestrate.training.schedule.file import RESERVED
 from orchestrate.training.schedule.triggers import TRIGGERS
 from orchestrate.training.settings.errors import Refused
+from orchestrate.training.store.state import UserFile
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def _execute(path: Path, name: str) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
-def compare(recorded: Sequence[Mapping[str, str]], given: Sequence[OwnFile]) -> list[dict[str, Any]]:
+def compare(recorded: Sequence[UserFile], given: Sequence[OwnFile]) -> list[dict[str, Any]]:
     """The overrides of a resume with these files. Raises Refused for each file that the run had and that is missing."""
-    before = {record["file"]: record["sha256"] for record in recorded}
+    before = {record.file: record.sha256 for record in recorded}
     now = {file.path.name: file.sha256 for file in given}
     if missing := before.keys() - now.keys():
         raise Refused(

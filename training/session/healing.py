@@ -5,15 +5,16 @@ Every rank has the same result of the step, so every rank does the same.
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from orchestrate.training.run.sickness import OUT_OF_MEMORY, Sick
 from orchestrate.training.run.step import StepResult
-from orchestrate.training.session.resume import latest_good
+from orchestrate.training.session.resume import newest_whole
 from orchestrate.training.settings.errors import Refused, Stopped
 from orchestrate.training.settings.records import differences
+from orchestrate.training.store import checkpoint
 
 if TYPE_CHECKING:
     from orchestrate.training.session.session import Session
@@ -117,16 +118,19 @@ def make_smaller(session: Session) -> None:
 
 def roll_back(session: Session, why: str) -> None:
     """Back to the newest whole checkpoint, and on with the samples after the sick ones."""
-    run, from_iter, name = session.run, session.run.progress.iter, None
+    run, from_iter = session.run, session.run.progress.iter
     session.saver.finish()
-    if run.ranks.is_first:
-        with contextlib.suppress(Refused):
-            name = latest_good(session.config.out_dir)[0].path.name
-    name = run.ranks.broadcast(name)
-    if name is None:
-        raise Stopped(f"{why}; there is no checkpoint to go back to")
+
+    def from_first(question: str, answer: Callable[[], str]) -> str:
+        return run.ranks.broadcast(answer() if run.ranks.is_first else None)
+
+    try:
+        newest = newest_whole(session.config.out_dir, from_first)
+    except Refused as error:
+        raise Stopped(f"{why}; there is no checkpoint to go back to: {error}") from None
     session.rollbacks += 1
-    position = session.go_back(name)
+    position = session.go_back(newest.path.name)
+    aside = [str(checkpoint.set_aside(path)) for path in newest.damaged] if run.ranks.is_first else []
     session.orchestrator.load_state(position)
     left_out = session.config.rollback_skip_batches * run.settings.samples_per_iter
     run.progress.cursor = run.progress.cursor.skip(left_out)
@@ -134,5 +138,13 @@ def roll_back(session: Session, why: str) -> None:
         rewarm = {"rewarm_iters": session.config.rollback_rewarm_iters, "rewarms": run.settings.rewarms + 1}
         run.adopt(replace(run.settings, **rewarm))
     run.check_ranks_agree("a rollback")
-    session.event("rollback", reason=why, from_iter=from_iter, checkpoint=name, next_sample=run.progress.cursor.sample)
+    session.event(
+        "rollback",
+        reason=why,
+        from_iter=from_iter,
+        checkpoint=newest.path.name,
+        next_sample=run.progress.cursor.sample,
+        problems=newest.problems,
+        set_aside=aside,
+    )
     session.keep("rolled back")

@@ -6,7 +6,6 @@ absent after a death, as a step's writes are; a signal until then ends the proce
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -29,8 +28,9 @@ from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
 from orchestrate.training.settings.values import brief
-from orchestrate.training.store import checkpoint
-from orchestrate.training.store.reporting import Reporter, Silent, check_wandb, rewind, start_wandb
+from orchestrate.training.store.manifest import held, refuse_to_overwrite, set_aside
+from orchestrate.training.store.reporting import Reporter, Silent, check_wandb, start_wandb
+from orchestrate.training.store.run_folder import rewind, write_start
 
 
 def launch(
@@ -55,13 +55,14 @@ def launch(
         with refusing():
             resumed, orchestrator = prepare(config, given, operations, meeting)
         config, run = orchestrator.run.config, orchestrator.run
-        reporter, wandb_id = Silent(), resumed.loaded.state["wandb_id"] if resumed else None
+        reporter, wandb_id = Silent(), resumed.loaded.state.wandb_id if resumed else None
         problem = ""
         if run.ranks.is_first:
             try:
                 if not config.eval_only:
                     make_folder(config, orchestrator, lock, resumed)
                 reporter, wandb_id = open_reporter(config, run, wandb_id)
+                reporter.restore = lambda: restore_folder(config, orchestrator, lock)
             except Refused as error:
                 problem = str(error)
             except OSError as error:
@@ -91,11 +92,12 @@ def prepare(
     resumed = None
     config, given = resume_after_restart(config, given)
     if config.init_from == "resume":
-        resumed = resume(config, given, operations)
+        resumed = resume(config, given, operations, meeting.from_first)
         config, schedule = resumed.config, resumed.schedule
     else:
         schedule, config = the_schedule(config), with_foreign_shape(config)
-        refuse_to_overwrite(config)
+        if not config.eval_only:
+            refuse_to_overwrite(config.out_dir)
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -109,7 +111,7 @@ def prepare(
     orchestrator = Orchestrator(schedule, run)
     if resumed is not None:
         try:
-            orchestrator.load_state(resumed.loaded.state["orchestrator"])
+            orchestrator.load_state(resumed.loaded.state.orchestrator)
         except ValueError as error:
             raise Refused(f"checkpoint {resumed.loaded.path}: state.json: orchestrator: {error}") from None
     problem = check_wandb() if config.wandb_log and ranks.is_first and not config.eval_only else ""
@@ -122,20 +124,12 @@ def resume_after_restart(config: TrainConfig, given: dict[str, str]) -> tuple[Tr
     """When torchrun or Slurm starts the same command again, it means to go on from the latest checkpoint."""
     counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
     restarted = any(count.isdigit() and int(count) > 0 for count in counts)
-    if restarted and config.init_from != "resume" and checkpoint.find(config.out_dir):
+    # Checkpoints that cannot be read are a reason to go on too: that is refused, where a new run would hide the loss.
+    if restarted and config.init_from != "resume" and held(config.out_dir):
         # Keys of the command are those that the run was started with; the schedule may have moved them since.
         kept = {key: place for key, place in given.items() if key != "init_from"}
         return config.model_copy(update={"init_from": "resume"}), kept
     return config, given
-
-
-def refuse_to_overwrite(config: TrainConfig) -> None:
-    """A new run never starts over the checkpoints of another."""
-    if not config.eval_only and checkpoint.find(config.out_dir):
-        raise Refused(
-            f"out_dir {config.out_dir} holds the checkpoints of a run: go on with it (--init_from=resume), "
-            "or give another --out_dir, or remove the folder"
-        )
 
 
 def make_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLock, resumed: Resumed | None) -> None:
@@ -144,18 +138,17 @@ def make_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLoc
     if problem := lock.take():
         raise Refused(problem)
     if resumed is None:
-        refuse_to_overwrite(config)  # another job may have run in it before the lock was taken
+        refuse_to_overwrite(config.out_dir)  # another job may have run in it before the lock was taken
     # What a start without a checkpoint has left in the logs is void for the next one.
-    rewind(out_dir, resumed.loaded.state["log_sizes"] if resumed is not None else {})
+    rewind(out_dir, resumed.loaded.state.log_sizes if resumed is not None else {})
     out_of_memory.forget(out_dir)  # every rank has heeded it
-    texts = {
-        "config.json": json.dumps(config.model_dump(), indent=1) + "\n",
-        "schedule.yaml": orchestrator.schedule.text or "[]\n",
-    }
-    for name, text in texts.items():
-        temporary = out_dir / f".{name}"
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, out_dir / name)
+    write_start(out_dir, config.model_dump(), orchestrator.schedule.text)
+
+
+def restore_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLock) -> str:
+    """Make again what a start writes, after somebody removed the run folder; returns what is wrong, or nothing."""
+    write_start(Path(config.out_dir), config.model_dump(), orchestrator.schedule.text)
+    return lock.renew()
 
 
 def open_reporter(config: TrainConfig, run: Run, wandb_id: str | None) -> tuple[Reporter, str | None]:
@@ -203,7 +196,7 @@ def announce(session: Session, resumed: Resumed | None) -> None:
     else:
         path = str(resumed.loaded.path)
         writes = run.ranks.is_first and not config.eval_only
-        aside = [str(checkpoint.set_aside(path)) for path in resumed.damaged] if writes else []
+        aside = [str(set_aside(path)) for path in resumed.damaged] if writes else []
         session.event("resume", checkpoint=path, problems=resumed.passed_over, set_aside=aside, **facts)
         for problem in resumed.passed_over:
             session.reporter.say(f"passed over: {problem}")

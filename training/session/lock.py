@@ -50,6 +50,18 @@ class FolderLock:
         self._handle = handle
         return ""
 
+    def renew(self) -> str:
+        """After somebody removed the folder: hold the lock of the new one; returns why that is not to be had."""
+        old = self._handle
+        if old < 0 or (self.out_dir / ".lock").exists() and os.fstat(old).st_nlink:
+            return ""
+        self._handle = -1
+        if problem := self.take():
+            self._handle = old
+            return problem
+        os.close(old)
+        return ""
+
     def release(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.run import Run
@@ -27,18 +29,18 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
         state = resumed.loaded.state
         check_fingerprint(config, state, data)
         settings = resumed.settings
-        check_data(data, config, plan_stages(pending(schedule, state), settings, ranks.world_size))
+        check_data(data, config, plan_stages(pending(schedule, state.fired), settings, ranks.world_size))
         model, moments = open_model(resumed.loaded, settings, ranks, device)
         return Run(
             config,
             settings,
-            Progress.from_json(state["progress"], settings),
+            copy.deepcopy(state.progress),
             model,
             data,
             ranks,
             device,
             moments,
-            state["scaler"],
+            state.scaler,
         )
     model_config, _ = planned_model_config(config)
     settings = settings_from(config, model_config)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from orchestrate.data.stream import DataSet
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
-from orchestrate.model.lineage import State
+from orchestrate.model.lineage import State as Moments
 from orchestrate.training.run import out_of_memory, sharding
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import OPTIMIZERS
@@ -26,9 +25,11 @@ from orchestrate.training.schedule.own import OwnFile, compare
 from orchestrate.training.session.start import IN_SETTINGS
 from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.records import Progress, Settings, get_field, with_field
-from orchestrate.training.settings.values import problems_of, shown
+from orchestrate.training.settings.records import Settings, get_field, with_field
+from orchestrate.training.settings.values import shown
 from orchestrate.training.store import checkpoint
+from orchestrate.training.store.manifest import Damaged, survey
+from orchestrate.training.store.state import State
 
 _SHAPE = "the checkpoint's weights have this shape; an operation of a schedule can change it"
 # Keys that a resume must not change, and why.
@@ -53,23 +54,68 @@ class Resumed:
     overrides: list[dict[str, Any]]
     """Events: key, before, after, applied, reason."""
     passed_over: list[str]
-    """What is wrong with newer checkpoints."""
+    """What is wrong with other checkpoints."""
     damaged: list[Path]
     """Their folders."""
 
 
-def latest_good(out_dir: str) -> tuple[checkpoint.Checkpoint, list[str], list[Path]]:
-    """The newest checkpoint that is whole, what is wrong with newer ones, and their folders. Raises Refused."""
-    problems: list[str] = []
-    damaged: list[Path] = []
-    for path in checkpoint.find(out_dir):
-        try:
-            with reading(path):
-                return checkpoint.load(path), problems, damaged
-        except Refused as error:
-            problems += error.problems
-            damaged += [path] if path.exists() else []
-    raise Refused([*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"])
+FromFirst: TypeAlias = Callable[[str, Callable[[], str]], str]
+"""from_first(question, answer): the text that `answer` returns on rank 0, on every rank; only rank 0 calls it."""
+
+
+def _alone(question: str, answer: Callable[[], str]) -> str:
+    return answer()
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest checkpoint that is whole, and what is wrong with others."""
+
+    path: Path
+    problems: list[str]
+    damaged: list[Path]
+
+
+def newest_whole(out_dir: str, from_first: FromFirst = _alone) -> Newest:
+    """Find it. Raises Refused where there is none.
+
+    Checksums are those of whole checkpoints, so rank 0 alone computes them and tells the others what it found.
+    """
+    found = json.loads(from_first("the newest whole checkpoint", lambda: json.dumps(_newest_whole(out_dir))))
+    if found["refused"]:
+        raise Refused(found["refused"])
+    root = checkpoint.folder(out_dir)
+    return Newest(root / found["name"], found["problems"], [root / name for name in found["damaged"]])
+
+
+def _newest_whole(out_dir: str) -> dict[str, Any]:
+    """name; problems and names of the damaged; or, in `refused`, why there is nothing to go on from."""
+    name, problems, damaged = "", [], []
+    try:
+        for path, result in survey(out_dir):
+            try:
+                if isinstance(result, Refused):
+                    raise result
+                if not name:
+                    with reading(path):
+                        checkpoint.load(path)
+                    name = path.name
+            except Damaged as error:
+                problems += error.problems
+                damaged += [path.name] if path.exists() else []
+    except Refused as error:
+        return {"refused": [*problems, *error.problems]}
+    except OSError as error:
+        return {"refused": [f"out_dir {out_dir}: cannot be read ({error})"]}
+    none = [] if name else [*problems, f"out_dir {out_dir}: there is no complete checkpoint to resume from"]
+    return {"name": name, "problems": problems, "damaged": damaged, "refused": none}
+
+
+def latest_good(out_dir: str, from_first: FromFirst = _alone) -> tuple[checkpoint.Checkpoint, list[str], list[Path]]:
+    """The newest checkpoint that is whole, what is wrong with others, and their folders. Raises Refused."""
+    newest = newest_whole(out_dir, from_first)
+    with reading(newest.path):
+        return checkpoint.load(newest.path, whole=False), newest.problems, newest.damaged
 
 
 @contextlib.contextmanager
@@ -78,10 +124,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # torch's CheckpointException is no Exception
-        # A removal begins with the manifest; but a checkpoint without one may also be refused for that.
-        if (path if isinstance(error, Refused) else path / "manifest.json").exists():
+        if path.exists():  # a removal begins with another name
             raise
-        raise Refused(f"checkpoint {path}: removed while it was read: another job is running, try again") from error
+        raise Damaged(f"checkpoint {path}: removed while it was read: another job is running, try again") from error
 
 
 def named(out_dir: str, name: str) -> checkpoint.Checkpoint:
@@ -93,65 +138,16 @@ def named(out_dir: str, name: str) -> checkpoint.Checkpoint:
     return checkpoint.load(path)
 
 
-def understood(loaded: checkpoint.Checkpoint) -> tuple[TrainConfig, Settings]:
-    """The configuration and settings of a checkpoint. Raises Refused for a state that this version did not write."""
-    state, place = loaded.state, f"checkpoint {loaded.path}: state.json"
-    parts: dict[str, Any] = {}
-    try:
-        parts["config"] = TrainConfig.model_validate(state["config"])
-        parts["settings"] = Settings.from_json(state["settings"])
-        Progress.from_json(state["progress"], parts["settings"])
-        TypeAdapter(_State).validate_python(state)
-    except ValidationError as error:
-        raise Refused(
-            [f"{place}: {'.'.join(map(str, loc))} {message}" for loc, message in problems_of(error)]
-        ) from None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise Refused(f"{place}: not a state of this version ({type(error).__name__}: {error})") from None
-    return parts["config"], parts["settings"]
-
-
-_Count = Annotated[int, Field(ge=0, strict=True)]
-
-
-class _Position(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    fired: _Count
-
-
-class _Orchestrator(BaseModel):
-    position: _Position
-    ramps: list[dict[str, Any]]
-
-
-class _Text(BaseModel):
-    source: str
-    text: str
-
-
-class _OwnFile(BaseModel):
-    file: str
-    sha256: str
-
-
-class _State(BaseModel):
-    """What else is read from a checkpoint's state before the run is built."""
-
-    orchestrator: _Orchestrator
-    schedule: _Text
-    scaler: dict[str, Any]
-    log_sizes: dict[str, _Count]
-    data: dict[str, str]
-    tokenizer: dict[str, Any]
-    wandb_id: str | None
-    operations: list[_OwnFile] = []
-
-
-def resume(config: TrainConfig, given: dict[str, str], operations: Sequence[OwnFile] = ()) -> Resumed:
+def resume(
+    config: TrainConfig,
+    given: dict[str, str],
+    operations: Sequence[OwnFile] = (),
+    from_first: FromFirst = _alone,
+) -> Resumed:
     """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
-    loaded, passed_over, damaged = latest_good(config.out_dir)
-    recorded, settings = understood(loaded)
-    overrides = compare(loaded.state.get("operations", []), operations)
+    loaded, passed_over, damaged = latest_good(config.out_dir, from_first)
+    state, recorded, settings = loaded.state, loaded.state.config, loaded.state.settings
+    overrides = compare(state.operations, operations)
     problems = unread(settings.optimizer, given)
     for key in given:
         before, after = getattr(recorded, key), getattr(config, key)
@@ -172,8 +168,7 @@ def resume(config: TrainConfig, given: dict[str, str], operations: Sequence[OwnF
                 settings = with_field(settings, IN_SETTINGS[key], after)
             overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
 
-    schedule = parse_schedule(loaded.state["schedule"]["text"], loaded.state["schedule"]["source"] or "schedule")
-    fired = loaded.state["orchestrator"]["position"]["fired"]
+    schedule, fired = parse_schedule(state.schedule.text, state.schedule.source or "schedule"), state.fired
     if "schedule" in given:
         new = read_schedule(config.schedule) if config.schedule else _only(schedule, fired)
         for i, done in enumerate(schedule.as_given[:fired]):
@@ -210,7 +205,7 @@ def resume(config: TrainConfig, given: dict[str, str], operations: Sequence[OwnF
 
 def open_model(
     loaded: checkpoint.Checkpoint, settings: Settings, ranks: Ranks, device: torch.device
-) -> tuple[GPT, State]:
+) -> tuple[GPT, Moments]:
     """A checkpoint's model and moments; where the ranks are sharded each reads its own parts. Raises Refused."""
     config, optimizer = settings.model, OPTIMIZERS[settings.optimizer]
     with torch.device("meta"):
@@ -244,18 +239,17 @@ def _only(schedule: Schedule, fired: int) -> Schedule:
     return parse_schedule(json.dumps(schedule.as_given[:fired], indent=1), "fired.json")
 
 
-def check_fingerprint(config: TrainConfig, state: dict[str, Any], data: DataSet) -> None:
+def check_fingerprint(config: TrainConfig, state: State, data: DataSet) -> None:
     """Raises Refused where the data is not what the checkpoint was trained on, whatever its name is."""
-    changed = [name for name, print_ in data.fingerprint().items() if state["data"].get(name) != print_]
+    changed = [name for name, print_ in data.fingerprint().items() if state.data.get(name) != print_]
     if changed and not config.allow_changed_data:
         raise Refused(
             f"dataset {config.dataset}: the content of {' and '.join(f'{name}.bin' for name in changed)} is not what "
-            f"the checkpoint was trained on ({state['config']['dataset']}; fingerprints differ): the stream of samples "
+            f"the checkpoint was trained on ({state.config.dataset}; fingerprints differ): the stream of samples "
             "would not go on where it stopped; --allow_changed_data=True goes on all the same"
         )
 
 
-def pending(schedule: Schedule, state: dict[str, Any]) -> Schedule:
+def pending(schedule: Schedule, fired: int) -> Schedule:
     """The entries that have not fired."""
-    fired = state["orchestrator"]["position"]["fired"]
     return Schedule(schedule.entries[fired:], schedule.source, schedule.text)

@@ -17,7 +17,7 @@ from orchestrate.data.tokenizer import HuggingFaceTokenizer, RemappedTokenizer, 
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import GPT, from_weights
-from orchestrate.training.session.resume import latest_good, named, reading, understood
+from orchestrate.training.session.resume import latest_good, named, reading
 from orchestrate.training.settings.errors import Refused
 
 
@@ -33,10 +33,10 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
         loaded, passed_over, _ = latest_good(out_dir)
     else:
         loaded = named(out_dir, name)
-    recorded, settings = understood(loaded)
+    recorded, settings = loaded.state.config, loaded.state.settings
     with reading(loaded.path):
         model = from_weights(settings.model, loaded.model)
-    meta = read_meta(find_folder(dataset)) if dataset else Meta.from_json(loaded.state["tokenizer"])
+    meta = read_meta(find_folder(dataset)) if dataset else loaded.state.tokenizer
     tokenizer = tokenizer_of(meta)
     if recorded.shrunken_vocab_size:
         remap = read_remap(recorded.vocab_remapping_file, None, recorded.shrunken_vocab_size)

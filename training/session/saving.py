@@ -26,7 +26,8 @@ class BackgroundSave:
         self._write = write
         self._path: Path | None = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._work)
+        # A daemon: after an exception on one rank a sharded save may never end, and the process must.
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
@@ -145,11 +146,14 @@ class Saver:
         together = run.ranks.sharded and isinstance(error, Stopped)
         if not run.ranks.is_first and not together:
             return
-        self.finish()
-        self.session.event("error", message=f"{type(error).__name__}: {error}")
         if run.ranks.sharded and not together:
+            # A save under way is not waited for: it needs the other ranks, and one of them may hang.
+            self._background = None
+            self.session.event("error", message=f"{type(error).__name__}: {error}")
             self.session.event("emergency", saved=False, reason="the other ranks hold parts of the weights")
             return
+        self.finish()
+        self.session.event("error", message=f"{type(error).__name__}: {error}")
         if not run.consistent:
             self.session.event("emergency", saved=False, reason="the error came while parameters were being written")
             return

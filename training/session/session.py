@@ -5,6 +5,7 @@ Holds what the loop does at a boundary, a method each; the order in which they h
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,10 +23,10 @@ from orchestrate.training.session.stopping import NoSignals, SignalWatch
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Stopped
 from orchestrate.training.settings.metrics import LOGGED, ON_FIRST_RANK, PARTS, VAL_LOSS, finite, numbers
-from orchestrate.training.settings.records import Progress, Settings
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Silent, machine, memory_percent
+from orchestrate.training.store.state import ScheduleText, State, UserFile
 
 
 class Session:
@@ -227,23 +228,23 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ saving
 
-    def state(self) -> dict[str, Any]:
-        """All but the tensors that is needed to go on exactly, as JSON."""
+    def state(self) -> State:
+        """All but the tensors that is needed to go on exactly, as it is now."""
         run, schedule = self.run, self.orchestrator.schedule
-        return {
-            "config": self.config.model_dump(),
-            "settings": run.settings.to_json(),
-            "progress": run.progress.to_json(),
-            "orchestrator": self.orchestrator.state(),
-            "schedule": {"source": schedule.source, "text": schedule.text},
-            "scaler": run.scaler.state_dict(),
-            "wandb_id": self.wandb_id,
-            "log_sizes": self.reporter.sizes(),
-            "data": run.batches.opened.fingerprint(),
-            "tokenizer": run.data.meta.to_json(),
-            "world_size": run.ranks.world_size,
-            "operations": [file.to_json() for file in self.operations],
-        }
+        return State(
+            config=self.config,
+            settings=run.settings,
+            progress=copy.deepcopy(run.progress),
+            orchestrator=self.orchestrator.state(),
+            schedule=ScheduleText(schedule.source, schedule.text),
+            scaler=run.scaler.state_dict(),
+            wandb_id=self.wandb_id,
+            log_sizes=self.reporter.sizes(),
+            data=run.batches.opened.fingerprint(),
+            tokenizer=run.data.meta,
+            world_size=run.ranks.world_size,
+            operations=tuple(UserFile(**file.to_json()) for file in self.operations),
+        )
 
     def save(self, why: str, required: bool = True, mark: str = "") -> str:
         """Save a checkpoint and return its name; see `Saver.save`."""
@@ -258,20 +259,20 @@ class Session:
         run, found, error = self.run, None, None
         self.saver.finish()
         try:
-            loaded = checkpoint.load(checkpoint.folder(self.config.out_dir) / name)
-            settings = Settings.from_json(loaded.state["settings"])
-            found = loaded.state, settings, *open_model(loaded, settings, run.ranks, run.device)
+            path = checkpoint.folder(self.config.out_dir) / name
+            loaded = checkpoint.load(path, whole=run.ranks.is_first)
+            found = loaded.state, *open_model(loaded, loaded.state.settings, run.ranks, run.device)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = f"{type(caught).__name__}: {caught}"
         failures = [text for text in run.ranks.gather(error) if text]
         if failures or found is None:
             raise Stopped(f"cannot go back to checkpoint {name}: {failures[0]}")
-        state, settings, model, moments = found
-        run.restore(settings, Progress.from_json(state["progress"], settings), model, moments, state["scaler"])
+        state, model, moments = found
+        run.restore(state.settings, state.progress, model, moments, state.scaler)
         self.stops_seen = run.settings.stops_asked
         self._logged_tokens = run.progress.tokens
-        self.reporter.void_since(state["log_sizes"])
-        return state["orchestrator"]
+        self.reporter.void_since(state.log_sizes)
+        return state.orchestrator
 
     def keep(self, why: str) -> None:
         """Save what the run went back to, and only then remove the checkpoints of the way that was left."""
