@@ -13,6 +13,7 @@ from test_distributed import make_run
 from torch import nn
 
 from orchestrate.data.stream import TokenFile
+from orchestrate.model.config import ModelConfig
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.evaluation import validation_loss
 from orchestrate.training.run.run import Run
@@ -20,6 +21,8 @@ from orchestrate.training.run.run import Run
 
 class MeanOfTokens(nn.Module):
     """A "model" whose loss is the mean of its inputs, halved where it is training; remembers what it was given."""
+
+    config = ModelConfig(vocab_size=176, n_layer=1, n_head=1, n_embd=8)
 
     def __init__(self) -> None:
         super().__init__()
