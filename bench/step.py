@@ -25,6 +25,7 @@ from orchestrate.data.stream import DataSet, Meta, TokenFile  # noqa: E402
 from orchestrate.training.run.device import pick_device  # noqa: E402
 from orchestrate.training.run.distributed import Ranks  # noqa: E402
 from orchestrate.training.run.run import Run  # noqa: E402
+from orchestrate.training.schedule.dry import DryRun  # noqa: E402
 from orchestrate.training.schedule.file import Schedule, parse_schedule  # noqa: E402
 from orchestrate.training.schedule.orchestrator import Orchestrator  # noqa: E402
 from orchestrate.training.session.start import DEFAULT_VOCAB, initial_model, model_config_from, settings_from  # noqa: E402
@@ -56,7 +57,9 @@ def nanogpt_step(path: Path, run: Run) -> Callable[[], None]:
     spec.loader.exec_module(module)
     s, c = run.settings, run.settings.model
     shape = dict(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head)
-    model = module.GPT(module.GPTConfig(**shape, n_embd=c.n_embd, dropout=c.dropout, bias=c.bias)).to(run.device)
+    model = module.GPT(module.GPTConfig(**shape, n_embd=c.n_embd, dropout=run.settings.dropout, bias=c.bias)).to(
+        run.device
+    )
     optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), run.device.type)
     forward = torch.compile(model) if run.config.compile else model
     tokens = run.data.train.path
@@ -89,25 +92,11 @@ def nanogpt_step(path: Path, run: Run) -> Callable[[], None]:
     return step
 
 
-class _Quiet:
-    """A host that is never asked for anything: no entry comes due."""
-
-    def event(self, kind: str, **fields) -> None: ...
-
-    def measure(self, why: str) -> float | None: ...
-
-    def save(self, why: str, *, mark: str = "") -> str: ...
-
-    def go_back(self, checkpoint: str) -> dict: ...
-
-    def keep(self, why: str) -> None: ...
-
-
 def ours(run: Run, pending: int) -> Callable[[], None]:
     """One step of the loop: consult, then step, with this many entries waiting."""
     text = "".join(f"- {{name: set_lr, value: 1e-4, at_iter: {10**9 + i}, trigger_loss: 0}}\n" for i in range(pending))
     schedule = parse_schedule(text, "bench.yaml") if pending else Schedule()
-    orchestrator = Orchestrator(schedule, run, _Quiet())
+    orchestrator = Orchestrator(schedule, run, DryRun(run.settings, run.progress))
 
     def step() -> None:
         orchestrator.consult(None, look_at_clock=False)
@@ -165,10 +154,9 @@ def main(arguments: Sequence[str]) -> None:
         seconds = measure(contenders, options.rounds, options.steps, run.device)
 
         pending = parse_schedule("- {name: set_lr, value: 1e-4, at_iter: 1000000000}\n" * PENDING, "b.yaml")
-        consult = Orchestrator(pending, run, _Quiet())
+        consult = Orchestrator(pending, run, DryRun(run.settings, run.progress))
         start = time.perf_counter()
         for _ in range(10000):
-            consult.position.round_iter = -1
             consult.consult(None, look_at_clock=False)
         alone = (time.perf_counter() - start) / 10000
 

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from orchestrate.training.operations import OPERATIONS, Operation  # noqa: E402
+from orchestrate.training.schedule.file import Guard  # noqa: E402
 from orchestrate.training.schedule.triggers import TRIGGERS  # noqa: E402
+from orchestrate.training.settings.metrics import EVALUATED, LOGGED  # noqa: E402
 
 HEAD = """# Operations
 
@@ -22,6 +24,15 @@ Written by docs/generate_operations.py from the classes in training/operations/;
 
 An entry's `value` is the operation's argument. `over: N` moves a number there in N iterations
 (`style: linear | cosine`) where it says *over: moves*, and fades new weights in where it says *over: fades*.
+"""
+METRICS = """## Metrics
+
+`trigger`, `guard` and `early_stopping_metric` name a number of metrics.jsonl, with a dot where it is inside a mapping.
+
+- with every evaluation at eval_interval: {}
+- with every line of log_interval: {}
+
+Of clocks and machines (`tokens_per_second`, `seconds_by_part`, `machine`) rank 0's number counts.
 """
 ROOMS = {
     "hyperparameters": "Learning rate, optimizer, dropout",
@@ -100,7 +111,11 @@ def page() -> str:
     parts.append("## Triggers\n")
     for name, trigger in TRIGGERS.items():
         schema = trigger.model_json_schema()
-        parts.append(f"- `{name}`: {kind(schema['properties']['value'], schema.get('$defs', {}))}. {trigger.__doc__}")
+        doc = " ".join((trigger.__doc__ or "").split())
+        parts.append(f"- `{name}`: {kind(schema['properties']['value'], schema.get('$defs', {}))}. {doc}")
+    argument = kind({"$ref": "#/$defs/Guard"}, {"Guard": Guard.model_json_schema()})
+    parts.append(f"\n## Guard\n\n`guard`: {argument}.\n{inspect.cleandoc(Guard.__doc__ or '')}\n")
+    parts.append(METRICS.format(*(", ".join(f"`{n}`" for n in names) for names in (EVALUATED, LOGGED))))
     return "\n".join(parts).rstrip() + "\n"
 
 

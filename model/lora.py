@@ -17,19 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_of_parameter
-from orchestrate.model.gpt import GPT, put_parameter
+from orchestrate.model.gpt import GPT, WEIGHTS, put_parameter
 from orchestrate.model.lineage import Lineage, Origin
 
 ADAPTER = "default"
-_MATRICES = {"attn": ("c_attn", "c_proj"), "mlp": ("c_fc", "c_gate", "c_proj")}
 
 
 def _modules_of(layer: str, config: ModelConfig) -> list[str]:
     """Paths of the matrices of a leaf layer that carry its adapter."""
     kind, _, index = layer.partition(".")
-    if kind in _MATRICES:
-        names = [name for name in _MATRICES[kind] if name != "c_gate" or config.activation == "swiglu"]
-        return [f"transformer.h.{index}.{kind}.{name}" for name in names]
+    if index:
+        there = [path for path, w in WEIGHTS.items() if path.startswith(f"{kind}.") and w.columns and w.exists(config)]
+        return [f"transformer.h.{index}.{path}" for path in there]
     return ["lm_head"] if kind == "lm_head" else [f"transformer.{kind}"]
 
 
@@ -114,11 +113,11 @@ def reshape_lora(model: GPT, target: ModelConfig, generator: torch.Generator) ->
     as it is.
 
     Args:
-        target: the model's configuration but for `lora` (and dropout). Raises ValueError otherwise.
+        target: the model's configuration but for `lora`. Raises ValueError otherwise.
         generator: seeded alike on every rank.
     """
     source = model.config
-    if replace(source, lora={}, dropout=0.0) != replace(target, lora={}, dropout=0.0):
+    if replace(source, lora={}) != replace(target, lora={}):
         raise ValueError("reshape_lora changes adapters only, and the target differs in more")
     old = dict(model.named_parameters())
     with torch.device("meta"):

@@ -73,6 +73,14 @@ def test_imports_in_training_go_down(path):
         assert not module.startswith("orchestrate.tools"), f"{here} imports {module}"
 
 
+def test_the_orchestrator_and_the_operations_do_not_know_the_live_run():
+    """They say what they need of it (Steerable, Machine), so what is no Run can stand in for one."""
+    for path in files("training/schedule"):
+        assert "orchestrate.training.run.run" not in imports(path), path
+    for path in files("training/operations"):
+        assert not {name for name in imports(path) if name.startswith("orchestrate.training.run.")}, path
+
+
 def test_no_import_leads_back():
     """Within a room too, and also through imports inside functions."""
     arrows = {name: {m for m in imports(path) if m in MODULES and m != name} for name, path in MODULES.items()}

@@ -12,7 +12,7 @@ from fuzzing import seal
 import train_orchestrated
 from orchestrate.tools import plan
 from orchestrate.training.operations import OPERATIONS
-from orchestrate.training.schedule.file import entry_fields
+from orchestrate.training.schedule.file import entry_fields, parse_schedule
 from orchestrate.training.schedule.own import registered
 from orchestrate.training.settings.errors import Refused
 
@@ -34,7 +34,7 @@ from orchestrate.training.schedule.triggers import Trigger, trigger
 class Own(Trigger):
     """Of my own."""
     value: int
-    def fires(self, waited, measured):
+    def fires(self, elapsed, measured):
         return None
 '''
 
@@ -130,6 +130,14 @@ def test_a_trigger_is_a_field_while_its_file_is_registered(own):
     with registered([own(TRIGGER.format(name="my_trigger"))]):
         assert "my_trigger" in entry_fields()
     assert "my_trigger" not in entry_fields()
+
+
+def test_a_trigger_that_looks_at_what_is_no_metric_is_refused(own):
+    looks = "    @property\n    def looks_at(self):\n        return {{'grad_nrm': 0, 'loss': 2}}\n    def fires"
+    told = r"s:1: entry 1: stop: mine looks at 'grad_nrm', which is no metric; did you mean grad_norm\?"
+    file = own(TRIGGER.replace("    def fires", looks).format(name="mine"))
+    with registered([file]), pytest.raises(Refused, match=told):
+        parse_schedule("- {name: stop, mine: 3}", "s")
 
 
 def test_nothing_else_may_name_code(own, command, tmp_path):

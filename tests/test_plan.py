@@ -65,7 +65,7 @@ def test_recompiles_are_guessed_only_where_something_compiles(data, tmp_path, ca
         {"name": "widen_mlp", "value": {"width": 80, "layers": "mlp.0"}},
     ]
     _, out = planned(tmp_path, data, schedule, capsys, "--plan=json", compile=True)
-    assert [s["recompiles"] for s in json.loads(out)["stages"]] == [0, 1, 0, 0, 1, 1, 0, 1]
+    assert [s["recompiles"] for s in json.loads(out)["stages"]] == [0, 3, 0, 0, 1, 2, 0, 1]
     _, out = planned(tmp_path, data, schedule, capsys, "--plan=json", compile=False)
     assert {s["recompiles"] for s in json.loads(out)["stages"]} == {0}
 
@@ -149,6 +149,31 @@ def test_against_a_run_says_when_its_own_entries_fired(data, tmp_path, capsys, t
         tmp_path, data, GROWS + [{"name": "stop", "trigger_loss": 0.1}], capsys, "--plan", f"--against={out}"
     )
     assert "not by iteration 20" in text and "as recorded" in text
+
+
+def test_against_a_run_knows_its_metrics(data, tmp_path, capsys, tiny):
+    """What fired on logged numbers in the run fires there in the replay; a name that its lines lack is told."""
+    schedule = [
+        {"name": "set_grad_clip", "value": 0.5, "trigger": {"metric": "loss", "plateau": {"evals": 2, "min_delta": 9}}},
+        {"name": "adjust_batch_size", "value": {"target": 1.0, "max_batch_size": 4}, "max_wait_iters": 1},
+        {"name": "set_weight_decay", "value": 0.0, "trigger": {"metric": "tokens_per_second", "above": 1}, "over": 2},
+        {"name": "set_dropout", "value": 0.1, "trigger": {"metric": "machine.host_memory", "above": 1e6}},
+        {"name": "stop", "trigger": {"metric": "grad_norm", "below": 99}, "max_wait_iters": 5},
+    ]
+    code, out = tiny(schedule, max_iters=20, log_interval=2)
+    assert code == 0
+    fired = {e["entry"]: f"{e['iter']}: {e['reason']}" for e in events(out, "operation")}
+    assert [int(when.split(":")[0]) for when in fired.values()] == [6, 7, 8, 8, 8]
+    _, text = planned(tmp_path, data, schedule, capsys, "--plan=json", f"--against={out}")
+    planned_ = json.loads(text)
+    assert {int(n): when for n, when in planned_["against"].items()} == fired
+    assert "entries [2]: adjust_batch_size is decided on the machine; shown unchanged" in planned_["notes"]
+    whens = [stage["when"] for stage in planned_["stages"]]
+    assert whens[1] == "loss plateau evals=2 min_delta=9.0" and whens[3] == "tokens_per_second above 1"
+    assert whens[5] == "max_wait_iters 5 or grad_norm below 99"
+    unknown = [{"name": "stop", "trigger": {"metric": "machine.device_memory", "above": 1}}]
+    _, text = planned(tmp_path, data, unknown, capsys, "--plan", f"--against={out}")
+    assert "not by iteration 8" in text and f"{out} has no values of machine.device_memory" in text
 
 
 def test_against_needs_a_run_and_a_plan(data, tmp_path, capsys):

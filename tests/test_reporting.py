@@ -100,3 +100,28 @@ def test_a_folder_that_cannot_be_made_anew_for_a_while(tmp_path, capsys):
     reporter.close()
     assert [line["iter"] for line in lines(folder / "metrics.jsonl")] == [3]
     assert "2 lines are lost" in capsys.readouterr().out
+
+
+def test_a_line_of_progress_names_the_next_entry_and_no_more(tiny, capsys):
+    long = {"name": "freeze_layer", "value": ["attn.*", "mlp.*", "ln_1.*"], "at_iter": 99}
+    tiny([long], max_iters=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iter 1:")]
+    assert line.endswith(", next [1] freeze_layer")
+
+
+def test_what_a_resume_changes_is_told_briefly(tiny, resume, tmp_path, capsys):
+    _, out = tiny([{"name": "set_lr", "value": 1e-3, "at_iter": 2 + n} for n in range(3)], max_iters=3)
+    path = tmp_path / "new.json"
+    path.write_text(json.dumps([{"name": "set_lr", "value": 1e-3, "at_iter": 2}, {"name": "set_lr", "value": 1e-3,
+                                "at_iter": 3}, {"name": "stop", "at_iter": 9}]))  # fmt: skip
+    capsys.readouterr()
+    assert resume(out, schedule=path, max_iters=4) == 0
+    assert "override: schedule 1 entry (set_lr) -> 1 entry (stop) (--schedule)" in capsys.readouterr().out
+
+
+def test_a_metric_that_this_machine_does_not_have_is_told_once(tiny, capsys):
+    tiny([{"name": "stop", "trigger": {"metric": "machine.device_memory", "above": 1}}], max_iters=3)
+    told = [line for line in capsys.readouterr().out.splitlines() if "machine.device_memory" in line]
+    assert told == [
+        "warning: machine.device_memory has no value on this machine, and the schedule or early stopping asks for it"
+    ]

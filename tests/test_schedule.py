@@ -20,7 +20,7 @@ from orchestrate.training.schedule.triggers import TRIGGERS
 from orchestrate.training.session.start import planned_model_config, settings_from
 from orchestrate.training.settings.config import TrainConfig, resolve
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.records import Measured, Waited
+from orchestrate.training.settings.records import Elapsed, Measured
 
 # The example of the interface, and entries as nanoGPT's orchestrating fork writes them.
 INTERFACE = """
@@ -101,8 +101,8 @@ def test_empty_schedules():
         ("- {name: resize_vocabulary, value: {size: 70, init: {cop: 3}}}", "value.init.cop is no field here; did you mean copy? allowed: copy"),
         ("- {name: adjust_batch_size, value: {target_vram_percent: 80}}", "target: 0.8 instead of target_vram_percent: 80"),
         ("- {name: adjust_batch_size, value: {percent: 80}}", "value.percent is no field here; allowed: target, keep_global_batch, max_batch_size"),
-        ("- {name: set_lr, value: 1, guard: {max: 1}}", "guard.max is no field here; allowed: max_increase, within_iters, then"),
-        ("- {name: set_lr, value: 1, guard: 3}", "guard must be a mapping of max_increase, within_iters, then, got 3"),
+        ("- {name: set_lr, value: 1, guard: {max: 1}}", "guard.max is no field here; allowed: metric, max_increase, within_iters, then"),
+        ("- {name: set_lr, value: 1, guard: 3}", "guard must be a mapping of metric, max_increase, within_iters, then, got 3"),
         ("- {name: merge_lora_weights}", "adapted: none (merging removes adapters; relora merges and keeps them)"),
         ("- {value: 1}", "has no `name`"),
         ("- 3", "an entry is a mapping"),
@@ -117,6 +117,18 @@ def test_empty_schedules():
         ("- {name: set_lr, value: 1, trigger_plateau: {eval: 3}}", "trigger_plateau.eval"),
         ("- {name: set_lr, value: 1, trigger_plateau: {evals: '3'}}", "trigger_plateau.evals must be a valid integer, got '3'"),
         ("- {name: set_lr, value: 1, trigger_plateau: {evals: 0}}", "trigger_plateau.evals must be greater than 0, got 0"),
+        ("- {name: set_lr, value: 1, trigger: {metric: gradnorm, below: 1}}", "trigger.metric must be the name of a metric (did you mean grad_norm?), got 'gradnorm'"),
+        ("- {name: set_lr, value: 1, trigger: {metric: zzz, below: 1}}", "trigger.metric must be the name of a metric (val_loss, loss, "),
+        ("- {name: set_lr, value: 1, trigger: {metric: val_loss/wiki, below: 1}}", "(did you mean val_loss?), got 'val_loss/wiki'"),
+        ("- {name: set_lr, value: 1, trigger: {metric: host_memory, above: 1}}", "did you mean machine.host_memory?"),
+        ("- {name: set_lr, value: 1, trigger: {below: 1}}", "trigger.metric is missing"),
+        ("- {name: set_lr, value: 1, trigger: {metric: loss}}", "trigger must have one of below, above and plateau beside metric, got {'metric': 'loss'}"),
+        ("- {name: set_lr, value: 1, trigger: {metric: loss, below: 1, above: 2}}", "trigger must have one of below, above and plateau"),
+        ("- {name: set_lr, value: 1, trigger: {metric: loss, below: low}}", "trigger.below must be a valid number, got 'low'"),
+        ("- {name: set_lr, value: 1, trigger: {metric: loss, plateau: {evals: 0}}}", "trigger.plateau.evals must be greater than 0"),
+        ("- {name: set_lr, value: 1, trigger: loss}", "trigger must be a "),
+        ("- {name: set_lr, value: 1, guard: {metric: los, max_increase: 1}}", "guard.metric must be the name of a metric (did you mean loss?)"),
+        ("- {name: set_lr, value: 1, guard: {metric: grad_norm}}", "guard must give max_increase: its default 0.05 is in nats, grad_norm is not, got"),
         ("- {name: set_lr, value: 1, reevaluate: 1}", "reevaluate must be a valid boolean, got 1"),
         ("- {name: set_lr, value: 1, over: 0}", "over must be greater than 0"),
         ("- {name: set_lr, value: 1, over: 5, style: cubic}", "style must be 'linear' or 'cosine'"),
@@ -266,9 +278,11 @@ def test_fuzz_any_values_in_any_fields(document):
 # ---------------------------------------------------------------------------------------------- triggers and ramps
 
 
-def fires(field: str, value, waited=None, **measured) -> bool:
+def fires(field: str, value, elapsed=None, now=None, history=()) -> str | None:
     base = dict(iter=100, tokens=1000, iters_waited=10, tokens_waited=100, seconds_waited=None)
-    return bool(TRIGGERS[field](value=value).fires(Waited(**{**base, **(waited or {})}), Measured(**measured)))
+    metric = value["metric"] if field == "trigger" else "val_loss"
+    measured = Measured({} if now is None else {metric: now}, {metric: tuple(history)})
+    return TRIGGERS[field](value=value).fires(Elapsed(**{**base, **(elapsed or {})}), measured)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +294,7 @@ def test_exact_triggers(field, at, below):
 
 
 def test_loss_and_clock_triggers():
-    assert fires("trigger_loss", 2.0, val_loss=2.0) and not fires("trigger_loss", 2.0, val_loss=2.0001)
+    assert fires("trigger_loss", 2.0, now=2.0) and not fires("trigger_loss", 2.0, now=2.0001)
     assert not fires("trigger_loss", 2.0)
     assert fires("max_wait_seconds", 1.5, {"seconds_waited": 1.5}) and not fires("max_wait_seconds", 1.5)
 
@@ -299,13 +313,41 @@ def test_loss_and_clock_triggers():
 )
 def test_plateau(history, expected):
     plateau = {"evals": 2, "min_delta": 0.01}
-    assert fires("trigger_plateau", plateau, val_loss=history[-1], history=history) is expected
+    assert bool(fires("trigger_plateau", plateau, now=history[-1], history=history)) is expected
+    for metric in ("val_loss", "loss"):
+        named = {"metric": metric, "plateau": plateau}
+        assert bool(fires("trigger", named, now=history[-1], history=history)) is expected
+        assert not fires("trigger", named, history=history), "no value of now"
+
+
+def test_triggers_on_metrics_give_their_reasons():
+    """Those on val_loss in the words of the triggers that they are the long form of."""
+    plateau = {"evals": 2, "min_delta": 0.01}
+    for short, long in [
+        (("trigger_loss", 2.5), {"metric": "val_loss", "below": 2.5}),
+        (("trigger_plateau", plateau), {"metric": "val_loss", "plateau": plateau}),
+    ]:
+        values = {"now": 2.44444, "history": (2.4, 2.44444, 2.44444)}
+        assert fires(*short, **values) == fires("trigger", long, **values) is not None
+    assert fires("trigger", {"metric": "grad_norm", "below": 0.1}, now=0.1) == "grad_norm 0.1 <= 0.1"
+    assert fires("trigger", {"metric": "lr", "above": 3e-4}, now=3.14159265e-4) == "lr 0.000314159 >= 0.0003"
+    assert not fires("trigger", {"metric": "lr", "above": 3e-4}, now=2.99e-4)
+    assert not fires("trigger", {"metric": "grad_norm", "below": 0.1}, now=0.1001)
+    assert (
+        fires("trigger", {"metric": "loss", "plateau": plateau}, now=2.0, history=(2.0, 2.1, 2.0))
+        == "plateau of loss: 2.0000 in 2 values, 2.0000 before (min_delta 0.01)"
+    )
+
+
+@pytest.mark.parametrize("condition", [{"below": 1.0}, {"above": 1.0}, {"plateau": {"evals": 1}}])
+def test_what_is_no_number_fires_nothing(condition):
+    assert not fires("trigger", {"metric": "grad_norm", **condition}, now=float("nan"), history=(1.0,))
 
 
 def test_a_plateau_is_five_evaluations_without_a_gain_of_a_hundredth():
-    assert fires("trigger_plateau", {}, val_loss=2.0, history=(2.0, 1.995, 2.0, 2.0, 2.0, 2.0))
-    assert not fires("trigger_plateau", {}, val_loss=2.0, history=(2.0, 2.0, 2.0, 2.0, 2.0))
-    assert not fires("trigger_plateau", {}, val_loss=2.0, history=(2.0, 1.985, 2.0, 2.0, 2.0, 2.0))
+    assert fires("trigger_plateau", {}, now=2.0, history=(2.0, 1.995, 2.0, 2.0, 2.0, 2.0))
+    assert not fires("trigger_plateau", {}, now=2.0, history=(2.0, 2.0, 2.0, 2.0, 2.0))
+    assert not fires("trigger_plateau", {}, now=2.0, history=(2.0, 1.985, 2.0, 2.0, 2.0, 2.0))
 
 
 def test_ramps_start_where_they_are_and_end_exactly():

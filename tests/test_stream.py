@@ -257,7 +257,7 @@ def test_a_meta_goes_through_json(tmp_path):
     "values, message",
     [
         ({"format": 2}, "not a meta of format 1"),
-        ({"vocab_size": 0}, "vocab_size must be a whole number from 1 to .*, got 0"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number from 1 to 16777216, got 0"),
         ({"vocab_size": "65"}, "got '65'"),
         ({"vocab_size": True}, "got True"),
         ({"dtype": "int64"}, "dtype must be uint8, uint16 or uint32, got 'int64'"),
@@ -285,7 +285,7 @@ def test_a_meta_of_nanogpt_with_and_without_characters(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": {0: "a", 2: "c"}}))
     assert read_meta(tmp_path) == Meta(3, tokenizer="char", itos=("a", "\ufffd", "c"))
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Stream))
-    with pytest.raises(ValueError, match="it holds more than plain values"):
+    with pytest.raises(ValueError, match=r"not a plain nanoGPT meta.pkl \(it (names|holds more)"):
         read_meta(tmp_path)
 
 

@@ -46,7 +46,7 @@ def _train(session: Session) -> int:
             ending.by_signal(session, number)
             return 128 + number
 
-        if reason := session.why_end(evaluated):
+        if reason := session.why_end():
             if p.last_eval_iter != p.iter:
                 session.evaluate()
             session.save_unless_saved("the end of the run")

@@ -7,23 +7,22 @@ device, where nothing is allocated. What can only be guessed before a run is lab
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from orchestrate.model.config import ModelConfig
+from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
-from orchestrate.training.operations import Operation
 from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
+from orchestrate.training.schedule.dry import DryRun
 from orchestrate.training.schedule.file import Entry, Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
@@ -40,13 +39,13 @@ from orchestrate.training.session.start import (
 )
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.metrics import LOGGED, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.reporting import METRICS
 
 _LONGEST = 10**7
 """Iterations of a recorded run; every one of them is replayed."""
-_DECIDED_LATER = "adjust_batch_size"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Row:
     """Estimate for one micro-step of eager training."""
     rewraps: int
     recompiles: int
-    """Estimate: blocks of a kind not compiled before, and first changes of batch or length."""
+    """Estimate: graphs of a kind not compiled before, and first changes of batch or length."""
     keeps_function: bool | None
     """None at the start."""
     changes: dict[str, list[Any]]
@@ -87,7 +86,7 @@ class Plan:
     rows: list[Row]
     notes: list[str]
     fires: dict[int, str] | None = None
-    """With --against: entry number -> when it would have fired on the recorded losses."""
+    """With --against: entry number -> when it would have fired on the recorded metrics."""
 
     def to_json(self) -> str:
         facts = {"stages": [row.to_json() for row in self.rows], "notes": self.notes, "against": self.fires}
@@ -119,7 +118,7 @@ def make(
     """The plan of a run. Raises Refused with every problem of the configuration and the schedule.
 
     Args:
-        against: a run folder; says when each entry would have fired on its recorded losses.
+        against: a run folder; says when each entry would have fired on its recorded metrics.
         operations: files of the user's own operations, registered now.
     """
     notes: list[str] = []
@@ -143,15 +142,16 @@ def make(
     rows = _rows(stages, config, schedule.source, share)
     if config.parallel == "fsdp":
         notes.append(f"model and optimizer memory is that of one of {share} processes, sharded evenly")
-    later = [row.entry for row in rows if row.operation.startswith(_DECIDED_LATER)]
+    later = [stage.entry for stage in stages if stage.entry and stage.entry.operation.decided_on_machine]
     if later:
-        notes.append(f"entries {later}: {_DECIDED_LATER} is decided on the machine; shown unchanged")
+        names = ", ".join(sorted({entry.operation.name for entry in later}))
+        numbered = [entry.number for entry in later]
+        notes.append(f"entries {numbered}: {names} is decided on the machine; shown unchanged")
     fires = None
     if against:
-        fires = _replay(schedule, settings, Path(against))
-        notes.append(
-            f"`fires at` takes losses, tokens and seconds of {against} as recorded, as if no entry changed them"
-        )
+        fires, missing = _replay(schedule, settings, Path(against))
+        told = f"`fires at` takes metrics, tokens and seconds of {against} as recorded, as if no entry changed them"
+        notes += [told, *missing]
     return Plan(rows, notes, fires)
 
 
@@ -161,10 +161,10 @@ def make(
 def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> list[Row]:
     """The stages, their shapes checked by reshaping on the meta device. Raises Refused."""
     with torch.device("meta"):
-        model = GPT(replace(stages[0].settings.model, fading={}))
+        model = GPT(stages[0].settings.model)
     trained = trainable_parameters(model, stages[0].settings.frozen)
     kinds: set[str] = set()
-    batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.model.dropout > 0
+    batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.dropout > 0
     rows = []
     for i, stage in enumerate(stages):
         s, before = stage.settings, stages[i - 1].settings if i else None
@@ -180,14 +180,14 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
         state_bytes = OPTIMIZERS[s.optimizer].state_bytes
-        new = {_block_kind(s, n) for n in range(s.model.n_layer)} - kinds
-        recompiles = len(new) if i else 0
-        kinds |= new
+        graphs = _graphs(s)
+        recompiles = len(graphs - kinds) if i else 0
+        kinds |= graphs
         if i and _batch_shape(s) not in batches and len(batches) == 1:
-            recompiles += len({_block_kind(s, n) for n in range(s.model.n_layer)})  # the batch becomes dynamic, once
+            recompiles += len(graphs)  # the batch becomes dynamic, once
         batches.add(_batch_shape(s))
-        if s.model.dropout > 0 and not dropped:
-            recompiles, dropped = recompiles + 1, True
+        if s.dropout > 0 and not dropped:
+            recompiles, dropped = recompiles + 2, True  # in blocks, and before them
         old, now = differences(before, s) if before is not None else ({}, {})
         rows.append(
             Row(
@@ -225,12 +225,18 @@ def _batch_shape(s: Settings) -> tuple[int, int]:
     return s.batch_size, s.sequence_length
 
 
-def _block_kind(s: Settings, n: int) -> str:
-    """What a compiled graph of a block depends on."""
+def _graphs(s: Settings) -> set[str]:
+    """What compiled graphs depend on: those of blocks, and of what comes before and after them."""
     c = s.model
-    shape = (c.n_embd, c.n_head, c.n_kv_head, c.head_size, c.n_hidden[n], c.norm, c.activation, c.position, c.bias)
-    layers = [f"{kind}.{n}" for kind in ("ln_1", "attn", "ln_2", "mlp")]
-    return repr((shape, [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]))
+    shape = [getattr(c, name) for name, option in OPTIONS.items() if option.shapes_blocks]
+
+    def graph(layers: Sequence[str], *more: object) -> str:
+        return repr((shape, more, [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]))
+
+    blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n]) for n in range(c.n_layer)}
+    before = graph(["wte", "wpe"], "before", c.vocab_size, c.block_size if c.position == "learned" else 0)
+    after = graph(["wte", "ln_f"] if c.tie_weights else ["ln_f", "lm_head"], "after", c.vocab_size, c.tie_weights)
+    return {*blocks, before, after}
 
 
 def flops_per_token(c: ModelConfig, parameters: int, length: int) -> float:
@@ -245,11 +251,13 @@ def flops_per_token(c: ModelConfig, parameters: int, length: int) -> float:
 def activation_bytes(s: Settings, width: int) -> int:
     """What one micro-step keeps for its backward, roughly; `width` bytes a number.
 
-    Per block and token: input and output of both norms, queries, keys and values, the heads' output twice, the inner
-    MLP tensors (two, with a gate four); then the logits with their softmax and its gradient.
+    Per block and token: input and output of both norms, queries, keys and values (queries and keys twice where they
+    are normed), the heads' output twice, the inner MLP tensors (two, with a gate four); then the logits with their
+    softmax and its gradient.
     """
     c, tokens = s.model, s.batch_size * s.sequence_length
     heads = (c.n_head + 2 * c.n_kv_head) * c.head_size + 2 * c.n_head * c.head_size
+    heads += (c.n_head + c.n_kv_head) * c.head_size if c.qk_norm else 0
     inner = 4 if c.activation == "swiglu" else 2
     blocks = sum(4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden)
     return tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)
@@ -260,11 +268,7 @@ def activation_bytes(s: Settings, width: int) -> int:
 
 def when(entry: Entry) -> str:
     """An entry's triggers in one cell."""
-    return " or ".join(f"{trigger.field} {_plain(trigger.value)}" for trigger in entry.triggers) or "at once"
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return " or ".join(map(str, entry.triggers)) or "at once"
 
 
 def _bytes(count: int) -> str:
@@ -301,85 +305,49 @@ def _cells(row: Row) -> list[str]:
 # ---------------------------------------------------------------------------------------------- against a run
 
 
-class _Unchanged(Operation):
-    """Stands for an operation whose result only the machine can tell."""
-
-    def plan(self, settings: Settings) -> Settings:
-        return settings
-
-
-class _Recorded:
-    """A run that only remembers: what the orchestrator needs of a Run, and of its host, from a metrics file."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.progress = Progress.start(settings)
-        self.loss: float | None = None
-        self.fired: dict[int, str] = {}
-        self.ranks = SimpleNamespace(broadcast=lambda value: value, gather=lambda value: [value], world_size=1)
-        self.stopwatch = SimpleNamespace(part=lambda name: _nothing)
-
-    def adopt(self, target: Settings, reshape: Any = None) -> None:
-        self.settings = replace(target, model=replace(target.model, fading={}))
-
-    def check_ranks_agree(self, what: str) -> None: ...
-
-    def parameter_counts(self) -> tuple[int, int]:
-        return 0, 0
-
-    def event(self, kind: str, **fields: Any) -> None:
+def _replay(schedule: Schedule, settings: Settings, run: Path) -> tuple[dict[int, str], list[str]]:
+    """When each entry fires on a recorded run's metrics, by the orchestrator's own code; and notes. Raises Refused."""
+    # Without guards nothing is taken back; a fade has no part in when entries fire, but for what waits for it.
+    settings = replace(settings, fading={})
+    entries = [
+        replace(entry, guard=None, over=None if entry.operation.fades else entry.over) for entry in schedule.entries
+    ]
+    dry = DryRun(settings, Progress.start(settings))
+    orchestrator = Orchestrator(Schedule(tuple(entries), schedule.source, schedule.text), dry, dry)
+    asked = orchestrator.asked.intersection(LOGGED)
+    recorded = _recorded(run, asked)
+    losses, logged, p = recorded.losses, recorded.logged, dry.progress
+    iters = sorted(recorded.clock)
+    tokens, seconds = (np.interp(range(iters[-1] + 1), iters, [recorded.clock[i][n] for i in iters]) for n in (0, 1))
+    for iteration in range(iters[-1] + 1):
+        p.iter, p.tokens, p.seconds = iteration, round(tokens[iteration]), float(seconds[iteration])
+        dry.loss = losses.get(iteration, dry.loss)
+        orchestrator.observe(logged.get(iteration, {}))
+        orchestrator.consult(losses.get(iteration), look_at_clock=iteration in recorded.clock)
+    fires = {entry.number: f"not by iteration {iters[-1]}" for entry in schedule.entries}
+    for iteration, kind, fields in dry.events:
         if kind == "operation":
-            self.fired[fields["entry"]] = f"{self.progress.iter}: {fields['reason']}"
-
-    def measure(self, why: str) -> float | None:
-        return self.loss if self.loss is not None else 0.0
-
-    def save(self, why: str, *, mark: str = "") -> str:
-        return ""
-
-    def go_back(self, checkpoint: str) -> dict[str, Any]:
-        raise AssertionError("a replay has no guards")
-
-    def keep(self, why: str) -> None: ...
+            fires[fields["entry"]] = f"{iteration}: {fields['reason']}"
+    missing = asked.difference(*logged.values())
+    return fires, [f"{run} has no values of {name}" for name in sorted(missing)]
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
+@dataclass
+class _Recorded:
+    """A metrics file, by iteration."""
 
-    def __exit__(self, *error: object) -> None: ...
-
-
-_nothing = _Nothing()
-
-
-def _replay(schedule: Schedule, settings: Settings, run: Path) -> dict[int, str]:
-    """When each entry fires on the losses of a recorded run: the orchestrator's own code over its metrics."""
-    losses, records = _recorded(run)
-    entries = []
-    for entry in schedule.entries:
-        operation = _Unchanged() if entry.operation.name == _DECIDED_LATER else entry.operation
-        fades = entry.operation.fades  # a fade has no part in when entries fire, but for what waits for it
-        entries.append(replace(entry, operation=operation, guard=None, over=None if fades else entry.over))
-    recorded = _Recorded(settings)
-    replayed = Schedule(tuple(entries), schedule.source, schedule.text)
-    orchestrator = Orchestrator(replayed, recorded, recorded)  # type: ignore[arg-type]
-    iters = sorted(records)
-    last, p = iters[-1], recorded.progress
-    for iteration in range(last + 1):
-        p.iter = iteration
-        p.tokens = round(np.interp(iteration, iters, [records[i]["tokens"] for i in iters]))
-        p.seconds = float(np.interp(iteration, iters, [records[i]["seconds"] for i in iters]))
-        recorded.loss = losses.get(iteration, recorded.loss)
-        orchestrator.consult(losses.get(iteration), look_at_clock=iteration in records)
-    left = f"not by iteration {last}"
-    return {entry.number: recorded.fired.get(entry.number, left) for entry in schedule.entries}
+    losses: dict[int, float] = field(default_factory=dict)
+    """Of the evaluations at eval_interval."""
+    clock: dict[int, tuple[int, float]] = field(default_factory=lambda: {0: (0, 0.0)})
+    """(tokens, seconds)."""
+    logged: dict[int, dict[str, float]] = field(default_factory=dict)
+    """The metrics that are asked for, of the lines of log_interval."""
 
 
-def _recorded(run: Path) -> tuple[dict[int, float], dict[int, Mapping[str, Any]]]:
-    """(validation loss by iteration, tokens and seconds by iteration) of a run folder. Raises Refused."""
+def _recorded(run: Path, asked: Set[str]) -> _Recorded:
+    """The metrics of a run folder. Raises Refused."""
     path = run / METRICS if run.is_dir() else run
-    losses: dict[int, float] = {}
-    records: dict[int, Mapping[str, Any]] = {0: {"tokens": 0, "seconds": 0.0}}
+    found = _Recorded()
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -390,13 +358,15 @@ def _recorded(run: Path) -> tuple[dict[int, float], dict[int, Mapping[str, Any]]
             if record.get("void"):
                 continue
             iteration = int(record["iter"])
-            records[iteration] = {"tokens": int(record["tokens"]), "seconds": float(record["seconds"])}
+            found.clock[iteration] = int(record["tokens"]), float(record["seconds"])
             if record["kind"] == "eval" and "why" not in record and record["val_loss"] is not None:
-                losses[iteration] = float(record["val_loss"])
+                found.losses[iteration] = float(record["val_loss"])
+            if record["kind"] == "train" and asked:
+                found.logged[iteration] = {name: v for name, v in numbers(record).items() if name in asked}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise Refused(f"--against {path}:{number}: not a line of metrics") from None
         if not 0 <= iteration <= _LONGEST:
             raise Refused(f"--against {path}:{number}: iter must be from 0 to {_LONGEST}, got {iteration}")
-    if not losses:
+    if not found.losses:
         raise Refused(f"--against {path}: it holds no validation loss")
-    return losses, records
+    return found

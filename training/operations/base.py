@@ -7,8 +7,8 @@ tests/operation_examples.py; help, validation, plan, resume and the contract tes
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,8 +20,34 @@ from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import closest, problems_of, shown
 
-if TYPE_CHECKING:
-    from orchestrate.training.run.run import Run
+
+class Peers(Protocol):
+    """The processes of a run, as far as a decision needs them."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks, on every rank."""
+
+
+class Machine(Protocol):
+    """What an operation may ask of the live run before it plans."""
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def ranks(self) -> Peers: ...
+
+    def largest_batch(self, target: float, candidates: Sequence[int]) -> int:
+        """The largest candidate (ascending micro-batch sizes) that trains within a share of memory on every rank.
+
+        Raises ValueError where none does.
+        """
 
 
 class Operation(BaseModel):
@@ -43,6 +69,8 @@ class Operation(BaseModel):
     """Whether `over: N` may fade what is new in from zero (masked growth)."""
     renumbers: ClassVar[bool] = False
     """Whether layers change their number or size: such an entry waits until nothing is fading in."""
+    decided_on_machine: ClassVar[bool] = False
+    """Whether only `resolve` can tell what it does: a plan made ahead shows the settings unchanged."""
 
     @property
     def keeps_function(self) -> bool:
@@ -57,7 +85,7 @@ class Operation(BaseModel):
         """`after` with what is new in it masked, for an entry with `over`. Raises ScheduleError where it cannot be."""
         raise NotImplementedError(f"{self.name} has nothing to fade in")
 
-    def resolve(self, run: Run) -> Operation:
+    def resolve(self, machine: Machine) -> Operation:
         """The operation with everything settled that only the live machine can tell (e.g. free memory).
 
         Called on every rank at once, right before `plan`; must return equal operations on all ranks and leave the
@@ -69,6 +97,7 @@ class Operation(BaseModel):
         """A new model of the target's shape and where each of its parameters came from; `model` is left unchanged.
 
         Only structural operations have one. `generator` is seeded alike on every rank: fresh values come from it.
+        One that `fades` also takes `masked`: whether nothing of what is new shows at first.
         """
         raise NotImplementedError(f"{self.name} does not change the model's shape")
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from orchestrate.training.operations.base import Operation, operation
+from orchestrate.training.operations.base import Machine, Operation, operation
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import PositiveFloat, PositiveInt
-
-if TYPE_CHECKING:
-    from orchestrate.training.run.run import Run
 
 
 def _scaled(what: str, value: int, factor: float) -> int:
@@ -107,6 +104,7 @@ class AdjustBatchSize(Operation):
     """
 
     touches: ClassVar = ("batch_size", "grad_accum")
+    decided_on_machine: ClassVar = True
     value: PositiveFloat | MemoryTarget
 
     @field_validator("value", mode="before")
@@ -125,22 +123,19 @@ class AdjustBatchSize(Operation):
             raise ScheduleError(f"adjust_batch_size: target must be a share in (0, 1], got {self.wanted.target:g}")
         return settings
 
-    def resolve(self, run: Run) -> Operation:
-        # Here and not above: probing needs the live run, and planning must not import it.
-        from orchestrate.training.run.batch_memory import largest_batch_that_fits
-
-        self.plan(run.settings)
-        wanted, settings = self.wanted, run.settings
+    def resolve(self, machine: Machine) -> Operation:
+        self.plan(machine.settings)
+        wanted, settings = self.wanted, machine.settings
         if not wanted.keep_global_batch:
-            fits = largest_batch_that_fits(run, wanted.target, range(1, wanted.max_batch_size + 1))
+            fits = machine.largest_batch(wanted.target, range(1, wanted.max_batch_size + 1))
             return SetSplit(value=(fits, settings.grad_accum))
-        total, world = settings.samples_per_iter, run.ranks.world_size
+        total, world = settings.samples_per_iter, machine.ranks.world_size
         splits = [
             size
             for size in range(1, min(total, wanted.max_batch_size) + 1)
             if total % size == 0 and (total // size) % world == 0
         ]
-        fits = largest_batch_that_fits(run, wanted.target, splits)
+        fits = machine.largest_batch(wanted.target, splits)
         return SetSplit(value=(fits, total // fits))
 
 

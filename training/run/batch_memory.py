@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from orchestrate.training.run.out_of_memory import is_out_of_memory
-from orchestrate.training.run.run import Run
 from orchestrate.training.run.sharding import local
+
+if TYPE_CHECKING:
+    from orchestrate.training.run.run import Run
 
 
 def largest_batch_that_fits(run: Run, target: float, candidates: Sequence[int]) -> int:
@@ -73,7 +76,8 @@ def peak_memory(run: Run, batch_size: int) -> float:
             block_size = run.settings.model.block_size
             x = torch.zeros(batch_size, block_size, dtype=torch.long, device=run.device)
             with run.autocast():
-                _, loss = run.model(x, x)  # not the DDP wrapper: ranks try different sizes for different times
+                # Not the DDP wrapper: ranks try different sizes for different times.
+                loss = run.model(x, x).sum / x.numel()
             run.scaler.scale(loss).backward()
         # The optimizer's state, where the first step has not made it yet, and the gradients are there at the same time.
         optimizer = run.optimizer

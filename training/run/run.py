@@ -7,7 +7,7 @@ whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from orchestrate.data.stream import DataSet, Stream
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import State
 from orchestrate.training.run import changes, step
+from orchestrate.training.run.batch_memory import largest_batch_that_fits
 from orchestrate.training.run.batches import Batches
 from orchestrate.training.run.changes import Reshape
 from orchestrate.training.run.device import DTYPES, pick_dtype
@@ -135,6 +136,10 @@ class Run:
         s, p = self.settings, self.progress
         rewarm = p.iter - p.rewarm_start_iter if s.rewarms else None
         return learning_rate(s, p.iter - p.lr_start_iter, rewarm)
+
+    def largest_batch(self, target: float, candidates: Sequence[int]) -> int:
+        """The largest micro-batch that trains within a share of memory; see `batch_memory.largest_batch_that_fits`."""
+        return largest_batch_that_fits(self, target, candidates)
 
     def parameter_counts(self) -> tuple[int, int]:
         """(total, trainable)."""

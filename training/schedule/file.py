@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from orchestrate.training.operations import Operation, make
 from orchestrate.training.schedule.triggers import TRIGGERS, Trigger
 from orchestrate.training.settings.errors import Refused, ScheduleError
+from orchestrate.training.settings.metrics import NAMES, VAL_LOSS, MetricName, in_nats
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import (
     MOST_PROBLEMS,
@@ -33,13 +34,27 @@ from orchestrate.training.settings.values import (
 
 
 class Guard(BaseModel):
-    """What to do when an entry hurts: looked at on every evaluation in the iterations after it."""
+    """What to do when an entry hurts: a metric's values in the iterations after it are compared with the one before it.
+
+    val_loss is measured right before the entry and at the end of the window where there is no evaluation. Of another
+    metric the value logged last before the entry counts, and the entry waits until there is one. The last value that is
+    looked at is the first one at or after the end of the window.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    metric: MetricName = VAL_LOSS
     max_increase: NonNegativeFloat = 0.05
-    """How much worse, in nats, the validation loss may be than right before the entry."""
+    """How much higher the metric may be than right before the entry; must be given where it is not a loss, in nats."""
     within_iters: PositiveInt = 200
     then: Literal["revert", "keep", "stop"] = "revert"
+
+    @model_validator(mode="after")
+    def _in_units_of_the_metric(self) -> Guard:
+        if not in_nats(self.metric) and "max_increase" not in self.model_fields_set:
+            raise ValueError(
+                f"must give max_increase: its default {self.max_increase} is in nats, {self.metric} is not"
+            )
+        return self
 
 
 class _EntryFields(BaseModel):
@@ -87,6 +102,12 @@ class Entry:
     @property
     def value(self) -> Any:
         return self.given.get("value")
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """Names of the metrics that its triggers and its guard look at."""
+        guarded = [self.guard.metric] if self.guard else []
+        return frozenset(guarded).union(*(trigger.looks_at for trigger in self.triggers))
 
     def plan(self, settings: Settings) -> Settings:
         """The settings after this entry, once any ramp of it has arrived. Pure. Raises ScheduleError."""
@@ -388,6 +409,12 @@ def _entry(number: int, line: int, given: Any) -> Entry:
                 f"{title}{'.'.join([name, *map(str, loc[1:])])} {message}"
                 for loc, message in problems_of(error, trigger)
             ]
+    problems += [
+        f"{title}{one.field} looks at {shown(name)}, which is no metric{nearest(name, NAMES)}"
+        for one in triggers
+        for name in one.looks_at
+        if name not in NAMES
+    ]
     if operation and common and common.over and not (operation.ramps or operation.fades):
         problems.append(f"{title}`over` moves a number or fades new weights in; {operation.name} does neither")
     if "style" in fields and "over" not in fields:

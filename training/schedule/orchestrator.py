@@ -2,27 +2,62 @@
 
 At a step boundary `consult` looks at the head of the queue only. Rank 0 decides from numbers that are the same on
 every rank; the decision and its reason are broadcast; every rank carries it out and all compare fingerprints. Where no
-trigger can possibly hold, the ranks all know it and nothing is exchanged: a waiting schedule costs next to nothing.
-Everything it knows is in `state()`, so a resumed run waits on as if it had never stopped.
+trigger can possibly hold, the ranks all know it (`acts`) and nothing is exchanged: a waiting schedule costs next to
+nothing. Everything it knows is in `state()`, so a resumed run waits on as if it had never stopped. It knows neither
+the live run nor the session, only what it asks of them (`Steerable`, `Host`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from operator import or_
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
-from orchestrate.training.run.run import Run
-from orchestrate.training.schedule.file import Entry, Schedule
+from orchestrate.training.operations.base import Machine
+from orchestrate.training.run.changes import Reshape
+from orchestrate.training.run.stopwatch import Stopwatch
+from orchestrate.training.schedule.file import Entry, Guard, Schedule
 from orchestrate.training.schedule.ramps import Ramp
 from orchestrate.training.schedule.stages import check_settings
 from orchestrate.training.settings.errors import OperationFailed, ScheduleError, Stopped
-from orchestrate.training.settings.records import EXACTLY, Measured, Settings, Waited, differences, with_field
-from orchestrate.training.settings.values import NonNegativeInt, PositiveInt
+from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, finite, spoken, told
+from orchestrate.training.settings.records import (
+    EXACTLY,
+    Elapsed,
+    Measured,
+    Progress,
+    Settings,
+    differences,
+    with_field,
+)
+from orchestrate.training.settings.values import Finite, NonNegativeInt, PositiveInt
 from orchestrate.training.store import checkpoint
+
+
+class Steerable(Machine, Protocol):
+    """What the orchestrator asks of the run that it changes (training/run/run.py)."""
+
+    @property
+    def progress(self) -> Progress: ...
+
+    @property
+    def stopwatch(self) -> Stopwatch: ...
+
+    def adopt(self, target: Settings, reshape: Reshape | None = None) -> None:
+        """Follow other settings, all or nothing. Raises OperationFailed on every rank."""
+
+    def check_ranks_agree(self, what: str) -> None:
+        """Raises RanksDisagree on every rank where the ranks differ."""
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """(total, trainable)."""
 
 
 class Host(Protocol):
@@ -37,7 +72,7 @@ class Host(Protocol):
     def save(self, why: str, *, mark: str = "") -> str:
         """Save a checkpoint and return its name, which ends in `mark`."""
 
-    def go_back(self, checkpoint: str) -> dict[str, Any]:
+    def go_back(self, name: str) -> dict[str, Any]:
         """Become the state of a checkpoint, all but the place in the stream of samples; returns its `state()`."""
 
     def keep(self, why: str) -> None:
@@ -52,12 +87,14 @@ class Watch:
 
     entry: PositiveInt
     name: str
-    loss_before: float
+    before: float
+    """The metric right before the entry."""
     limit: float
     until_iter: NonNegativeInt
     then: Literal["revert", "keep", "stop"]
     checkpoint: Annotated[str, Field(pattern=checkpoint.NAME + "|^$")]
     """Name of the checkpoint of the state just before it; empty where there is no going back."""
+    metric: MetricName = VAL_LOSS
 
 
 @dataclass
@@ -71,8 +108,11 @@ class Position:
     since_iter: int = 0
     since_tokens: int = 0
     since_seconds: float = 0.0
-    losses: tuple[float, ...] = ()
-    """Validation losses since the head became the head."""
+    latest: dict[str, tuple[NonNegativeInt, Finite | None]] = field(default_factory=dict)
+    """(iteration, value) of what was logged last, for the metrics that are asked for; None for what is not finite."""
+    history: dict[str, tuple[Finite, ...]] = field(default_factory=dict)
+    """Values since the head became the head: all of val_loss; of other metrics that its triggers look back on, the
+    lowest of the oldest and then as many as they compare."""
     round_loss: float | None = None
     """The loss of the round under way: a checkpoint between two entries of a chain resumes in the middle of it."""
     round_open: bool = False
@@ -86,19 +126,41 @@ class Position:
     reverted: tuple[int, ...] = ()
     watches: tuple[Watch, ...] = ()
 
+    @classmethod
+    def from_json(cls, values: Any) -> Position:
+        """Raises ValueError (pydantic's) for what was not saved, by this version or an earlier one."""
+        if isinstance(values, dict):
+            values = dict(values)
+            if "losses" in values:
+                values["history"] = {VAL_LOSS: values.pop("losses")}
+            if isinstance(watches := values.get("watches"), list):
+                values["watches"] = [_present_watch(watch) for watch in watches]
+        return TypeAdapter(cls).validate_python(values)
+
+
+def _present_watch(saved: Any) -> Any:
+    """A watch as it is saved today: earlier versions had guards on the validation loss only."""
+    if not isinstance(saved, dict) or "loss_before" not in saved:
+        return saved
+    return {"before" if key == "loss_before" else key: value for key, value in saved.items()}
+
 
 class Orchestrator:
     """Fires the entries of a schedule on a run. The host may be set later: before the first `consult`."""
 
     host: Host
 
-    def __init__(self, schedule: Schedule, run: Run, host: Host | None = None) -> None:
+    def __init__(self, schedule: Schedule, run: Steerable, host: Host | None = None) -> None:
         self.schedule = schedule
         self.run = run
         if host is not None:
             self.host = host
         self.position = Position()
         self.ramps: list[Ramp] = []
+        # What the last N entries ask for, at index N.
+        self._asked = list(
+            accumulate((entry.metrics for entry in reversed(schedule.entries)), or_, initial=frozenset())
+        )
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -118,7 +180,7 @@ class Orchestrator:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned. Raises ValueError for what it cannot have returned."""
-        self.position = TypeAdapter(Position).validate_python(state["position"])
+        self.position = Position.from_json(state["position"])
         self.ramps = [Ramp.from_json(ramp) for ramp in state["ramps"]]
         for ramp in self.ramps:
             try:
@@ -130,7 +192,71 @@ class Orchestrator:
         if self.position.fired > len(self.schedule.entries):
             raise ValueError(f"{self.position.fired} entries have fired of {len(self.schedule.entries)}")
 
+    # ------------------------------------------------------------------------------------------ metrics
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """Names of the metrics that pending entries and open guards look at; the same on every rank."""
+        pending = self._asked[len(self.schedule.entries) - self.position.fired]
+        return pending.union(watch.metric for watch in self.position.watches)
+
+    def observe(self, logged: Mapping[str, float]) -> None:
+        """Take note of what has just been logged, as far as it is asked for; the next round looks at it.
+
+        Args:
+            logged: values by name, equal on every rank, of this iteration.
+        """
+        position, iteration = self.position, self.run.progress.iter
+        asked = self.asked
+        position.latest = {name: position.latest[name] for name in position.latest if name in asked}
+        looked_back = self._looked_back()
+        for name in sorted(asked & logged.keys()):
+            value = logged[name]
+            position.latest[name] = (iteration, value if finite(value) else None)
+            if looked_back.get(name) and finite(value):
+                values, compared = (*position.history.get(name, ()), value), looked_back[name]
+                if len(values) > compared + 1:
+                    values = (min(values[:-compared]), *values[-compared:])
+                position.history[name] = values
+
+    def _looked_back(self) -> dict[str, int]:
+        """How many values of each metric the head compares with those before."""
+        found: dict[str, int] = {}
+        for trigger in self.head.triggers if self.head else ():
+            for name, compared in trigger.looks_at.items():
+                found[name] = max(compared, found.get(name, 0))
+        return found
+
+    def _now(self, val_loss: float | None) -> dict[str, float]:
+        """The metrics that have a value of this boundary; one that is not finite is nan."""
+        iteration = self.run.progress.iter
+        now = {
+            name: float("nan") if value is None else value
+            for name, (at, value) in self.position.latest.items()
+            if at == iteration
+        }
+        return now if val_loss is None else {**now, VAL_LOSS: val_loss}
+
     # ------------------------------------------------------------------------------------------ a boundary
+
+    def acts(self, evaluated: bool, look_at_clock: bool) -> bool:
+        """Whether a round at this boundary could do anything: where it cannot, `consult` need not be called.
+
+        Pure and without an exchange: the same answer on every rank. True says that something may happen: a clock that
+        is looked at is only read in the round.
+        """
+        position, iteration = self.position, self.run.progress.iter
+        if position.owes_measure or position.round_open:
+            return True
+        if position.round_iter == iteration:
+            return False  # it has been held
+        if evaluated or self.ramps:
+            return True
+        now, head = self._now(None), self.head
+        for watch in position.watches:
+            if watch.metric in now or (watch.metric == VAL_LOSS and iteration >= watch.until_iter):
+                return True
+        return head is not None and self._may_fire(head, look_at_clock, now)
 
     def consult(self, val_loss: float | None, look_at_clock: bool) -> None:
         """One round at a step boundary: move the ramps, then fire what is due, in order.
@@ -140,6 +266,8 @@ class Orchestrator:
             look_at_clock: whether waits in seconds are looked at now; the same on every rank.
         """
         position = self.position
+        if not self.acts(val_loss is not None, look_at_clock):
+            return
         if position.owes_measure:
             position.owes_measure = self.host.measure("after an operation") is None
         if position.round_iter == self.run.progress.iter and not position.round_open:
@@ -151,8 +279,8 @@ class Orchestrator:
         if position.round_open:
             # Resumed in the middle of a chain: the entries left in it see what the ones before them saw.
             val_loss = position.round_loss
-        elif val_loss is not None:
-            position.losses += (val_loss,)
+        elif finite(val_loss):
+            position.history[VAL_LOSS] = (*position.history.get(VAL_LOSS, ()), val_loss)
         position.round_open, position.round_loss = True, val_loss
         measured_now = val_loss is not None
         while self.head is not None:
@@ -167,31 +295,33 @@ class Orchestrator:
             measured_now = False  # the model has changed since that measurement
         position.round_open, position.round_loss = False, None
 
-    def acts(self, evaluated: bool, look_at_clock: bool) -> bool:
-        """Whether anything may happen at this boundary."""
-        return True
+    def _may_fire(self, entry: Entry, look_at_clock: bool, now: Mapping[str, float]) -> bool:
+        """Whether rank 0 may find the entry due: equal inputs give every rank the same answer without an exchange."""
+        if entry.operation.renumbers and self.run.settings.fading:
+            return False  # layers keep their numbers and sizes while one of them is fading in
+        guarded = entry.guard.metric if entry.guard else VAL_LOSS
+        if guarded != VAL_LOSS and self.position.latest.get(guarded, (0, None))[1] is None:
+            return False  # the guard would have nothing to compare with
+        if not entry.triggers or (look_at_clock and any(trigger.reads_clock for trigger in entry.triggers)):
+            return True
+        elapsed, measured = self._elapsed(seconds=None), Measured(now, self.position.history)
+        return any(trigger.fires(elapsed, measured) for trigger in entry.triggers)
 
     def _due(self, entry: Entry, look_at_clock: bool) -> str | None:
-        """Why the entry fires now, or None; the same answer on every rank."""
-        if entry.operation.renumbers and self.run.settings.model.fading:
-            return None  # layers keep their numbers and sizes while one of them is fading in
+        """Why the entry fires now, or None; rank 0's answer on every rank, exchanged only where it may be a yes."""
+        now = self._now(self.position.round_loss)
+        if not self._may_fire(entry, look_at_clock, now):
+            return None
         if not entry.triggers:
             return "no trigger: at once"
-        measured = Measured(self.position.round_loss, self.position.losses)
-        waited = self._waited(seconds=None)
-        reads_clock = look_at_clock and any(trigger.reads_clock for trigger in entry.triggers)
-        if not reads_clock:
-            # Equal inputs on every rank: a "no" needs no exchange, and only a "yes" is worth one.
-            if not any(trigger.fires(waited, measured) for trigger in entry.triggers):
-                return None
-        else:
-            waited = self._waited(self.run.progress.seconds - self.position.since_seconds)
-        reasons = [reason for trigger in entry.triggers if (reason := trigger.fires(waited, measured))]
+        seconds = self.run.progress.seconds - self.position.since_seconds if look_at_clock else None
+        elapsed, measured = self._elapsed(seconds), Measured(now, self.position.history)
+        reasons = [reason for trigger in entry.triggers if (reason := trigger.fires(elapsed, measured))]
         return self.run.ranks.broadcast(", ".join(reasons) or None)
 
-    def _waited(self, seconds: float | None) -> Waited:
+    def _elapsed(self, seconds: float | None) -> Elapsed:
         progress, position = self.run.progress, self.position
-        return Waited(
+        return Elapsed(
             iter=progress.iter,
             tokens=progress.tokens,
             iters_waited=progress.iter - position.since_iter,
@@ -206,13 +336,14 @@ class Orchestrator:
         run, host = self.run, self.host
         host.event("decision", entry=entry.number, name=entry.operation.name, reason=reason)
         loss_before = self.position.round_loss if measured_now else self.position.loss_before
-        if (entry.reevaluate or entry.guard) and loss_before is None:
+        guard = entry.guard
+        if (entry.reevaluate or (guard and guard.metric == VAL_LOSS)) and loss_before is None:
             loss_before = self.host.measure("before an operation")
             if loss_before is None:
                 return "interrupted"  # by a signal: the entry stays at the head
             self.position.loss_before = loss_before
         snapshot = ""
-        if entry.guard and entry.guard.then == "revert":
+        if guard and guard.then == "revert":
             # With a name of its own: this boundary may save again, when the entry has fired.
             why = f"before entry {entry.number}, which has a guard"
             snapshot = self.host.save(why, mark=f"_before_entry_{entry.number}")
@@ -224,14 +355,10 @@ class Orchestrator:
             self._failed(entry, error)
             return "next"
         run.check_ranks_agree(str(entry))
+        if guard:
+            value = loss_before if guard.metric == VAL_LOSS else self.position.latest[guard.metric][1]
+            self._watch(entry, guard, value, snapshot)
         self._advance()
-        if entry.guard:
-            assert loss_before is not None
-            limit, until = loss_before + entry.guard.max_increase, run.progress.iter + entry.guard.within_iters
-            watch = Watch(
-                entry.number, entry.operation.name, loss_before, limit, until, entry.guard.then, snapshot
-            )  # fmt: skip
-            self.position.watches += (watch,)
         seconds = time.perf_counter() - started
         loss_after = self.host.measure("after an operation") if entry.reevaluate else None
         self.position.owes_measure = entry.reevaluate and loss_after is None
@@ -267,44 +394,58 @@ class Orchestrator:
 
     # ------------------------------------------------------------------------------------------ guards
 
+    def _watch(self, entry: Entry, guard: Guard, before: float | None, snapshot: str) -> None:
+        assert before is not None
+        watch = Watch(
+            entry.number,
+            entry.operation.name,
+            before,
+            before + guard.max_increase,
+            self.run.progress.iter + guard.within_iters,
+            guard.then,
+            snapshot,
+            guard.metric,
+        )
+        self.position.watches += (watch,)
+
     def _look_at_guards(self, val_loss: float | None) -> bool:
-        """Compare the loss with what the guards allow. True ends the round: the run went back, or a signal came."""
+        """Compare the metrics with what the guards allow. True ends the round: the run went back, or a signal came."""
         position, iteration = self.position, self.run.progress.iter
-        due = [watch for watch in position.watches if iteration >= watch.until_iter]
+        due = [watch for watch in position.watches if watch.metric == VAL_LOSS and iteration >= watch.until_iter]
         if due and val_loss is None:
             val_loss = self.host.measure(f"the end of the guard of entry {due[0].entry}")
             if val_loss is None:
                 return True
-        if val_loss is None:
-            return False
-        for watch in position.watches:
-            if val_loss > watch.limit or val_loss != val_loss:
+        now = self._now(val_loss)
+        for watch in [watch for watch in position.watches if watch.metric in now]:
+            value = now[watch.metric]
+            if not value <= watch.limit:  # what is not a number is beyond it too
                 if watch.then == "revert":
-                    self._revert(watch, val_loss)
+                    self._revert(watch, value)
                     return True
-                self._end_watch(watch, val_loss, "the loss is beyond the limit")
+                self._end_watch(watch, value, "is beyond the limit")
                 if watch.then == "stop":
                     stops = self.run.settings.stops_asked + 1
                     self.run.adopt(dataclasses.replace(self.run.settings, stops_asked=stops))
             elif iteration >= watch.until_iter:
-                self._end_watch(watch, val_loss, "the loss stayed within the limit")
+                self._end_watch(watch, value, "stayed within the limit")
         return False
 
-    def _end_watch(self, watch: Watch, val_loss: float, outcome: str) -> None:
+    def _end_watch(self, watch: Watch, value: float, outcome: str) -> None:
         self.position.watches = tuple(other for other in self.position.watches if other != watch)
+        metric = "the loss" if watch.metric == VAL_LOSS else watch.metric
         self.host.event(
             "decision",
             entry=watch.entry,
             name=watch.name,
-            reason=f"guard: {outcome} ({watch.then})",
-            val_loss_before=watch.loss_before,
-            val_loss=val_loss,
+            reason=f"guard: {metric} {outcome} ({watch.then})",
             limit=watch.limit,
+            **{f"{watch.metric}_before": watch.before, watch.metric: value},
         )
 
-    def _revert(self, watch: Watch, val_loss: float) -> None:
+    def _revert(self, watch: Watch, value: float) -> None:
         """Go back to just before the entry, mark it as reverted, and go on with the samples that come next."""
-        from_iter = self.run.progress.iter
+        from_iter, metric = self.run.progress.iter, watch.metric
         self.load_state(self.host.go_back(watch.checkpoint))
         position = self.position
         if position.fired != watch.entry - 1:
@@ -318,11 +459,10 @@ class Orchestrator:
             "rollback",
             entry=watch.entry,
             name=watch.name,
-            reason=f"guard: val loss {val_loss:.4f} > {watch.limit:.4f}",
+            reason=f"guard: {spoken(metric)} {told(metric, value)} > {told(metric, watch.limit)}",
             from_iter=from_iter,
             checkpoint=watch.checkpoint,
-            val_loss_before=watch.loss_before,
-            val_loss=val_loss,
+            **{f"{metric}_before": watch.before, metric: value},
         )
         self.host.keep(f"entry {watch.entry} reverted")
 
@@ -344,7 +484,7 @@ class Orchestrator:
         overridden = set(operation.touches)
         if entry.over and operation.fades:
             target = operation.fade(run.settings, target)
-            run.adopt(target, operation.reshape)
+            run.adopt(target, partial(operation.reshape, masked=True))  # type: ignore[call-arg]
             self._drop_from_ramps(overridden)
             self.ramps.append(Ramp.between(entry, run.settings, target, run.progress.iter))
         elif entry.over:
@@ -376,7 +516,7 @@ class Orchestrator:
         position.since_iter = progress.iter
         position.since_tokens = progress.tokens
         position.since_seconds = self.run.ranks.broadcast(progress.seconds)
-        position.losses = ()
+        position.history = {}
         position.loss_before = None
 
     # ------------------------------------------------------------------------------------------ ramps

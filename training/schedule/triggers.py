@@ -1,4 +1,4 @@
-"""When an entry fires: each trigger is one small pure class, `fires(waited, measured) -> reason | None`.
+"""When an entry fires: each trigger is one small pure class, `fires(elapsed, measured) -> reason | None`.
 
 A trigger sees only numbers that are the same on every rank, but for the clock, which rank 0 reads; so what rank 0
 decides every other rank could have decided too. A trigger is one class under `@trigger`: the schedule's field, its
@@ -7,12 +7,13 @@ validation and the documentation follow from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from orchestrate.training.settings.records import Measured, Waited
+from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, spoken, told
+from orchestrate.training.settings.records import Elapsed, Measured
 from orchestrate.training.settings.values import Finite, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
@@ -22,10 +23,58 @@ class Trigger(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
     field: ClassVar[str]
     reads_clock: ClassVar[bool] = False
+    value: Any
 
-    def fires(self, waited: Waited, measured: Measured) -> str | None:
+    @property
+    def looks_at(self) -> Mapping[str, int]:
+        """The metrics that it looks at, and how many of the latest values it compares with those before (0: none)."""
+        return {}
+
+    def __str__(self) -> str:
+        """The condition in a few words, for a table."""
+        return f"{self.field} {_brief(self.value)}"
+
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         """The reason for firing now, or None."""
         raise NotImplementedError
+
+
+def _brief(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Plateau(BaseModel):
+    """`evals` values in a row without a gain of `min_delta` on the lowest before them."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    evals: PositiveInt = 5
+    min_delta: NonNegativeFloat = 0.01
+
+
+def _at_or_below(metric: str, limit: float, measured: Measured) -> str | None:
+    value = measured.now.get(metric)
+    if value is None or not value <= limit:
+        return None
+    return f"{spoken(metric)} {told(metric, value)} <= {limit:g}"
+
+
+def _at_or_above(metric: str, limit: float, measured: Measured) -> str | None:
+    value = measured.now.get(metric)
+    if value is None or not value >= limit:
+        return None
+    return f"{spoken(metric)} {told(metric, value)} >= {limit:g}"
+
+
+def _no_gain(metric: str, plateau: Plateau, measured: Measured) -> str | None:
+    evals, history = plateau.evals, measured.history.get(metric, ())
+    if metric not in measured.now or len(history) <= evals:
+        return None
+    before, recent = min(history[:-evals]), min(history[-evals:])
+    if recent > before - plateau.min_delta:
+        what, counted = ("plateau", "evaluations") if metric == VAL_LOSS else (f"plateau of {metric}", "values")
+        margin = f"min_delta {plateau.min_delta:g}"
+        return f"{what}: {told(metric, recent)} in {evals} {counted}, {told(metric, before)} before ({margin})"
+    return None
 
 
 TRIGGERS: dict[str, type[Trigger]] = {}
@@ -50,10 +99,12 @@ class TriggerLoss(Trigger):
 
     value: Finite
 
-    def fires(self, waited: Waited, measured: Measured) -> str | None:
-        if measured.val_loss is not None and measured.val_loss <= self.value:
-            return f"val loss {measured.val_loss:.4f} <= {self.value:g}"
-        return None
+    @property
+    def looks_at(self) -> Mapping[str, int]:
+        return {VAL_LOSS: 0}
+
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
+        return _at_or_below(VAL_LOSS, self.value, measured)
 
 
 @trigger("max_wait_iters")
@@ -62,9 +113,9 @@ class MaxWaitIters(Trigger):
 
     value: NonNegativeInt
 
-    def fires(self, waited: Waited, measured: Measured) -> str | None:
-        if waited.iters_waited >= self.value:
-            return f"waited {waited.iters_waited} iterations (max_wait_iters {self.value})"
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
+        if elapsed.iters_waited >= self.value:
+            return f"waited {elapsed.iters_waited} iterations (max_wait_iters {self.value})"
         return None
 
 
@@ -74,9 +125,9 @@ class MaxWaitTokens(Trigger):
 
     value: NonNegativeInt
 
-    def fires(self, waited: Waited, measured: Measured) -> str | None:
-        if waited.tokens_waited >= self.value:
-            return f"waited {waited.tokens_waited} tokens (max_wait_tokens {self.value})"
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
+        if elapsed.tokens_waited >= self.value:
+            return f"waited {elapsed.tokens_waited} tokens (max_wait_tokens {self.value})"
         return None
 
 
@@ -87,9 +138,9 @@ class MaxWaitSeconds(Trigger):
     reads_clock: ClassVar[bool] = True
     value: NonNegativeFloat
 
-    def fires(self, waited: Waited, measured: Measured) -> str | None:
-        if waited.seconds_waited is not None and waited.seconds_waited >= self.value:
-            return f"waited {waited.seconds_waited:.1f} s (max_wait_seconds {self.value:g})"
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
+        if elapsed.seconds_waited is not None and elapsed.seconds_waited >= self.value:
+            return f"waited {elapsed.seconds_waited:.1f} s (max_wait_seconds {self.value:g})"
         return None
 
 
@@ -99,8 +150,8 @@ class AtIter(Trigger):
 
     value: NonNegativeInt
 
-    def fires(self, waited: Waited, measured: Measured) -> str | None:
-        return f"iteration {waited.iter} (at_iter {self.value})" if waited.iter >= self.value else None
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
+        return f"iteration {elapsed.iter} (at_iter {self.value})" if elapsed.iter >= self.value else None
 
 
 @trigger("at_tokens")
@@ -109,16 +160,8 @@ class AtTokens(Trigger):
 
     value: NonNegativeInt
 
-    def fires(self, waited: Waited, measured: Measured) -> str | None:
-        return f"{waited.tokens} tokens (at_tokens {self.value})" if waited.tokens >= self.value else None
-
-
-class Plateau(BaseModel):
-    """`evals` evaluations in a row without a gain of `min_delta` on the best loss before them."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-    evals: PositiveInt = 5
-    min_delta: NonNegativeFloat = 0.01
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
+        return f"{elapsed.tokens} tokens (at_tokens {self.value})" if elapsed.tokens >= self.value else None
 
 
 @trigger("trigger_plateau")
@@ -127,12 +170,54 @@ class TriggerPlateau(Trigger):
 
     value: Plateau
 
-    def fires(self, waited: Waited, measured: Measured) -> str | None:
-        evals, history = self.value.evals, measured.history
-        if measured.val_loss is None or len(history) <= evals:
-            return None
-        before, recent = min(history[:-evals]), min(history[-evals:])
-        if recent > before - self.value.min_delta:
-            margin = f"min_delta {self.value.min_delta:g}"
-            return f"plateau: {recent:.4f} in {evals} evaluations, {before:.4f} before ({margin})"
-        return None
+    @property
+    def looks_at(self) -> Mapping[str, int]:
+        return {VAL_LOSS: self.value.evals}
+
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
+        return _no_gain(VAL_LOSS, self.value, measured)
+
+
+class OnMetric(BaseModel):
+    """A metric, and the one condition on it."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    metric: MetricName
+    below: Finite | None = None
+    above: Finite | None = None
+    plateau: Plateau | None = None
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> OnMetric:
+        if [self.below, self.above, self.plateau].count(None) != 2:
+            raise ValueError("must have one of below, above and plateau beside metric")
+        return self
+
+
+@trigger("trigger")
+class TriggerMetric(Trigger):
+    """A metric has come to a number or below (above) it, or has stopped falling.
+
+    For example {metric: grad_norm, below: 0.1}, {metric: tokens_per_second, above: 1e5} or
+    {metric: loss, plateau: {evals: 20, min_delta: 0.01}}. It is looked at whenever the metric has a new value. A
+    plateau counts the values since the previous entry fired.
+    """
+
+    value: OnMetric
+
+    @property
+    def looks_at(self) -> Mapping[str, int]:
+        return {self.value.metric: self.value.plateau.evals if self.value.plateau else 0}
+
+    def __str__(self) -> str:
+        (condition,) = self.value.model_dump(exclude_none=True, exclude={"metric"})
+        return f"{self.value.metric} {condition} {_brief(getattr(self.value, condition))}"
+
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
+        value = self.value
+        if value.below is not None:
+            return _at_or_below(value.metric, value.below, measured)
+        if value.above is not None:
+            return _at_or_above(value.metric, value.above, measured)
+        assert value.plateau
+        return _no_gain(value.metric, value.plateau, measured)

@@ -28,6 +28,7 @@ from orchestrate.training.session.start import doubts, the_schedule, with_foreig
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
+from orchestrate.training.settings.values import brief
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Reporter, Silent, check_wandb, rewind, start_wandb
 
@@ -211,7 +212,8 @@ def announce(session: Session, resumed: Resumed | None) -> None:
             session.event("override", **override)
             verb = "override" if override["applied"] else "not overridden"
             session.reporter.say(
-                f"{verb}: {override['key']} {override['before']} -> {override['after']} ({override['reason']})"
+                f"{verb}: {override['key']} {brief(override['before'])} -> {brief(override['after'])} "
+                f"({override['reason']})"
             )
     session.reporter.say(
         f"{total:,} parameters, {trainable:,} trainable; {run.settings.tokens_per_iter:,} tokens per iteration; "

@@ -21,6 +21,7 @@ from orchestrate.training.session.saving import Saver
 from orchestrate.training.session.stopping import NoSignals, SignalWatch
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Stopped
+from orchestrate.training.settings.metrics import LOGGED, ON_FIRST_RANK, PARTS, VAL_LOSS, finite, numbers
 from orchestrate.training.settings.records import Progress, Settings
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store import checkpoint
@@ -63,6 +64,8 @@ class Session:
         self.stops_seen = run.settings.stops_asked
         self._clock = time.perf_counter()
         self._logged_tokens = run.progress.tokens
+        self._stopping_looked_at = -1
+        self._without_value: set[str] = set()
 
     # ------------------------------------------------------------------------------------------ telling
 
@@ -90,10 +93,10 @@ class Session:
                 told += f"; entry {fields['entry']} ({fields['name']}) will not fire again"
             self.reporter.say(told)
 
-    def metrics(self, kind: str, **fields: Any) -> None:
+    def metrics(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """One line of metrics.jsonl; returns it."""
         run, s, p = self.run, self.run.settings, self.run.progress
-        self.reporter.metrics(
-            kind,
+        record = dict(
             iter=p.iter,
             tokens=p.tokens,
             seconds=p.seconds,
@@ -104,6 +107,8 @@ class Session:
             passes=run.stream.passes(p.cursor),
             coverage=run.stream.coverage(p.cursor),
         )
+        self.reporter.metrics(kind, **record)
+        return record
 
     def tick(self) -> None:
         """Bring the run's clock up to now."""
@@ -119,23 +124,39 @@ class Session:
         stepping = sum(parts.get(name, 0.0) for name in ("data", "forward_backward", "optimizer"))
         rate = (p.tokens - self._logged_tokens) / stepping if stepping else None
         self._logged_tokens = p.tokens
-        self.metrics(
+        record = self.metrics(
             "train",
             loss=loss,
             grad_norm=result.grad_norm.item(),
             step_lr=result.lr,
             tokens_per_second=rate,
-            seconds_by_part={
-                name: parts.get(name, 0.0)
-                for name in ("data", "forward_backward", "optimizer", "eval", "operation", "checkpoint")
-            },
+            seconds_by_part={name: parts.get(name, 0.0) for name in PARTS},
             machine=machine(run.device) if run.ranks.is_first else {},
         )
         head = self.orchestrator.head
         shown = {"loss": f"{loss:.4f}", "lr": f"{result.lr:.3g}", "tok/s": f"{rate:,.0f}" if rate else "-"}
         if head is not None:
-            shown["next"] = f"[{head.number}] {head}"
+            shown["next"] = f"[{head.number}] {head.operation.name}"
         self.reporter.progress(p.iter, **shown)
+        self._look_at(numbers(record))
+
+    def _look_at(self, logged: dict[str, float]) -> None:
+        """Hand what was logged to those who decide on it, the same on every rank."""
+        stopping = {self.config.early_stopping_metric} if self.config.early_stopping_patience else set()
+        asked = (self.orchestrator.asked | stopping).intersection(LOGGED)
+        values = {name: value for name, value in logged.items() if name in asked}
+        if asked.intersection(ON_FIRST_RANK):
+            values = self.run.ranks.broadcast(values)
+        for name in sorted(asked - values.keys() - self._without_value):
+            self._without_value.add(name)
+            self.reporter.say(
+                f"warning: {name} has no value on this machine, and the schedule or early stopping asks for it"
+            )
+        self.orchestrator.observe(values)
+        for name in stopping & values.keys():
+            self._look_for_gain(name, values[name])
+            if self.why_end():
+                self.settle()  # the end is decided on a last step whose outcome is known
 
     # ------------------------------------------------------------------------------------------ measuring
 
@@ -149,13 +170,24 @@ class Session:
         p.last_val_loss, p.last_eval_iter = loss, p.iter
         if p.best_val_loss is None or loss < p.best_val_loss:
             p.best_val_loss, p.best_iter = loss, p.iter
-        if p.stopping_best is None or loss < p.stopping_best - self.config.early_stopping_min_delta:
-            p.stopping_best, p.evals_without_gain = loss, 0
-        else:
-            p.evals_without_gain += 1
+        if self.config.early_stopping_metric == VAL_LOSS:
+            self._look_for_gain(VAL_LOSS, loss)
         self.metrics("eval", val_loss=loss, best_val_loss=p.best_val_loss)
         self.reporter.say(f"step {p.iter}: val loss {loss:.4f}" + (" (best)" if p.best_iter == p.iter else ""))
         return loss
+
+    def _look_for_gain(self, metric: str, value: float) -> None:
+        """Count one more value of the metric that early stopping looks at."""
+        p = self.run.progress
+        if p.stopping_metric != metric:  # a resume has chosen another
+            p.stopping_metric, p.stopping_best, p.evals_without_gain = metric, None, 0
+        if finite(value) and (
+            p.stopping_best is None or value < p.stopping_best - self.config.early_stopping_min_delta
+        ):
+            p.stopping_best, p.evals_without_gain = value, 0
+        else:
+            p.evals_without_gain += 1
+        self._stopping_looked_at = p.iter
 
     def measure(self, why: str) -> float | None:
         """An extra evaluation around an operation; it neither counts as best nor for early stopping."""
@@ -249,13 +281,14 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ ending
 
-    def why_end(self, evaluated: bool) -> str:
+    def why_end(self) -> str:
         """Why the run ends at this boundary, or nothing."""
         patience, p = self.config.early_stopping_patience, self.run.progress
         if p.iter >= self.config.max_iters:
             return "max_iters"
         if self.run.settings.stops_asked != self.stops_seen:
             return "stopped by the schedule"
-        if evaluated and 0 < patience <= p.evals_without_gain:
-            return f"early stop: no gain in {p.evals_without_gain} evaluations"
+        if self._stopping_looked_at == p.iter and 0 < patience <= p.evals_without_gain:
+            what = "evaluations" if p.stopping_metric == VAL_LOSS else f"values of {p.stopping_metric}"
+            return f"early stop: no gain in {p.evals_without_gain} {what}"
         return ""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from orchestrate.model.config import BLOCK_LAYERS
 
 
 def _whole(value: Any) -> Any:
@@ -76,15 +78,57 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value of Settings in one short piece of a line; adapters as names and ranks, fades as names and
-    shares, equal numbers as N x value."""
+    """A value in one short piece of a line.
+
+    Adapters are names and ranks, fades names and shares, layers ranges of names, equal numbers N x value, and entries
+    of a schedule their names.
+    """
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
-        facts = [f"{name}: {spec.get('rank', spec.get('share'))}" for name, spec in value.items()]
-        return "{" + ", ".join(facts[:4]) + (", ...}" if len(facts) > 4 else "}")
+        groups: dict[str, list[str]] = {}
+        for name, spec in value.items():
+            number = spec.get("rank", spec.get("share")) if isinstance(spec, dict) else spec
+            groups.setdefault(str(number), []).append(name)
+        facts = [f"{', '.join(layer_ranges(names))}: {number}" for number, names in groups.items()]
+        return "{" + "; ".join(facts[:4]) + ("; ...}" if len(facts) > 4 else "}")
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return "[" + ", ".join(layer_ranges(value)) + "]"
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
+        names = [str(item["name"]) for item in value]
+        counted = "1 entry" if len(names) == 1 else f"{len(names)} entries"
+        return f"{counted} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
     if isinstance(value, list) and len(value) > 2 and value.count(value[0]) == len(value):
         return f"[{len(value)} x {value[0]}]"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def layer_ranges(names: Sequence[str]) -> list[str]:
+    """Names of layers in few words: block.N for all the layers of a block, and mlp.0-3 for consecutive numbers."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        kind, _, number = name.partition(".")
+        if kind in BLOCK_LAYERS and number.isdigit():
+            numbers.setdefault(kind, set()).add(int(number))
+    whole = set.intersection(*(numbers.get(kind, set()) for kind in BLOCK_LAYERS))
+    left = {"block": set(whole), **{kind: members - whole for kind, members in numbers.items()}}
+    found = []
+    for name in names:
+        kind, _, number = name.partition(".")
+        if kind not in numbers or not number.isdigit():
+            found.append(name)
+            continue
+        kind = "block" if int(number) in whole else kind
+        first = last = int(number)
+        while first - 1 in left[kind]:
+            first -= 1
+        while last + 1 in left[kind]:
+            last += 1
+        if first in left[kind]:  # told once, where its first member stands
+            found.append(f"{kind}.{first}" if first == last else f"{kind}.{first}-{last}")
+            left[kind] -= set(range(first, last + 1))
+    return found
 
 
 def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[tuple[Location, str]]:

@@ -1,0 +1,44 @@
+"""How values are shown to a person: short, and nothing cut out of the middle of a name."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrate.model.config import BLOCK_LAYERS
+from orchestrate.training.settings.values import brief, layer_ranges
+
+
+def blocks(*numbers: int) -> list[str]:
+    return [f"{kind}.{n}" for n in numbers for kind in BLOCK_LAYERS]
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        ([], []),
+        (["wte", "wpe", *blocks(0, 1, 2, 3), "ln_f"], ["wte", "wpe", "block.0-3", "ln_f"]),
+        (blocks(0, 2, 3, 10), ["block.0", "block.2-3", "block.10"]),
+        (["attn.0", "attn.1", "mlp.1", "attn.3"], ["attn.0-1", "mlp.1", "attn.3"]),
+        ([*blocks(4), "mlp.5"], ["block.4", "mlp.5"]),
+        (["mlp.0", *blocks(1), "mlp.2"], ["mlp.0", "block.1", "mlp.2"]),
+        (["attn.2", "attn.1"], ["attn.1-2"]),
+        (["attn.*", "mlp.", "x.1"], ["attn.*", "mlp.", "x.1"]),
+    ],
+)
+def test_layers_as_ranges(names, expected):
+    assert layer_ranges(names) == expected
+
+
+def test_many_layers_take_no_time():
+    assert layer_ranges(blocks(*range(4096))) == ["block.0-4095"]
+
+
+def test_values_of_settings():
+    ranks = {"attn.0": {"rank": 8, "alpha": 1.0}, "attn.1": {"rank": 8, "alpha": 1.0}, "mlp.0": {"rank": 2}}
+    assert brief(ranks) == "{attn.0-1: 8; mlp.0: 2}"
+    assert brief({"mlp.0": {"known": 4, "share": 0.25}}) == "{mlp.0: 0.25}"
+    assert brief({}) == "{}" and brief([]) == "[]" and brief(None) == "None"
+    assert brief([64, 64, 64]) == "[3 x 64]" and brief([64, 32]) == "[64, 32]"
+    assert brief(0.1 + 0.2) == "0.3" and brief("x" * 200) == "x" * 200 and len(brief(list(range(99)))) == 60
+    assert brief([{"name": "set_lr", "value": 1}, {"name": "stop"}]) == "2 entries (set_lr, stop)"
+    assert brief([{"name": "stop"}] * 5) == "5 entries (stop, stop, stop, stop, ...)"

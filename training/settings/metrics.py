@@ -1,0 +1,71 @@
+"""The numbers that a run measures, by name: what triggers, guards and early stopping may look at.
+
+A name is the key of a number in metrics.jsonl; one inside a mapping there has a dot, as in `machine.host_memory`. Knows
+no run: the session makes the numbers, the orchestrator remembers those that somebody asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from orchestrate.training.settings.values import nearest
+
+VAL_LOSS = "val_loss"
+PARTS = ("data", "forward_backward", "optimizer", "eval", "operation", "checkpoint")
+"""Of the loop, as `seconds_by_part` has them."""
+
+EVALUATED = (VAL_LOSS,)
+"""Values come with the evaluations at eval_interval."""
+ON_FIRST_RANK = (
+    "tokens_per_second",
+    *(f"seconds_by_part.{part}" for part in PARTS),
+    *(f"machine.{fact}" for fact in ("host_memory", "host_memory_percent", "cpu_percent")),
+    *(f"machine.{fact}" for fact in ("device_memory", "device_memory_peak", "gpu_percent")),
+)
+"""Clocks and machines differ from rank to rank: rank 0's number counts, and it travels only where somebody asks."""
+LOGGED = ("loss", "grad_norm", "lr", "step_lr", "batch_size", "grad_accum", "passes", "coverage", *ON_FIRST_RANK)
+"""Values come with the lines of every log_interval."""
+NAMES = (*EVALUATED, *LOGGED)
+
+
+def in_nats(name: str) -> bool:
+    """Whether a metric is a cross-entropy."""
+    return name in (VAL_LOSS, "loss")
+
+
+def spoken(name: str) -> str:
+    """A metric's name in a sentence."""
+    return "val loss" if name == VAL_LOSS else name
+
+
+def told(name: str, value: float) -> str:
+    """A metric's value in a sentence."""
+    return f"{value:.4f}" if in_nats(name) else f"{value:.6g}"
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics by name; what is null there, and what is no number, is left out."""
+    flat = dict(record)
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": number for inner, number in value.items()}
+    return {name: v for name, v in flat.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def finite(value: float | None) -> bool:
+    """Whether there is a number, and one to compare with."""
+    return value is not None and math.isfinite(value)
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        hint = nearest(name, NAMES).removeprefix("; ") or ", ".join(NAMES)
+        raise ValueError(f"must be the name of a metric ({hint})")
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(_known)]
