@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrate.model.config import Fade, ModelConfig
+from orchestrate.model.adapters import attach, init_adapters, tied_logits
+from orchestrate.model.config import Fade, LoraSpec, ModelConfig
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, each (time, head_size)."""
@@ -314,9 +315,7 @@ class GPT(nn.Module):
         self.register_buffer("fade_logits", None, persistent=False)
         self.reset_buffers(self.transformer["wte"].weight.device)
         if config.lora:
-            from orchestrate.model.lora import attach, tied_logits  # peft's layers wrap what is built here
-
-            attach(self)
+            attach(self, adapted_modules(config))
             self.tied_logits = tied_logits
 
     def reset_buffers(self, device: torch.device) -> None:
@@ -436,6 +435,19 @@ def weights_of(name: str) -> tuple[Weights, str | None]:
     return WEIGHTS[match[2]], match[1]
 
 
+def adapted_modules(config: ModelConfig) -> dict[str, LoraSpec]:
+    """Path of each matrix that carries an adapter -> the adapter, in model order."""
+
+    def matrices(layer: str) -> list[str]:
+        kind, _, index = layer.partition(".")
+        if not index:
+            return ["lm_head"] if kind == "lm_head" else [f"transformer.{kind}"]
+        there = [path for path, w in WEIGHTS.items() if path.startswith(f"{kind}.") and w.columns and w.exists(config)]
+        return [f"transformer.h.{index}.{path}" for path in there]
+
+    return {path: spec for layer, spec in config.lora.items() for path in matrices(layer)}
+
+
 def init_weights(model: GPT, seed: int) -> None:
     """Fresh weights from a seed, the same on every rank and device; no global random state is used.
 
@@ -450,9 +462,7 @@ def init_weights(model: GPT, seed: int) -> None:
             if "lora_" not in name:
                 parameter.copy_(initial_value(name, parameter.shape, model.config, generator))
         if model.config.lora:
-            from orchestrate.model.lora import init_adapters
-
-            init_adapters(model, generator)
+            init_adapters(model, adapted_modules(model.config), generator)
 
 
 def initial_value(

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from orchestrate.model.adapters import ADAPTER
 from orchestrate.model.config import BLOCK_LAYERS, Fade, ModelConfig
 from orchestrate.model.gpt import GPT, initial_value, put_parameter, weights_of
 from orchestrate.model.lineage import Lineage, Origin, follow, known
-from orchestrate.model.lora import ADAPTER
 
 Grown = tuple[GPT, Lineage]
 

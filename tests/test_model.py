@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from orchestrate.model.adapters import tied_logits
 from orchestrate.model.config import Fade, LoraSpec, ModelConfig, expand_layers, layer_names, layer_of_parameter
 from orchestrate.model.generate import generate
 from orchestrate.model.gpt import (
@@ -26,7 +27,7 @@ from orchestrate.model.gpt import (
 from orchestrate.model.growth import Layer, stack
 from orchestrate.model.hugging_face import to_hf
 from orchestrate.model.lineage import carry
-from orchestrate.model.lora import reshape_lora, tied_logits, trainable_parameters
+from orchestrate.model.lora import reshape_lora, trainable_parameters
 from orchestrate.training.plan import flops_per_token
 from orchestrate.training.run.optimizers import AdamW
 

@@ -129,11 +129,8 @@ def test_empty_schedules():
         ("- {name: set_lr, value: 1, trigger: loss}", "trigger must be a mapping of metric, below, above, plateau, got 'loss'"),
         ("- {name: set_lr, value: 1, guard: {metric: los, max_increase: 1}}", "guard.metric must be the name of a metric (did you mean loss?)"),
         ("- {name: set_lr, value: 1, guard: {metric: grad_norm}}", "guard must give max_increase: its default 0.05 is in nats, grad_norm is not, got"),
-<<<<<<< HEAD
         ("- {name: set_lr, value: 1, trigger_plateau: {evals: '3'}}", "trigger_plateau.evals must be a valid integer, got '3'"),
         ("- {name: set_lr, value: 1, trigger_plateau: {evals: 0}}", "trigger_plateau.evals must be greater than 0, got 0"),
-=======
->>>>>>> refs/heads/metrics
         ("- {name: set_lr, value: 1, reevaluate: 1}", "reevaluate must be a valid boolean, got 1"),
         ("- {name: set_lr, value: 1, over: 0}", "over must be greater than 0"),
         ("- {name: set_lr, value: 1, over: 5, style: cubic}", "style must be 'linear' or 'cosine'"),
