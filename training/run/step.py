@@ -60,7 +60,8 @@ def step(run: Run) -> StepResult:
         p.tokens += s.tokens_per_iter
         run.consistent = True
     cause = OUT_OF_MEMORY if not fits else SPIKE if spike else OVERFLOW if run.scaler.is_enabled() else NOT_FINITE
-    sick = run.diagnosis.of(healthy, Sick(cause, place, s.samples_per_iter, s.batch_size))
+    with run.stopwatch.part("forward_backward"):  # where answers are late, the host waits for the step before here
+        sick = run.diagnosis.of(healthy, Sick(cause, place, s.samples_per_iter, s.batch_size))
     return StepResult(total, grad_norm, lr, sick)
 
 
