@@ -287,6 +287,12 @@ def fires(field: str, value, elapsed=None, now=None, history=()) -> str | None:
     return TRIGGERS[field](value=value).fires(Elapsed(**{**base, **(elapsed or {})}), measured)
 
 
+def test_a_metric_that_is_exactly_at_its_limit_fires():
+    for side, beyond in (("below", 2.001), ("above", 1.999)):
+        on = {"metric": "loss", side: 2.0}
+        assert fires("trigger", on, now=2.0) and not fires("trigger", on, now=beyond) and not fires("trigger", on)
+
+
 @pytest.mark.parametrize(
     "field, at, below",
     [("max_wait_iters", 10, 11), ("max_wait_tokens", 100, 101), ("at_iter", 100, 101), ("at_tokens", 1000, 1001)],
