@@ -1,6 +1,6 @@
 """Ends a scheduled run again and again at random moments, and compares its end with a run that was left alone.
 
-    python bench/torture.py [--kills 200] [--signals 50] [--processes 1 2] [--parallel ddp] [--optimizer adamw] [--seed N]
+    python bench/torture.py [--kills 200] [--signals 50] [--processes 1 2] [--parallel ddp] [--optimizer adamw]
 
 The run grows, changes adapters, batch and accumulation while it is ended in steps, evaluations, operations, saves and
 at start-up: with SIGKILL (--kills), or with SIGTERM, SIGINT or SIGUSR1 to one rank or to all (--signals), after which
