@@ -176,3 +176,8 @@ def test_prose_fits_a_screen():
         text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.S | re.M)
         long = [line for line in text.splitlines() if len(line) > 120 and not line.lstrip().startswith("|")]
         assert not long, f"{path.name}: {long[0]}"
+
+
+def test_every_room_is_in_the_package():
+    listed = set(re.findall(r'^    "(orchestrate[\w.]*)",$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M))
+    assert listed == {module_of(path) for path in MODULES.values() if path.name == "__init__.py"} | {"orchestrate"}
