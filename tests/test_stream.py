@@ -362,6 +362,12 @@ def test_a_fingerprint_samples_a_file_evenly(tmp_path, tokens, dtype):
     assert mapped.fingerprint() == expected.hexdigest()
 
 
+@pytest.mark.parametrize("tokens, windows", [(17, 1), (32, 1), (33, 2), (48, 2), (49, 3)])
+def test_an_evaluation_has_every_window_that_has_a_token_after_it(tmp_path, tokens, windows):
+    starts = eval_windows(token_file(tmp_path, tokens), 10, 16)
+    assert sorted(starts.tolist()) == [16 * n for n in range(windows)]
+
+
 def test_the_windows_of_an_evaluation_stay_what_they_are(tmp_path):
     """A loss trigger of an older run is compared with losses over the same windows."""
     assert eval_windows(token_file(tmp_path, 1000), 9, 16).tolist() == [
@@ -378,7 +384,8 @@ def test_remapping_files(tmp_path):
     with pytest.raises(ValueError, match="2 entries for a vocabulary of 9"):
         read_remap(tmp_path / "r.json", 9, 6)
     for bad, message in [
-        ([0, -1], "new ids go from -1 to 0"),
+        ([0, -1], "from -1 to 0"),
+        ([3], "from 3 to 3, allowed 0 to 2"),
         ([[0]], "one list"),
         ([], "one list"),
         ([0.5], "one list"),
