@@ -49,11 +49,11 @@ IMPORTED_ONCE = ["torch", "numpy", "pydantic", "yaml", "hypothesis", "safetensor
 
 SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "learning rate": (["training/run/learning_rate.py"], ["learning_rate"]),
-    "triggers": (["training/schedule/triggers.py"], ["orchestrator", "schedule", "own_operations"]),
+    "triggers": (["training/schedule/triggers.py"], ["orchestrator", "schedule", "own_operations", "metrics"]),
     "stream": (["data/stream.py"], ["stream"]),
-    "evaluation": (["training/run/evaluation.py"], ["evaluation"]),
+    "evaluation": (["training/run/evaluation.py"], ["evaluation", "data_and_model"]),
     "optimizer": (["training/run/optimizers.py"], ["adamw", "optimizers"]),
-    "orchestrator": (["training/schedule/orchestrator.py"], ["orchestrator", "guard", "resume"]),
+    "orchestrator": (["training/schedule/orchestrator.py"], ["orchestrator", "guard", "resume", "metrics"]),
     "schedule": (
         ["training/schedule/file.py", "training/schedule/stages.py", "training/schedule/ramps.py"],
         ["schedule", "orchestrator"],

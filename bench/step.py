@@ -57,7 +57,9 @@ def nanogpt_step(path: Path, run: Run) -> Callable[[], None]:
     spec.loader.exec_module(module)
     s, c = run.settings, run.settings.model
     shape = dict(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head)
-    model = module.GPT(module.GPTConfig(**shape, n_embd=c.n_embd, dropout=c.dropout, bias=c.bias)).to(run.device)
+    model = module.GPT(module.GPTConfig(**shape, n_embd=c.n_embd, dropout=run.settings.dropout, bias=c.bias)).to(
+        run.device
+    )
     optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), run.device.type)
     forward = torch.compile(model) if run.config.compile else model
     tokens = run.data.train.path

@@ -1,6 +1,6 @@
 """Ends a scheduled run again and again at random moments, and compares its end with a run that was left alone.
 
-    python bench/torture.py [--kills 200] [--signals 50] [--processes 1 2] [--parallel ddp] [--seed 0]
+    python bench/torture.py [--kills 200] [--signals 50] [--processes 1 2] [--parallel ddp] [--optimizer adamw]
 
 The run grows, changes adapters, batch and accumulation while it is ended in steps, evaluations, operations, saves and
 at start-up: with SIGKILL (--kills), or with SIGTERM, SIGINT or SIGUSR1 to one rank or to all (--signals), after which
@@ -48,7 +48,7 @@ SCHEDULE = [
     {"name": "set_batch_size", "value": 6, "at_iter": 3},
     {"name": "stack_layers", "value": {"times": 2}, "max_wait_iters": 3, "reevaluate": True},
     {"name": "set_attn_lora_rank", "value": 2, "max_wait_iters": 3},
-    {"name": "set_lr", "value": 3e-3, "over": 4},
+    {"name": "set_lr", "value": 3e-3, "over": 4, "trigger": {"metric": "loss", "below": 99.0}},
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 4, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 2},
     {"name": "set_grad_accum", "value": 4, "max_wait_iters": 2},
@@ -59,15 +59,15 @@ SCHEDULE = [
 KEYS = dict(
     n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=40,
     lr_decay_iters=40, warmup_iters=2, learning_rate=1e-2, eval_interval=5, eval_iters=2, log_interval=1, dropout=0.1,
-    device="cpu", compile=False,
+    device="cpu", compile=False, qk_norm=True, head_size=6,
 )  # fmt: skip
 
 
 class Torture:
     """One number of processes on one folder of runs."""
 
-    def __init__(self, folder: Path, processes: int, parallel: str, seed: int) -> None:
-        self.folder, self.processes, self.parallel = folder, processes, parallel
+    def __init__(self, folder: Path, processes: int, parallel: str, optimizer: str, seed: int) -> None:
+        self.folder, self.processes, self.parallel, self.optimizer = folder, processes, parallel, optimizer
         self.random = random.Random(seed)
         self.kills = self.signals = self.at_start = self.starts = self.runs = 0
         self.slowest = 0.0
@@ -85,7 +85,7 @@ class Torture:
         if checkpoint.find(out_dir):
             return ["--init_from=resume", f"--out_dir={out_dir}"]
         keys = {**KEYS, "dataset": self.folder / "data", "schedule": self.folder / "schedule.json", "out_dir": out_dir}
-        keys["parallel"] = self.parallel
+        keys |= {"parallel": self.parallel, "optimizer": self.optimizer}
         return [f"--{key}={value}" for key, value in keys.items()]
 
     def start(self, out_dir: Path) -> list[int]:
@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--signals", type=int, default=50, help="SIGTERM, SIGINT and SIGUSR1, likewise")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print("| processes | SIGKILLs | other signals | slowest end, s | starts | runs compared | differences | seconds "
@@ -260,7 +261,7 @@ def main() -> None:
     for processes in options.processes:
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
-            torture = Torture(Path(folder) / "torture", processes, options.parallel, options.seed)
+            torture = Torture(Path(folder) / "torture", processes, options.parallel, options.optimizer, options.seed)
             try:
                 torture.run(options.kills, options.signals)
             except BaseException:

@@ -17,7 +17,7 @@ import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -161,6 +161,8 @@ def _unpickled(content: bytes) -> Any:
     The instructions are looked at first: one of them alone can ask for memory without end.
     """
     for instruction, argument, _ in pickletools.genops(content):
+        if instruction.name in ("GLOBAL", "STACK_GLOBAL"):
+            break  # what it names is where reading it ends
         if instruction.name not in _PLAIN:
             raise ValueError(f"it holds more than plain values ({instruction.name})")
         if instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
@@ -414,6 +416,8 @@ class Stream:
 
     tokens: TokenFile
     seed: int
+    masks: ClassVar[bool] = False
+    """Whether targets may be -1, which do not count. Where none ever is, nobody looks for them."""
 
     def batch(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The next `count` samples from a place on, as (x, y), each (count, cursor.length) int64; as `gather` does it.

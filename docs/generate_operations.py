@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,13 @@ def page() -> str:
     argument = kind({"$ref": "#/$defs/Guard"}, {"Guard": Guard.model_json_schema()})
     parts.append(f"\n## Guard\n\n`guard`: {argument}.\n{inspect.cleandoc(Guard.__doc__ or '')}\n")
     parts.append(METRICS.format(*(", ".join(f"`{n}`" for n in names) for names in (EVALUATED, LOGGED))))
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join(wrapped(line) for line in "\n".join(parts).splitlines()) + "\n"
+
+
+def wrapped(line: str) -> str:
+    """A line of prose as lines that fit a screen; a list's go on under its first word."""
+    under = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 118, subsequent_indent=under, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

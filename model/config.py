@@ -1,7 +1,9 @@
-"""What a model is, as plain values: ModelConfig, and the names of its layers.
+"""What a model is, as plain values: ModelConfig, its options, and the names of its layers.
 
 A ModelConfig alone decides every parameter's name and shape. It is frozen, compares by value and goes through JSON
-unchanged. This file imports no torch: shapes can be reasoned about without it.
+unchanged. Each of its fields is an option that is declared here and nowhere else: the configuration's key with its line
+of help, the refusal to change it on resume, the checks of its values, and what a foreign format can hold follow from
+the declaration. This file imports no torch: shapes can be reasoned about without it.
 """
 
 from __future__ import annotations
@@ -11,26 +13,12 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-CHOICES = {
-    "norm": ("layernorm", "rmsnorm"),
-    "activation": ("gelu", "gelu_tanh", "relu2", "swiglu"),
-    "position": ("learned", "rotary"),
-}
-# Far above any model there is. More is a slip of the pen, and would take hours or all memory to find out.
-LIMITS = {
-    "block_size": 2**24,
-    "vocab_size": 2**24,
-    "n_layer": 2**12,
-    "n_head": 2**14,
-    "n_kv_head": 2**14,
-    "n_embd": 2**20,
-    "head_size": 2**20,
-}
-_LARGEST_HIDDEN = 2**22
+# Fields that ModelConfig had in checkpoints of older versions; they are Settings' now.
+ONCE_SHAPE = ("dropout", "fading")
 # Leaf layers of one block in the order of the model, and the suffix of the module that holds each.
 BLOCK_LAYERS = ("ln_1", "attn", "ln_2", "mlp")
 
@@ -60,6 +48,35 @@ class Fade:
 
 
 @dataclass(frozen=True)
+class Option:
+    """What is to be known of a field of ModelConfig beside its name, its type and its default.
+
+    Attributes:
+        meaning: the line of help of its configuration key; "" for a field that no key sets.
+        choices: the texts that are allowed; () for any value of its type.
+        limit: the largest whole number allowed. Far above any model there is: more is a slip of the pen, and would
+            take hours or all memory to find out.
+        zero: whether 0 has a meaning of its own, which `meaning` tells. A field whose default is None is filled in
+            then; any other number may be 0.
+        key, on: where the key is a switch of another name: that name, and the value that the switch stands for.
+        shapes_blocks: whether a block looks different under another value (a compiled block is one graph for each).
+    """
+
+    meaning: str = ""
+    choices: tuple[str, ...] = ()
+    limit: int = 0
+    zero: bool = False
+    key: str = ""
+    on: str = ""
+    shapes_blocks: bool = True
+
+
+def option(default: Any, meaning: str = "", **more: Any) -> Any:
+    """A field of ModelConfig, declared as an Option."""
+    return field(default=default, metadata={"option": Option(meaning, **more)})
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a GPT. GPT-2 (124M, without biases) by default; Llama by norm, activation, position and tying.
 
@@ -68,40 +85,48 @@ class ModelConfig:
     with everything that is impossible about the shape.
     """
 
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int = None  # type: ignore[assignment]
-    n_embd: int = 768
-    head_size: int = None  # type: ignore[assignment]
-    n_hidden: tuple[int, ...] = None  # type: ignore[assignment]
-    """Hidden width of each block's MLP; one whole number means the same for all."""
-    dropout: float = 0.0
-    bias: bool = False
-    norm: str = "layernorm"
-    norm_eps: float = 1e-5
-    activation: str = "gelu"
-    position: str = "learned"
-    rotary_base: float = 10000.0
-    rotary_scale: float = 1.0
+    block_size: int = option(1024, "tokens in one sequence", limit=2**24, shapes_blocks=False)
+    vocab_size: int = option(50304, limit=2**24, shapes_blocks=False)
+    n_layer: int = option(12, "transformer blocks", limit=2**12, shapes_blocks=False)
+    n_head: int = option(12, "query heads", limit=2**14)
+    n_kv_head: int = option(None, "key and value heads (grouped-query attention); 0: n_head", limit=2**14, zero=True)
+    n_embd: int = option(
+        768,
+        "width of the residual stream; weights start with std 0.02 * sqrt(768 / n_embd), nanoGPT's 0.02 at 768",
+        limit=2**20,
+    )
+    head_size: int = option(None, "features of one head; 0: n_embd / n_head", limit=2**20, zero=True)
+    n_hidden: tuple[int, ...] = option(
+        None, "hidden width of the MLPs; 0: 4 * n_embd (SwiGLU: 8/3)", limit=2**22, zero=True, shapes_blocks=False
+    )
+    """Of each block's MLP; one whole number means the same for all."""
+    bias: bool = option(False, "biases in Linear and LayerNorm")
+    norm: str = option("layernorm", "layernorm | rmsnorm", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = option(1e-5, "epsilon of the norms")
+    qk_norm: bool = option(False, "RMSNorm on the queries and keys of each head, before rotary positions")
+    activation: str = option(
+        "gelu", "gelu | gelu_tanh | relu2 | swiglu", choices=("gelu", "gelu_tanh", "relu2", "swiglu")
+    )
+    position: str = option(
+        "learned", "rotary positions (RoPE) instead of learned ones", choices=("learned", "rotary"),
+        key="use_rotary_embeddings", on="rotary",
+    )  # fmt: skip
+    rotary_base: float = option(10000.0, "base of the rotary frequencies", shapes_blocks=False)
+    rotary_scale: float = option(1.0, shapes_blocks=False)
     """Rotary positions are divided by it (position interpolation, Chen et al. 2023, arXiv:2306.15595)."""
-    tie_weights: bool = True
+    tie_weights: bool = option(True, "token embedding and output head are one matrix", shapes_blocks=False)
     lora: dict[str, LoraSpec] = field(default_factory=dict)
     """Leaf layer name -> adapter, for attn.N, mlp.N, wte and (untied) lm_head."""
-    fading: dict[str, Fade] = field(default_factory=dict)
-    """attn.N, mlp.N or lm_head (tied or not) -> how far its newest part is faded in. Empty but for a while."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        problems = [
-            f"{name} must be a whole number from 1 to {limit}, got {getattr(self, name)!r}"
-            for name, limit in LIMITS.items()
-            if not (getattr(self, name) is None and name in ("n_kv_head", "head_size"))
-            and not (_is_whole(getattr(self, name)) and 1 <= getattr(self, name) <= limit)
-        ]
+        problems: list[str] = []
+        for name in OPTIONS:
+            value = getattr(self, name)
+            numbers = value if name == "n_hidden" and isinstance(value, list | tuple) else [value]
+            problems += dict.fromkeys(found for one in numbers if (found := _problem(name, one)))
         if problems:
             raise ValueError("; ".join(problems))
         if self.n_kv_head is None:
@@ -121,25 +146,10 @@ class ModelConfig:
         put("n_hidden", tuple(self.n_hidden))
         if len(self.n_hidden) != self.n_layer:
             problems.append(f"n_hidden has {len(self.n_hidden)} widths for {self.n_layer} layers")
-        problems += [
-            f"n_hidden must be a whole number from 1 to {_LARGEST_HIDDEN}, got {width!r}"
-            for width in dict.fromkeys(self.n_hidden)
-            if not _is_whole(width) or not 1 <= width <= _LARGEST_HIDDEN
-        ]
         if self.n_head % self.n_kv_head:
             problems.append(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
-        problems += [
-            f"{name} must be positive and finite, got {getattr(self, name)!r}"
-            for name in ("norm_eps", "rotary_base", "rotary_scale")
-            if not 0 < getattr(self, name) < math.inf
-        ]
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.position == "rotary" and self.head_size % 2:
             problems.append(f"rotary positions need an even head size, got {self.head_size}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
         put("lora", {name: self.lora[name] for name in layer_names(self) if name in self.lora} | self.lora)
         for name, spec in self.lora.items():
             limit = self._largest_rank(name)
@@ -149,13 +159,6 @@ class ModelConfig:
                 problems.append(f"LoRA rank of {name} must be from 1 to {limit} (0 removes it), got {spec.rank}")
             elif not 0 < spec.alpha < math.inf:
                 problems.append(f"LoRA alpha of {name} must be positive and finite, got {spec.alpha}")
-        for name, fade in self.fading.items():
-            if name != "lm_head" and (name.split(".")[0] not in ("attn", "mlp") or name not in layer_names(self)):
-                problems.append(f"{name} cannot fade in; attn.N, mlp.N and lm_head can")
-            elif fade.known < 0 or not 0 <= fade.share <= 1:
-                problems.append(
-                    f"{name} fades in from {fade.known} by {fade.share}: allowed are 0 and more, and [0, 1]"
-                )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -176,23 +179,52 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         lora = {name: {"rank": spec.rank, "alpha": spec.alpha} for name, spec in self.lora.items()}
-        fading = {name: {"known": fade.known, "share": fade.share} for name, fade in self.fading.items()}
-        return {**values, "n_hidden": list(self.n_hidden), "lora": lora, "fading": fading}
+        return {**values, "n_hidden": list(self.n_hidden), "lora": lora}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ModelConfig:
-        """The inverse of to_json. Raises ValueError for an unknown field or an impossible shape."""
+        """The inverse of to_json, also an older version's. Raises ValueError for unknown fields, impossible shapes."""
+        values = {name: value for name, value in values.items() if name not in ONCE_SHAPE}
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"model configuration: unknown fields {', '.join(unknown)}")
         lora = {name: LoraSpec(**spec) for name, spec in values.get("lora", {}).items()}
-        fading = {name: Fade(**fade) for name, fade in values.get("fading", {}).items()}
-        return cls(**{**values, "lora": lora, "fading": fading})
+        return cls(**{**values, "lora": lora})
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+OPTIONS: dict[str, Option] = {
+    f.name: f.metadata["option"] for f in dataclasses.fields(ModelConfig) if "option" in f.metadata
+}
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in OPTIONS}
+
+
+def _problem(name: str, value: Any) -> str | None:
+    """What is wrong with an option's value by itself."""
+    option, default = OPTIONS[name], DEFAULTS[name]
+    if option.choices:
+        allowed, right = f"one of {', '.join(option.choices)}", value in option.choices
+    elif isinstance(default, bool):
+        allowed, right = "true or false", isinstance(value, bool)
+    elif isinstance(default, float):
+        allowed = "0 or more and finite" if option.zero else "positive and finite"
+        right = isinstance(value, int | float) and (0 < value < math.inf or (option.zero and value == 0))
+    elif value is None and default is None:
+        return None  # filled in
+    else:
+        least = 0 if option.zero and default is not None else 1
+        allowed = f"a whole number from {least} to {option.limit}"
+        right = isinstance(value, int) and not isinstance(value, bool) and least <= value <= option.limit
+    return None if right else f"{name} must be {allowed}, got {value!r}"
+
+
+def check_fading(config: ModelConfig, fading: Mapping[str, Fade]) -> None:
+    """Raises ValueError for a fade that a model of this shape cannot show."""
+    for name, fade in fading.items():
+        if name != "lm_head" and (name.split(".")[0] not in ("attn", "mlp") or name not in layer_names(config)):
+            raise ValueError(f"{name} cannot fade in; attn.N, mlp.N and lm_head can")
+        if fade.known < 0 or not 0 <= fade.share <= 1:
+            raise ValueError(f"{name} fades in from {fade.known} by {fade.share}: allowed are 0 and more, and [0, 1]")
 
 
 def layer_names(config: ModelConfig) -> list[str]:

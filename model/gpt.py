@@ -8,18 +8,54 @@ knows no optimizer, no data and no schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrate.model.config import Fade, ModelConfig
+from orchestrate.model.adapters import attach, init_adapters, tied_logits
+from orchestrate.model.config import Fade, LoraSpec, ModelConfig
 
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions, each (time, head_size)."""
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of the positions seen, one pair a block, each (batch, n_kv_head, positions, head_size)."""
+
+
+class Loss(NamedTuple):
+    """What a batch adds to a loss. The mean is for who knows all that it is to be taken over."""
+
+    sum: Tensor
+    """Of the cross entropies, in nats, of the targets that count, ()."""
+    count: Tensor
+    """How many those are, () int64."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight of a module, and its bias: what its rows and columns stand for, and how it starts.
+
+    Each module of this file declares its own, and what follows from them follows for every option: growth from the axes
+    (model/growth.py), initial values, and which matrices of a layer an adapter adapts (those with two axes).
+
+    Attributes:
+        rows, columns: names of axes; no columns for a vector. A bias has the rows. The axes are `vocabulary` and
+            `positions`; `writes`, the residual stream for who writes to it; `X_norm` and `X_reads` for X of attn, mlp
+            and head, the stream as a norm hands it on to X, and as X reads it; `qkv`, the features of all query, key
+            and value heads; `heads_read`, those of the query heads for who reads what they found; `head_features`, of
+            one head; `units` and `units_read`, the hidden units of an MLP, and the same for who reads them.
+        initial: "normal" | "residual", normal, but smaller the more layers there are | "ones". A bias starts at 0.
+        exists: whether a model of this shape has it.
+    """
+
+    rows: str
+    columns: str = ""
+    initial: str = "normal"
+    exists: Callable[[ModelConfig], bool] = lambda config: True
 
 
 class Dropout(nn.Module):
@@ -28,10 +64,15 @@ class Dropout(nn.Module):
     At 0 it costs one comparison and leaves no trace in a compiled graph.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.active = False
+        self.register_buffer("keep", torch.tensor(1.0), persistent=False)
+
+    def set(self, p: float) -> None:
+        """Drop with this probability from now on."""
         self.active = p > 0
-        self.register_buffer("keep", torch.tensor(1.0 - p), persistent=False)
+        self.keep.fill_(1.0 - p)
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.active):
@@ -52,7 +93,7 @@ def _attention_with_dropout(attn: Attention, q: Tensor, k: Tensor, v: Tensor, gq
 
 
 class _Fading(nn.Module):
-    """What attention and MLP share: masks that fade new units, or all that the layer adds, in (ModelConfig.fading).
+    """What attention and MLP share: masks that fade new units, or all that the layer adds, in (set_fading).
 
     Masks are buffers: their values may change while compiled blocks stay compiled.
     """
@@ -82,7 +123,18 @@ class _Fading(nn.Module):
 
 
 class Attention(_Fading):
-    """Causal self-attention; c_attn makes query, key and value in this order, c_proj brings the heads back."""
+    """Causal self-attention; c_attn makes query, key and value in this order, c_proj brings the heads back.
+
+    With qk_norm an RMSNorm over the features of a head, with weights that all heads share, comes between c_attn and the
+    rotary positions (Henry et al. 2020, arXiv:2010.04245; Dehghani et al. 2023, arXiv:2302.05442; as in Qwen3).
+    """
+
+    WEIGHTS: ClassVar = {
+        "c_attn": Weights("qkv", "attn_reads"),
+        "c_proj": Weights("writes", "heads_read", initial="residual"),
+        "q_norm": Weights("head_features", initial="ones", exists=lambda config: config.qk_norm),
+        "k_norm": Weights("head_features", initial="ones", exists=lambda config: config.qk_norm),
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,42 +142,67 @@ class Attention(_Fading):
         self.widths = [config.n_head * config.head_size, *[config.n_kv_head * config.head_size] * 2]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
-        self.resid_dropout = Dropout(config.dropout)
-        self.dropout_p = config.dropout
-        self.dropout_active = config.dropout > 0
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
+        self.resid_dropout = Dropout()
+        self.dropout_p = 0.0
+        self.dropout_active = False
         self.attend_with_dropout = _attention_with_dropout
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None = None
+    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
+        """(batch, time, n_embd) -> the same."""
+        q, k, v = self._heads(x, rope)
+        gqa = self.n_head != self.n_kv_head
+        if self.training and self.dropout_active:
+            return self._out(self.attend_with_dropout(self, q, k, v, gqa))
+        return self._out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa))
+
+    def extend(
+        self, x: Tensor, rope: Rope | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(batch, time, n_embd) -> the same, and keys and values so far (for a cache)."""
+        """What `forward` makes of positions that follow those of `past`, and keys and values so far."""
+        q, k, v = self._heads(x, rope)
+        gqa = self.n_head != self.n_kv_head
+        if past is None:
+            return self._out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)), (k, v)
+        time = x.shape[1]
+        k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        # New queries see everything cached and, among themselves, what is before them.
+        mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - time)
+        return self._out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)), (k, v)
+
+    def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (batch, heads, time, head_size)."""
         batch, time, _ = x.shape
         q, k, v = self.c_attn(x).split(self.widths, dim=2)
         q = q.view(batch, time, self.n_head, self.head_size).transpose(1, 2)
         k = k.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
         v = v.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
+        if self.qk_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rope is not None:
             q, k = _rotate(q, *rope), _rotate(k, *rope)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        gqa = self.n_head != self.n_kv_head
-        if self.training and self.dropout_active:
-            y = self.attend_with_dropout(self, q, k, v, gqa)
-        elif past is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-        else:
-            # New queries see everything cached and, among themselves, what is before them.
-            mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - time)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-        y = y.transpose(1, 2).reshape(batch, time, self.widths[0])
+        return q, k, v
+
+    def _out(self, y: Tensor) -> Tensor:
+        """What the heads found, (batch, heads, time, head_size), as it is added to the residual stream."""
+        y = y.transpose(1, 2).flatten(2)
         if self.fade_units is not None:
             y = y * self.fade_units
         y = self.resid_dropout(self.c_proj(y))
-        return (y if self.fade_output is None else y * self.fade_output), (k, v)
+        return y if self.fade_output is None else y * self.fade_output
 
 
 class MLP(_Fading):
     """n_embd -> n_hidden -> n_embd with GELU, squared ReLU (So et al. 2021, arXiv:2109.08668) or SwiGLU."""
+
+    WEIGHTS: ClassVar = {
+        "c_fc": Weights("units", "mlp_reads"),
+        "c_gate": Weights("units", "mlp_reads", exists=lambda config: config.activation == "swiglu"),
+        "c_proj": Weights("writes", "units_read", initial="residual"),
+    }
 
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
         super().__init__()
@@ -134,7 +211,7 @@ class MLP(_Fading):
         if config.activation == "swiglu":
             self.c_gate = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.c_fc(x)
@@ -181,6 +258,8 @@ def _embedding(rows: int, columns: int) -> nn.Embedding:
 class Block(nn.Module):
     """One transformer block, normed before each half."""
 
+    WEIGHTS: ClassVar = {"ln_1": Weights("attn_norm", initial="ones"), "ln_2": Weights("mlp_norm", initial="ones")}
+
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
         super().__init__()
         self.ln_1 = _norm(config)
@@ -188,24 +267,43 @@ class Block(nn.Module):
         self.ln_2 = _norm(config)
         self.mlp = MLP(config, n_hidden)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None = None
+    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope)
+        return x + self.mlp(self.ln_2(x))
+
+    def extend(
+        self, x: Tensor, rope: Rope | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        attended, present = self.attn(self.ln_1(x), rope, past)
+        """What `forward` makes of positions that follow those of `past`, and keys and values so far."""
+        attended, present = self.attn.extend(self.ln_1(x), rope, past)
         x = x + attended
         return x + self.mlp(self.ln_2(x)), present
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer language model; `config` says all there is to know about its shape."""
+    """A decoder-only transformer language model; `config` says all there is to know about its shape.
+
+    Attributes: `dropout` and `fading`, numbers that may change at any time (set_dropout, set_fading). A new model has
+    no dropout and fades nothing in.
+    """
+
+    WEIGHTS: ClassVar = {
+        "wte": Weights("vocabulary", "writes"),
+        "wpe": Weights("positions", "writes", exists=lambda config: config.position == "learned"),
+        "ln_f": Weights("head_norm", initial="ones"),
+        "lm_head": Weights("vocabulary", "head_reads", exists=lambda config: not config.tie_weights),
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.embed, self.measure = _embed, _measure
+        self.dropout = 0.0
+        self.fading: dict[str, Fade] = {}
         parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.n_embd)}
         if config.position == "learned":
             parts["wpe"] = _embedding(config.block_size, config.n_embd)
-        parts["drop"] = Dropout(config.dropout)
+        parts["drop"] = Dropout()
         parts["h"] = nn.ModuleList(Block(config, n_hidden) for n_hidden in config.n_hidden)
         parts["ln_f"] = _norm(config)
         self.transformer = nn.ModuleDict(parts)
@@ -217,9 +315,8 @@ class GPT(nn.Module):
         self.register_buffer("fade_logits", None, persistent=False)
         self.reset_buffers(self.transformer["wte"].weight.device)
         if config.lora:
-            from orchestrate.model.lora import attach  # peft's layers wrap what is built here
-
-            attach(self)
+            attach(self, adapted_modules(config))
+            self.tied_logits = tied_logits
 
     def reset_buffers(self, device: torch.device) -> None:
         """Make the buffers (rotary tables, dropout, masks) anew on a device: for a model that was built on meta."""
@@ -235,12 +332,16 @@ class GPT(nn.Module):
             self.rope_cos = self.rope_sin = torch.empty(0, device=device)
         for module in self.modules():
             if isinstance(module, Dropout):
-                module.keep = torch.tensor(1.0 - config.dropout, device=device)
-        self.set_fading(config.fading)
+                module.keep = torch.tensor(1.0 - self.dropout, device=device)
+        self.set_fading(self.fading)
 
     def set_fading(self, fading: dict[str, Fade]) -> None:
-        """Follow other shares of what fades in, in place; compiled blocks stay compiled while only shares move."""
-        self.config = replace(self.config, fading=fading)
+        """Fade in by these shares, in place; compiled blocks stay compiled while only shares move.
+
+        Args:
+            fading: attn.N, mlp.N or lm_head (tied or not) -> how far its newest part is faded in.
+        """
+        self.fading = fading
         device = self.transformer["wte"].weight.device
         for n, block in enumerate(self.transformer["h"]):
             block.attn.set_fade(fading.get(f"attn.{n}"), self.config.head_size, device)
@@ -251,63 +352,100 @@ class GPT(nn.Module):
             self.fade_logits = torch.zeros(self.config.vocab_size, device=device)
             self.fade_logits[fade.known :] = math.log(max(fade.share, 1e-13))
 
-    def _hidden(self, idx: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        """The normed residual stream (batch, time, n_embd) of tokens that follow what `past` has seen."""
-        start = past[0][0].shape[2] if past else 0
+    def _start(self, idx: Tensor, start: int) -> tuple[Tensor, Rope | None]:
+        """The residual stream (batch, time, n_embd) before the first block, of tokens at positions from `start` on."""
         end = start + idx.shape[1]
         assert end <= self.config.block_size, f"{end} positions in a model of block_size {self.config.block_size}"
-        x = self.transformer["wte"](idx)
-        rope = None
-        if self.config.position == "learned":
-            x = x + self.transformer["wpe"](torch.arange(start, end, device=idx.device))
-        else:
-            rope = (self.rope_cos[start:end], self.rope_sin[start:end])
-        x = self.transformer["drop"](x)
-        present: Cache = []
-        for i, block in enumerate(self.transformer["h"]):
-            x, keys_values = block(x, rope, past[i] if past else None)
-            present.append(keys_values)
-        return self.transformer["ln_f"](x), present
+        rotary = self.config.position == "rotary"
+        return self.embed(self, idx, start), (self.rope_cos[start:end], self.rope_sin[start:end]) if rotary else None
+
+    def _hidden(self, idx: Tensor) -> Tensor:
+        """The residual stream (batch, time, n_embd) after the last block."""
+        x, rope = self._start(idx, 0)
+        for block in self.transformer["h"]:
+            x = block(x, rope)
+        return x
 
     def _head(self, x: Tensor) -> Tensor:
-        logits = self._full_logits(x)
+        """Logits of the residual stream after the last block."""
+        x = self.transformer["ln_f"](x)
+        if not self.config.tie_weights:
+            logits = self.lm_head(x)
+        elif "wte" in self.config.lora:
+            logits = self.tied_logits(self.transformer["wte"], x)
+        else:
+            logits = F.linear(x, self.transformer["wte"].weight)
         return logits if self.fade_logits is None else logits + self.fade_logits
 
-    def _full_logits(self, x: Tensor) -> Tensor:
-        if not self.config.tie_weights:
-            return self.lm_head(x)
-        if "wte" in self.config.lora:
-            from orchestrate.model.lora import tied_logits
-
-            return tied_logits(self.transformer["wte"], x)
-        return F.linear(x, self.transformer["wte"].weight)
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits, and with targets the loss.
+    def forward(self, idx: Tensor, targets: Tensor) -> Loss:
+        """The loss.
 
         Args:
             idx: token ids, (batch, time), time at most block_size.
             targets: the token that follows each, same shape; -1 where none counts.
-
-        Returns:
-            (logits (batch, time, vocab), mean cross entropy in nats ()) with targets, else (logits of the last
-            position (batch, 1, vocab), None).
         """
-        x, _ = self._hidden(idx)
-        if targets is None:
-            return self._head(x[:, -1:]), None
-        logits = self._head(x)
-        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1)
-        return logits, loss
+        return Loss(*self.measure(self, self._hidden(idx), targets))
 
     def logits(self, idx: Tensor) -> Tensor:
         """Logits of every position, (batch, time, vocab)."""
-        return self._head(self._hidden(idx)[0])
+        return self._head(self._hidden(idx))
 
     def extend(self, idx: Tensor, past: Cache | None) -> tuple[Tensor, Cache]:
         """Logits of the last of some new tokens, (batch, vocab), and the cache with them in it."""
-        x, present = self._hidden(idx, past)
+        x, rope = self._start(idx, past[0][0].shape[2] if past else 0)
+        present: Cache = []
+        for i, block in enumerate(self.transformer["h"]):
+            x, keys_values = block.extend(x, rope, past[i] if past else None)
+            present.append(keys_values)
         return self._head(x[:, -1]), present
+
+
+def _embed(model: GPT, idx: Tensor, start: int) -> Tensor:
+    """What comes before the blocks: the embedding of tokens at positions from `start` on, (batch, time, n_embd)."""
+    x = model.transformer["wte"](idx)
+    if "wpe" in model.transformer:
+        x = x + model.transformer["wpe"](torch.arange(start, start + idx.shape[1], device=idx.device))
+    return model.transformer["drop"](x)
+
+
+def _measure(model: GPT, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What comes after the blocks: the last norm, the head, and the sum and count of Loss."""
+    logits = model._head(x)
+    total = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1, reduction="sum")
+    return total, (targets != -1).sum()
+
+
+WEIGHTS: dict[str, Weights] = {
+    **GPT.WEIGHTS,
+    **Block.WEIGHTS,
+    **{f"attn.{child}": weights for child, weights in Attention.WEIGHTS.items()},
+    **{f"mlp.{child}": weights for child, weights in MLP.WEIGHTS.items()},
+}
+"""What the modules declare, by their path in a block or in the model."""
+_MODULE = re.compile(r"(?:transformer\.)?(?:h\.(\d+)\.)?((?:(?:attn|mlp)\.)?\w+)")
+
+
+def weights_of(name: str) -> tuple[Weights, str | None]:
+    """What is declared of a module, or of a parameter, by its full name; and the number of its block, if it is in one.
+
+    A LoRA factor has the declaration of the matrix that it adapts.
+    """
+    match = _MODULE.match(name)
+    assert match, name
+    return WEIGHTS[match[2]], match[1]
+
+
+def adapted_modules(config: ModelConfig) -> dict[str, LoraSpec]:
+    """Path of each matrix that carries an adapter -> the adapter, in model order."""
+
+    def matrices(layer: str) -> list[str]:
+        kind, _, index = layer.partition(".")
+        if not index:
+            return ["lm_head"] if kind == "lm_head" else [f"transformer.{kind}"]
+        there = [path for path, w in WEIGHTS.items() if path.startswith(f"{kind}.") and w.columns and w.exists(config)]
+        return [f"transformer.h.{index}.{path}" for path in there]
+
+    return {path: spec for layer, spec in config.lora.items() for path in matrices(layer)}
 
 
 def init_weights(model: GPT, seed: int) -> None:
@@ -324,9 +462,7 @@ def init_weights(model: GPT, seed: int) -> None:
             if "lora_" not in name:
                 parameter.copy_(initial_value(name, parameter.shape, model.config, generator))
         if model.config.lora:
-            from orchestrate.model.lora import init_adapters
-
-            init_adapters(model, generator)
+            init_adapters(model, adapted_modules(model.config), generator)
 
 
 def initial_value(
@@ -335,31 +471,38 @@ def initial_value(
     """A parameter's fresh value by the rule of `init_weights`, drawn on the CPU; on the meta device only its shape."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, device="meta")
-    if len(shape) < 2:
+    initial = weights_of(name)[0].initial
+    if name.endswith("bias") or initial == "ones":
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
     std = 0.02 * math.sqrt(768 / config.n_embd)
-    if "c_proj" in name:
+    if initial == "residual":
         std /= math.sqrt(2 * config.n_layer)
     return torch.empty(shape).normal_(0.0, std, generator=generator).to(device)
 
 
 def set_dropout(model: GPT, p: float) -> None:
     """Change the dropout probability of the whole model in place; compiled blocks stay compiled."""
-    model.config = replace(model.config, dropout=p)
+    model.dropout = p
     for module in model.modules():
         if isinstance(module, Dropout):
-            module.active = p > 0
-            module.keep.fill_(1.0 - p)
+            module.set(p)
         elif isinstance(module, Attention):
             module.dropout_p = p
             module.dropout_active = p > 0
 
 
 def compile_blocks(model: GPT, **options: Any) -> None:
-    """torch.compile each block by itself, in place: a block of a known shape reuses the graph that is there.
+    """torch.compile each block, what comes before the blocks and what comes after them, each by itself, in place.
 
-    `options` go to torch.compile.
+    A block of a known shape reuses the graph that is there. `options` go to torch.compile.
     """
+    import torch._dynamo  # takes a second
+
+    # torch gives up on a function after 8 graphs, and computes it without compiling. All blocks are one function, and a
+    # schedule that grows and freezes makes more kinds of them than that.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    # Functions of the model and not its methods: a copy of the model must not compute with the first one's weights.
+    model.embed, model.measure = torch.compile(_embed, **options), torch.compile(_measure, **options)
     outside = torch.compiler.disable(_attention_with_dropout)
     for block in model.transformer["h"]:
         block.attn.attend_with_dropout = outside

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from orchestrate.model.adapters import ADAPTER
 from orchestrate.model.config import BLOCK_LAYERS, Fade, ModelConfig
-from orchestrate.model.gpt import GPT, initial_value, put_parameter
+from orchestrate.model.gpt import GPT, initial_value, put_parameter, weights_of
 from orchestrate.model.lineage import Lineage, Origin, follow, known
-from orchestrate.model.lora import ADAPTER
 
 Grown = tuple[GPT, Lineage]
 
@@ -41,8 +41,9 @@ class Axis:
     note: str = ""
 
 
-Axes = Mapping[str, tuple[Axis | None, Axis | None]]
-"""Path of a module in the NEW model -> (rows, columns) of its weight; of a norm only rows. Absent: unchanged."""
+Axes = Mapping[str, Axis]
+"""How the axes that the modules declare change (model/gpt.py, Weights): by name, or by name and number of a block where
+blocks differ ("units.3"). Absent: unchanged."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ _LEAF = re.compile(
 )
 
 
-def _roles(leaf: str, dims: int, rows: Axis | None, columns: Axis | None) -> tuple[Axis | None, ...]:
-    """The axis of each dimension of a parameter: of a weight, a bias, or a LoRA factor."""
+def _roles(path: str, leaf: str, dims: int, axes: Axes) -> tuple[Axis | None, ...]:
+    """How each dimension of a parameter changes: of a weight, a bias, or a LoRA factor."""
+    weights, block = weights_of(path)
+    rows, columns = (axes.get(f"{axis}.{block}", axes.get(axis)) for axis in (weights.rows, weights.columns))
     match leaf.split(".")[0]:
         case "lora_A":
             return (None, columns)
@@ -69,7 +72,7 @@ def _roles(leaf: str, dims: int, rows: Axis | None, columns: Axis | None) -> tup
             return (None, rows)
         case "lora_embedding_B":
             return (columns, None)
-    return (rows, columns)[:dims] if dims < 3 else ()
+    return (rows, columns)[:dims]
 
 
 def _product(axes: Sequence[Axis | None], what: Callable[[Axis], Tensor | float]) -> Tensor | float:
@@ -108,7 +111,7 @@ def transform(
     axes, origins = axes or {}, origins or {}
     old = dict(model.named_parameters())
     with torch.device("meta"):
-        grown = GPT(replace(target, fading={}))
+        grown = GPT(target)
     lineage: Lineage = {}
     for name, parameter in list(grown.named_parameters()):
         match = _LEAF.match(name)
@@ -122,7 +125,7 @@ def transform(
             value = initial_value(name, parameter.shape, target, generator, device).to(dtype)
             value = _or(fresh(name, value, origin), value)
         else:
-            roles = _roles(leaf, parameter.dim(), *axes.get(path, (None, None)))
+            roles = _roles(path, leaf, parameter.dim(), axes)
             origin = origins.get(name) or Origin(
                 f"{source}.{leaf}",
                 tuple(axis.index if axis else None for axis in roles) if any(roles) else (),
@@ -145,7 +148,6 @@ def transform(
                     value = torch.where(mask, value, drawn.to(device=value.device, dtype=value.dtype))
         lineage[name] = origin
         put_parameter(grown, name, nn.Parameter(value.contiguous()))
-    grown.config = target
     grown.reset_buffers(next(iter(old.values())).device)
     return grown, lineage
 
@@ -182,16 +184,24 @@ class Layer:
     kin: int
 
 
-def stack(model: GPT, target: ModelConfig, layers: Sequence[Layer], zero: bool, generator: torch.Generator) -> Grown:
+def stack(
+    model: GPT,
+    target: ModelConfig,
+    layers: Sequence[Layer],
+    zero: bool,
+    generator: torch.Generator,
+    masked: bool = False,
+) -> Grown:
     """The blocks `layers` in their order. New blocks are fresh, with zero output projections where `zero`.
 
     With zero output projections a new block adds nothing to the residual stream: the function is kept exactly, and so
-    are all gradients of what was there (Chen et al. 2016, arXiv:1511.05641 for the idea of identity layers).
+    are all gradients of what was there (Chen et al. 2016, arXiv:1511.05641 for the idea of identity layers). The same
+    holds where what is new is `masked`: it starts with nothing of it showing.
     """
     seen: set[int] = set()
     first = [layer.source is not None and not (layer.source in seen or seen.add(layer.source)) for layer in layers]
     added = [n for n, kept in enumerate(first) if not kept]
-    silent = all((zero and layers[n].source is None) or f"attn.{n}" in target.fading for n in added)
+    silent = masked or all(zero and layers[n].source is None for n in added)
     same = silent and [layer.source for n, layer in enumerate(layers) if first[n]] == list(range(model.config.n_layer))
 
     def renamed(path: str) -> str | New:
@@ -203,7 +213,7 @@ def stack(model: GPT, target: ModelConfig, layers: Sequence[Layer], zero: bool, 
         return path
 
     def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
-        return torch.zeros_like(value) if zero and ".c_proj." in name else None
+        return torch.zeros_like(value) if zero and weights_of(name)[0].rows == "writes" else None
 
     grown, lineage = transform(model, target, generator, renamed=renamed, fresh=fresh)
     note = "" if same else "the function has changed: the moments are those of the layer that this one was"
@@ -238,15 +248,13 @@ def widen_mlp(model: GPT, target: ModelConfig, how: str, noise: float, generator
         (Net2WiderNet, Chen et al. 2016, arXiv:1511.05641). Exact for every activation, since copies compute alike.
     zero: new units are fresh and write zeros. random: fresh throughout, to be masked while they fade in.
     """
-    axes: dict[str, tuple[Axis | None, Axis | None]] = {}
+    axes: dict[str, Axis] = {}
     for n, (before, after) in enumerate(zip(model.config.n_hidden, target.n_hidden, strict=True)):
         if before == after:
             continue
         index = _append(before, after, how == "duplicate")
         share = _split(index, noise, generator) if how == "duplicate" else 1.0
-        units = Axis(index, 1.0, share)
-        axes[f"transformer.h.{n}.mlp.c_fc"] = axes[f"transformer.h.{n}.mlp.c_gate"] = (units, None)
-        axes[f"transformer.h.{n}.mlp.c_proj"] = (None, Axis(index, share, 1.0))
+        axes[f"units.{n}"], axes[f"units_read.{n}"] = Axis(index, 1.0, share), Axis(index, share, 1.0)
     return transform(model, target, generator, axes, fresh=_fresh_units(target, how, generator))
 
 
@@ -254,7 +262,7 @@ def _fresh_units(target: ModelConfig, how: str, generator: torch.Generator) -> C
     """New units read at random, and write zeros unless `how` is random."""
 
     def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
-        if ".c_proj." in name and how != "random":
+        if weights_of(name)[0].rows == "writes" and how != "random":
             return None
         return initial_value(name, value.shape, target, generator, value.device)
 
@@ -270,17 +278,14 @@ def _heads(rows: Tensor, size: int) -> Tensor:
     return torch.where(rows[:, None] < 0, torch.full_like(features, -1), features).reshape(-1)
 
 
-def _attention_axes(
-    config: ModelConfig, queries: Tensor, keys: Tensor, share: Tensor | float, embd: tuple[Axis | None, Axis | None]
-) -> dict[str, tuple[Axis | None, Axis | None]]:
+def _attention_axes(config: ModelConfig, queries: Tensor, keys: Tensor, share: Tensor | float) -> dict[str, Axis]:
     """Axes of one attention whose heads are these old ones.
 
     Args:
         queries, keys: the old head of each new query head, and of each new key/value head; -1 where it is new.
         share: what each new query head writes of what its source wrote.
-        embd: how the residual stream changes for who reads it, and for who writes it.
     """
-    c, reads, writes = config, embd[0], embd[1]
+    c = config
     parts = [_heads(queries, c.head_size)]
     for offset in (c.n_head, c.n_head + c.n_kv_head):
         index = _heads(keys, c.head_size)
@@ -295,10 +300,7 @@ def _attention_axes(
             by_key[m] = share[m * group : (m + 1) * group][queries[m * group : (m + 1) * group] == first].sum()
         grad = torch.cat([share.repeat_interleave(c.head_size), *[by_key.repeat_interleave(c.head_size)] * 2])
         share = share.repeat_interleave(c.head_size)
-    return {
-        "c_attn": (Axis(torch.cat(parts), 1.0, grad), reads),
-        "c_proj": (writes, Axis(parts[0], share, 1.0)),
-    }
+    return {"qkv": Axis(torch.cat(parts), 1.0, grad), "heads_read": Axis(parts[0], share, 1.0)}
 
 
 def head_sources(config: ModelConfig, n_head: int, n_kv_head: int, copies: bool) -> tuple[Tensor, Tensor]:
@@ -331,12 +333,11 @@ def _head_shares(queries: Tensor, keys: Tensor, noise: float, generator: torch.G
 
 def add_heads(model: GPT, target: ModelConfig, how: str, noise: float, generator: torch.Generator) -> Grown:
     """Attention with the target's head counts: copies that share what they write, or new heads that write zeros."""
-    axes: dict[str, tuple[Axis | None, Axis | None]] = {}
+    axes: dict[str, Axis] = {}
     for n in range(target.n_layer):
         queries, keys = head_sources(model.config, target.n_head, target.n_kv_head, how == "duplicate")
         share = _head_shares(queries, keys, noise, generator) if how == "duplicate" else 1.0
-        for part, pair in _attention_axes(model.config, queries, keys, share, (None, None)).items():
-            axes[f"transformer.h.{n}.attn.{part}"] = pair
+        axes.update({f"{name}.{n}": axis for name, axis in _attention_axes(model.config, queries, keys, share).items()})
     return transform(model, target, generator, axes, fresh=_fresh_units(target, how, generator))
 
 
@@ -352,8 +353,8 @@ def widen_embd(model: GPT, target: ModelConfig, noise: float, generator: torch.G
     the gradients of who writes then have no exact image (the norms mix the copies), and 1/k is carried. With noise 0
     all moments are exact, and the copies stay copies.
 
-    A larger head size (same head count) puts every old feature where the rotary frequency is the old one, and scales
-    the queries by the root of k to make up for the softmax's 1/sqrt(head_size).
+    A larger head size (same head count) puts every old feature where the rotary frequency is the old one, and makes up
+    for the softmax's 1/sqrt(head_size) (_larger_heads).
     """
     config, c = model.config, target
     k = c.n_embd // config.n_embd
@@ -364,73 +365,79 @@ def widen_embd(model: GPT, target: ModelConfig, noise: float, generator: torch.G
     def reads() -> Axis:
         return Axis(index, _split(index, noise, generator), 1.0)
 
-    axes: dict[str, tuple[Axis | None, Axis | None]] = {"transformer.wte": (None, writes)}
-    if config.position == "learned":
-        axes["transformer.wpe"] = (None, writes)
+    axes: dict[str, Axis] = {"writes": writes}
 
     def norm(reader: Axis) -> Axis:
         """Each copy of a norm feeds readers whose weights are split: its gradient is split alike."""
         return Axis(index, 1.0, reader.weight)
 
     for n in range(c.n_layer):
-        base = f"transformer.h.{n}"
         attention, mlp = reads(), reads()
-        axes[f"{base}.ln_1"], axes[f"{base}.ln_2"] = (norm(attention), None), (norm(mlp), None)
+        axes[f"attn_reads.{n}"], axes[f"attn_norm.{n}"] = attention, norm(attention)
+        axes[f"mlp_reads.{n}"], axes[f"mlp_norm.{n}"] = mlp, norm(mlp)
         if c.head_size == config.head_size:
             queries, keys = head_sources(config, c.n_head, c.n_kv_head, copies=True)
             share: Tensor | float = _head_shares(queries, keys, noise, generator) if c.n_head > config.n_head else 1.0
-            pairs = _attention_axes(config, queries, keys, share, (attention, writes))
+            heads = _attention_axes(config, queries, keys, share)
         else:
-            pairs = _larger_heads(config, c, (attention, writes))
-        axes.update({f"{base}.attn.{part}": pair for part, pair in pairs.items()})
-        axes[f"{base}.mlp.c_fc"] = axes[f"{base}.mlp.c_gate"] = (None, mlp)
-        axes[f"{base}.mlp.c_proj"] = (writes, None)
+            heads = _larger_heads(config, c)
+        axes.update({f"{name}.{n}": axis for name, axis in heads.items()})
     last = reads()
-    if config.tie_weights:
-        axes["transformer.ln_f"] = (Axis(index, last.weight, 1.0), None)
-    else:
-        axes["transformer.ln_f"], axes["lm_head"] = (norm(last), None), (None, last)
+    axes["head_reads"], axes["head_norm"] = last, Axis(index, last.weight, 1.0) if config.tie_weights else norm(last)
 
     features = c.head_size
 
     def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
         # Larger heads: new features of keys and of what is written are zero, of queries and values random.
-        if ".c_proj." in name or value.dim() < 2:
+        weights = weights_of(name)[0]
+        if weights.rows == "writes":
             return None
         drawn = initial_value(name, value.shape, target, generator, value.device)
-        drawn[c.n_head * features : (c.n_head + c.n_kv_head) * features] = 0.0
+        if weights.rows == "qkv":
+            drawn[c.n_head * features : (c.n_head + c.n_kv_head) * features] = 0.0
         return drawn
 
     return transform(model, target, generator, axes, fresh=fresh)
 
 
-def _larger_heads(
-    config: ModelConfig, target: ModelConfig, embd: tuple[Axis, Axis]
-) -> dict[str, tuple[Axis | None, Axis | None]]:
+def _larger_heads(config: ModelConfig, target: ModelConfig) -> dict[str, Axis]:
     """Axes of an attention whose heads have k times the features."""
     k, size = target.head_size // config.head_size, config.head_size
-    place = torch.full((target.head_size,), -1)
-    half = size // 2
-    if config.position == "rotary":
-        # Frequency i of the old head is frequency k * i of the new one; its two features stand half a head apart.
-        for i in range(half):
-            place[k * i], place[target.head_size // 2 + k * i] = i, half + i
+    # The old feature that each new one is a copy of. With rotary positions frequency i of the old head is frequency
+    # k * i of the new one; its two features stand half a head apart.
+    copies = torch.arange(target.head_size)
+    copies = copies // k if config.position == "rotary" else copies % size
+    first = torch.arange(target.head_size) % k == 0 if config.position == "rotary" else torch.arange(k * size) < size
+    place = torch.where(first, copies, -1)
+
+    def over(heads: int, features: Tensor, offset: int = 0) -> Tensor:
+        index = (torch.arange(heads)[:, None] + offset) * size + features
+        return torch.where(features < 0, -1, index).reshape(-1)
+
+    keys = over(config.n_kv_head, place, config.n_head)
+    values = over(config.n_kv_head, place, config.n_head + config.n_kv_head)
+    read, one = over(config.n_head, place), torch.ones(target.head_size, dtype=torch.float64)
+    if not config.qk_norm:
+        queries, exact, note = read, True, ""
+        of_queries, of_keys = one * math.sqrt(k), one
+        grad_of_queries = 1.0 / of_queries
     else:
-        place[:size] = torch.arange(size)
-
-    def over(heads: int) -> Tensor:
-        index = torch.arange(heads)[:, None] * size + place
-        return torch.where(place < 0, torch.full_like(index, -1), index).reshape(-1)
-
-    queries, keys = over(config.n_head), over(config.n_kv_head)
-    parts = [queries]
-    for offset in (config.n_head, config.n_head + config.n_kv_head):
-        parts.append(torch.where(keys < 0, keys, keys + offset * size))
-    weight = torch.ones(sum(len(part) for part in parts), dtype=torch.float64)
-    weight[: len(queries)] = math.sqrt(k)
+        # The mean of squares must stay what it was. New features of the queries are copies of the old ones: each group
+        # has the old mean. Those of the keys are zero, and the old ones larger by the root of k, which the norm hands
+        # on to the product with the queries: it makes up for the softmax's 1/sqrt(head_size).
+        queries, exact = over(config.n_head, copies), False
+        note = "the norm spreads the gradient of a query over its copies: the old one and 1/k of it are near"
+        of_queries, of_keys = one, one * math.sqrt(k)
+        grad_of_queries = torch.where(first, 1.0, 1.0 / k).to(one.dtype)
+    heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+    weight, grad = (
+        torch.cat([part.repeat(count) for part, count in zip(parts, heads, strict=True)])
+        for parts in ((of_queries, of_keys, one), (grad_of_queries, 1.0 / of_keys, one))
+    )
     return {
-        "c_attn": (Axis(torch.cat(parts), weight, 1.0 / weight), embd[0]),
-        "c_proj": (embd[1], Axis(queries)),
+        "qkv": Axis(torch.cat([queries, keys, values]), weight, grad, exact, note),
+        "heads_read": Axis(read),
+        "head_features": Axis(place),
     }
 
 
@@ -470,8 +477,7 @@ def resize_vocabulary(
             drawn += noise * old.std() * torch.randn(value.shape, generator=generator).to(drawn)
         return drawn
 
-    axes = {path: (rows, None) for path in ("transformer.wte", "lm_head")}
-    return transform(model, target, generator, axes, fresh=fresh)
+    return transform(model, target, generator, {"vocabulary": rows}, fresh=fresh)
 
 
 def extend_context(model: GPT, target: ModelConfig, how: str, generator: torch.Generator) -> Grown:
@@ -490,10 +496,10 @@ def extend_context(model: GPT, target: ModelConfig, how: str, generator: torch.G
         def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
             return initial_value(name, value.shape, target, generator, value.device)
 
-        return transform(model, target, generator, {path: (rows, None)}, fresh=fresh)
+        return transform(model, target, generator, {"positions": rows}, fresh=fresh)
     index = (torch.arange(after) * before) // after
     rows = Axis(index, exact=False, note="interpolated positions: the moments are those of the old position below")
-    grown, lineage = transform(model, target, generator, {path: (rows, None)})
+    grown, lineage = transform(model, target, generator, {"positions": rows})
     table = model.get_parameter(f"{path}.weight").detach()
     stretched = nn.functional.interpolate(table.T[None].float(), size=after, mode="linear", align_corners=True)
     put_parameter(grown, f"{path}.weight", nn.Parameter(stretched[0].T.to(table.dtype).contiguous()))

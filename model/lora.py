@@ -1,14 +1,10 @@
-"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) as peft's layers, and every change of their ranks.
+"""Every change of an adapter's rank or scaling while the model trains; the function stays.
 
-The layers are peft's own, named as peft names them, with one adapter called "default". What is ours is that a rank
-changes while the model trains and the function stays. For any adapted matrix W (rows, cols) the product is written
-s * L @ R here, with s = alpha / rank: L (rows, rank) starts at zero and R (rank, cols) does not. For a Linear L is
-peft's B and R its A; for an Embedding they are the transposes of A and B.
+Growing, shrinking, merging and starting anew are maps from one model to another, with the lineage of every parameter.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -16,80 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orchestrate.model.adapters import factor_names, fresh_right
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_of_parameter
-from orchestrate.model.gpt import GPT, put_parameter
+from orchestrate.model.gpt import GPT, adapted_modules, put_parameter
 from orchestrate.model.lineage import Lineage, Origin
-
-ADAPTER = "default"
-_MATRICES = {"attn": ("c_attn", "c_proj"), "mlp": ("c_fc", "c_gate", "c_proj")}
-
-
-def _modules_of(layer: str, config: ModelConfig) -> list[str]:
-    """Paths of the matrices of a leaf layer that carry its adapter."""
-    kind, _, index = layer.partition(".")
-    if kind in _MATRICES:
-        names = [name for name in _MATRICES[kind] if name != "c_gate" or config.activation == "swiglu"]
-        return [f"transformer.h.{index}.{kind}.{name}" for name in names]
-    return ["lm_head"] if kind == "lm_head" else [f"transformer.{kind}"]
-
-
-def _adapted_modules(config: ModelConfig) -> dict[str, LoraSpec]:
-    """Module path -> adapter, in model order."""
-    return {path: spec for layer, spec in config.lora.items() for path in _modules_of(layer, config)}
-
-
-def attach(model: GPT) -> None:
-    """Wrap the layers that the model's configuration adapts. Values are set by whoever makes or loads the weights."""
-    # Here and not above: importing peft takes seconds, and a run without adapters should not pay for it.
-    from peft import LoraConfig
-    from peft.tuners.lora import layer as peft_layers
-
-    for path, spec in _adapted_modules(model.config).items():
-        parent, _, child = path.rpartition(".")
-        owner = model.get_submodule(parent)
-        base = owner[child] if isinstance(owner, nn.ModuleDict) else getattr(owner, child)
-        kind = peft_layers.Embedding if isinstance(base, nn.Embedding) else peft_layers.Linear
-        options = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=0.0, init_lora_weights=False)
-        wrapped = kind(base, ADAPTER, config=options, r=spec.rank, lora_alpha=spec.alpha)
-        if isinstance(owner, nn.ModuleDict):
-            owner[child] = wrapped
-        else:
-            setattr(owner, child, wrapped)
-
-
-def _factor_names(path: str, embedding: bool) -> tuple[str, str]:
-    """Parameter names of (L, R)."""
-    if embedding:
-        return f"{path}.lora_embedding_A.{ADAPTER}", f"{path}.lora_embedding_B.{ADAPTER}"
-    return f"{path}.lora_B.{ADAPTER}.weight", f"{path}.lora_A.{ADAPTER}.weight"
-
-
-def _fresh_right(rank: int, cols: int, embedding: bool, generator: torch.Generator) -> Tensor:
-    """New rows of R, (rank, cols), drawn as peft does: uniform in 1/sqrt(cols), for an Embedding normal."""
-    values = torch.empty(rank, cols)
-    if embedding:
-        return values.normal_(generator=generator)
-    bound = 1.0 / math.sqrt(cols)
-    return values.uniform_(-bound, bound, generator=generator)
-
-
-def init_adapters(model: GPT, generator: torch.Generator) -> None:
-    """Fresh factors for every adapter, from the generator alone: L zero, R random."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for path, spec in _adapted_modules(model.config).items():
-            embedding = path == "transformer.wte"
-            left, right = (parameters[name] for name in _factor_names(path, embedding))
-            left.zero_()
-            cols = right.shape[0] if embedding else right.shape[1]
-            fresh = _fresh_right(spec.rank, cols, embedding, generator)
-            right.copy_(fresh.T if embedding else fresh)
-
-
-def tied_logits(wte: nn.Module, x: Tensor) -> Tensor:
-    """Logits of a head tied to an adapted embedding (peft's Embedding): x @ (W + s * L @ R).T, sharing the factors."""
-    left, right = wte.lora_embedding_A[ADAPTER].T, wte.lora_embedding_B[ADAPTER].T
-    return F.linear(x, wte.base_layer.weight) + F.linear(F.linear(x, right), left) * wte.scaling[ADAPTER]
 
 
 def adapted_base_parameters(model: GPT) -> set[str]:
@@ -114,16 +40,16 @@ def reshape_lora(model: GPT, target: ModelConfig, generator: torch.Generator) ->
     as it is.
 
     Args:
-        target: the model's configuration but for `lora` (and dropout). Raises ValueError otherwise.
+        target: the model's configuration but for `lora`. Raises ValueError otherwise.
         generator: seeded alike on every rank.
     """
     source = model.config
-    if replace(source, lora={}, dropout=0.0) != replace(target, lora={}, dropout=0.0):
+    if replace(source, lora={}) != replace(target, lora={}):
         raise ValueError("reshape_lora changes adapters only, and the target differs in more")
     old = dict(model.named_parameters())
     with torch.device("meta"):
         new_model = GPT(target)
-    before, after = _adapted_modules(source), _adapted_modules(target)
+    before, after = adapted_modules(source), adapted_modules(target)
     made: dict[str, nn.Parameter] = {}
     origins: dict[str, Origin] = {}
     for path in [*before, *(path for path in after if path not in before)]:
@@ -165,7 +91,7 @@ def _change(
 ) -> Iterator[tuple[str, tuple[nn.Parameter, Origin]]]:
     """The weight and factors of one adapted matrix under another rank or alpha."""
     embedding = path == "transformer.wte"
-    left_name, right_name = _factor_names(path, embedding)
+    left_name, right_name = factor_names(path, embedding)
     old_weight_name = f"{path}.base_layer.weight" if before else f"{path}.weight"
     new_weight_name = f"{path}.base_layer.weight" if after else f"{path}.weight"
     base = old[old_weight_name]
@@ -177,7 +103,7 @@ def _change(
         return nn.Parameter(value.to(device=device, dtype=dtype).contiguous())
 
     def fresh(rank: int) -> Tensor:
-        return _fresh_right(rank, cols, embedding, generator).to(device)
+        return fresh_right(rank, cols, embedding, generator).to(device)
 
     # Products are formed in float64 where the device has it: what is folded must not add rounding of its own.
     precise = torch.float32 if device.type == "mps" else torch.float64

@@ -39,10 +39,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 def config_from_checkpoint(path: str | Path) -> ModelConfig:
     """The configuration of the model in a ckpt.pt. Raises ValueError."""
     arguments = _read(path)["model_args"]
-    dropout = arguments.get("dropout") or 0.0
-    if not isinstance(dropout, int | float):
-        raise ValueError(f"{path}: dropout must be a number, got {dropout!r}")
-    return ModelConfig(**{name: arguments[name] for name in _ARGUMENTS}, dropout=float(dropout))
+    return ModelConfig(**{name: arguments[name] for name in _ARGUMENTS})
 
 
 def load_checkpoint(path: str | Path) -> GPT:

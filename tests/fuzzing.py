@@ -60,6 +60,12 @@ JSON = st.recursive(
 )
 
 
+# Shapes of the model that schedules are tried on.
+MODELS = [
+    {},
+    {"qk_norm": True, "head_size": 6, "use_rotary_embeddings": True, "n_kv_head": 1, "tie_weights": False},
+    {"qk_norm": True, "bias": True, "attn_lora_rank": 2, "activation": "swiglu", "norm": "rmsnorm"},
+]
 FIELDS = {
     "reevaluate": True,
     "desc": "why",
@@ -234,7 +240,10 @@ def schedule_entries(data: st.DataObject, workspace: Workspace) -> str:
         chosen["name" if data.draw(st.booleans()) else "trigger_lost"] = "set_lrr"
     with workspace.case() as folder:
         (folder / "s.json").write_text(json.dumps(made))
-        answer = command(*workspace.arguments(schedule=folder / "s.json", out_dir=folder / "out"), "--plan=json")
+        given = workspace.arguments(
+            schedule=folder / "s.json", out_dir=folder / "out", **data.draw(st.sampled_from(MODELS))
+        )
+        answer = command(*given, "--plan=json")
         assert not wrong or answer == "refused", made
         assert not (folder / "out").exists(), "a plan wrote something"
     return answer
@@ -319,7 +328,8 @@ def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
     from orchestrate.training.session.start import check_lengths
     from orchestrate.training.settings.config import resolve
 
-    given = [tuple(a.removeprefix("--").split("=", 1)) for a in workspace.arguments(out_dir="out")]
+    model = data.draw(st.sampled_from(MODELS))
+    given = [tuple(a.removeprefix("--").split("=", 1)) for a in workspace.arguments(out_dir="out", **model)]
     config, _ = resolve([], given)
     with workspace.case(), in_bounds():
         run = open_run(config, None, parse_schedule("", "s"), Ranks("cpu"))

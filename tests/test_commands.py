@@ -141,7 +141,7 @@ def test_plain_lines_name_what_is_next(data, tmp_path, capsys):
     (tmp_path / "s.json").write_text(json.dumps([{"name": "set_lr", "value": 1e-3, "at_iter": 99}]))
     train_orchestrated.main(arguments(data, tmp_path / "run", schedule=tmp_path / "s.json", max_iters=2))
     out = capsys.readouterr().out
-    assert "iter 1: loss " in out and "tok/s" in out and "next [1] set_lr 0.001" in out
+    assert "iter 1: loss " in out and "tok/s" in out and "next [1] set_lr\n" in out
 
 
 def test_sample(trained, capsys, tmp_path):

@@ -42,6 +42,14 @@ def both_refuse(given: list[str], said: str) -> None:
         assert train_orchestrated.run([*given, *options]) == 2
 
 
+def test_a_vocabulary_beyond_the_models_is_refused(tmp_path):
+    """Though no id that is looked at is too large."""
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    folder = with_ids(tmp_path / "d", [0, 1, 2] * 100, vocab_size=31)
+    given = arguments(folder, tmp_path / "run", init_from=tmp_path / "ckpt.pt")
+    both_refuse(given, f"has a vocabulary of 31, more than the 30 of the model of {tmp_path / 'ckpt.pt'}$")
+
+
 @pytest.mark.parametrize("place", ["train.bin", "val.bin"])
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path, place):
     folder = with_ids(tmp_path / "d", [0, 1, 2] * 100, vocab_size=3)

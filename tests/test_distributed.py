@@ -53,8 +53,8 @@ def change(run, name: str, value=None) -> None:
 
 def gradients(run) -> dict[str, np.ndarray]:
     """Gradients of one backward pass through the wrapped module; each rank has its own batch."""
-    x, y = run.batches.read(run.progress.cursor.skip(run.ranks.rank * 4), 4)
-    run.wrapped(x, y)[1].backward()
+    batch = run.batches.read(run.progress.cursor.skip(run.ranks.rank * 4), 4)
+    (run.wrapped(batch.x, batch.y).sum / batch.targets).backward()
     found = {n: p.grad.clone().numpy() for n, p in run.model.named_parameters() if p.grad is not None}
     run.optimizer.zero_grad()
     return found
@@ -249,9 +249,9 @@ def _batches(rank: int, data: str):
     load = run.batches.load
 
     def record(cursor, count, vocab_size):
-        x, y = load(cursor, count, vocab_size)
-        seen.append((cursor.sample, x.tolist(), y.tolist()))
-        return x, y
+        batch = load(cursor, count, vocab_size)
+        seen.append((cursor.sample, batch.x.tolist(), batch.y.tolist()))
+        return batch
 
     run.batches.load = record
     losses = []

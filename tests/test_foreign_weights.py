@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from orchestrate.model.config import ModelConfig
+from orchestrate.model.config import LoraSpec, ModelConfig
 from orchestrate.model.gpt import GPT, init_weights
-from orchestrate.model.hugging_face import GPT2_MODELS, config_from_folder, from_hf, gpt2_config, load, to_hf
+from orchestrate.model.hugging_face import (
+    GPT2_MODELS,
+    config_from_folder,
+    config_to_hf,
+    family_of,
+    from_hf,
+    gpt2_config,
+    load,
+    to_hf,
+)
 from orchestrate.model.nanogpt import config_from_checkpoint, load_checkpoint
 
 
@@ -21,6 +39,12 @@ def gpt2(**keys):
 def llama(**keys):
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
     return LlamaForCausalLM(LlamaConfig(**{**shape, "max_position_embeddings": 32, "num_key_value_heads": 2, **keys}))
+
+
+def qwen3(**keys):
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
+    more = {"head_dim": 12, "max_position_embeddings": 32, "num_key_value_heads": 2, **keys}
+    return Qwen3ForCausalLM(Qwen3Config(**shape, **more))
 
 
 def shaken(model):
@@ -39,6 +63,8 @@ def shaken(model):
         (llama, {}),
         (llama, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
         (llama, {"rope_theta": 500000.0, "head_dim": 16, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
+        (qwen3, {}),
+        (qwen3, {"rms_norm_eps": 0.1, "tie_word_embeddings": True, "num_key_value_heads": 1}),
     ],
 )
 def test_logits_equal_transformers(make, keys, tmp_path):
@@ -79,13 +105,81 @@ def test_missing_and_other_models(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="config.json"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="'bert'; gpt2 and llama are understood"):
+    with pytest.raises(ValueError, match="'bert'; understood are gpt2, llama, qwen3"):
         load(str(tmp_path))
     gpt2().config.save_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match="weights cannot be had"):
         load(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="Hugging Face form"):
         to_hf(GPT(ModelConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, position="rotary")))
+
+
+SMALL = ModelConfig(block_size=32, vocab_size=60, n_layer=2, n_head=4, n_embd=32)
+LLAMA_STYLE = replace(SMALL, norm="rmsnorm", activation="swiglu", position="rotary", n_kv_head=2, n_hidden=48)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        replace(SMALL, bias=True, tie_weights=False, n_hidden=40, activation="gelu_tanh", norm_eps=1e-4),
+        replace(LLAMA_STYLE, head_size=6, rotary_base=5e4, norm_eps=1e-4),
+        replace(LLAMA_STYLE, head_size=12, qk_norm=True, tie_weights=False),
+    ],
+    ids=["no biases", "gpt2", "llama", "qwen3"],
+)
+def test_transformers_read_what_we_write(config, tmp_path):
+    """Configuration and weights, loaded by transformers, compute our logits."""
+    from transformers import CONFIG_MAPPING
+
+    ours = GPT(config)
+    init_weights(ours, 1)
+    shaken(ours)
+    keys = config_to_hf(config)
+    theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[keys.pop("model_type")](**keys))
+    theirs.load_state_dict(to_hf(ours), strict=True)
+    x = torch.randint(0, 60, (3, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(x).logits, ours.logits(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, reasons",
+    [
+        (
+            {"qk_norm": True},
+            {"GPT-2": "qk_norm True", "Qwen3": "norm 'layernorm', activation 'gelu', position 'learned'"},
+        ),
+        ({"head_size": 16}, {"GPT-2": "head_size 16"}),
+        ({"n_head": 6, "n_kv_head": 6}, {"GPT-2": "n_embd 32 must be a multiple of n_head 6"}),
+        ({"n_kv_head": 1}, {"GPT-2": "n_kv_head 1"}),
+        ({"activation": "swiglu"}, {"GPT-2": "activation 'swiglu'"}),
+        ({"n_hidden": (8, 16)}, {"GPT-2": "MLPs of different widths"}),
+        ({"lora": {"attn.0": LoraSpec(1, 1.0)}}, {"GPT-2": "adapters (merge_lora_weights first)"}),
+    ],
+)
+def test_what_no_family_can_hold_is_refused_with_each_reason(changes, reasons):
+    with pytest.raises(ValueError) as refused:
+        family_of(replace(SMALL, **changes))
+    for title, reason in reasons.items():
+        assert f"{title} cannot hold {reason}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (
+            {"rotary_scale": 2.0},
+            "Llama cannot hold rotary_scale 2.0; Qwen3 cannot hold qk_norm False, rotary_scale 2.0",
+        ),
+        ({"bias": True}, "Llama cannot hold bias True; Qwen3 cannot hold bias True, qk_norm False"),
+        ({"activation": "gelu"}, "Llama cannot hold activation 'gelu'"),
+    ],
+)
+def test_what_llama_cannot_hold(changes, reason):
+    with pytest.raises(ValueError) as refused:
+        family_of(replace(LLAMA_STYLE, **changes))
+    assert reason in str(refused.value)
 
 
 def test_released_sizes():

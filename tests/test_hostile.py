@@ -145,7 +145,8 @@ def test_a_number_too_long_to_be_written_is_refused_from_the_command_line():
     [
         (b"\x80\x04K\x01r\xff\xff\xff\x7f.", "it numbers a value 2147483647"),  # would take 32 GiB
         (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "not a plain nanoGPT meta.pkl"),
-        (b"cos\nsystem\n(S'touch CANARY'\ntR.", "more than plain values"),
+        (b"cos\nsystem\n(S'touch CANARY'\ntR.", "it names os.system"),
+        (b"\x80\x04(ios\nsystem\n.", "more than plain values"),
         (pickle.dumps({"vocab_size": 10**12, "itos": {}}), "needs a vocab_size from 1 to"),
         (pickle.dumps({"vocab_size": 2, "itos": {0: ["a"], 1: "b"}}), "itos must hold texts"),
     ],
@@ -192,7 +193,9 @@ def test_moments_of_another_model_are_refused(copy):
         (("settings", "learning_rate"), float("nan"), "learning_rate"),
         (("settings", "model", "n_layer"), 10**9, "n_layer must be a whole number from 1 to"),
         (("settings", "model", "lora"), {"attn.0": {"rank": 2, "alpha": float("inf")}}, "alpha"),
-        (("settings", "model", "fading"), {"ln_f": {"known": 1, "share": 0.5}}, "ln_f cannot fade in"),
+        (("settings", "fading"), {"ln_f": {"known": 1, "share": 0.5}}, "ln_f cannot fade in"),
+        (("settings", "model", "fading"), {}, "model.fading"),
+        (("settings", "dropout"), 1.0, "dropout must be less than 1"),
         (("orchestrator", "position", "watches"), [{"entry": 1, "name": "set_lr", "loss_before": 1.0, "limit": 1.0,
           "until_iter": 5, "then": "revert", "checkpoint": "../../elsewhere"}], "checkpoint"),
         (("orchestrator", "ramps", 0, "fields"), {"secret": [0.0, 1.0]}, "a ramp of set_lr does not fit"),

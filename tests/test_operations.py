@@ -85,10 +85,17 @@ def reloaded(run: Run, folder) -> Run:
     return Run(run.config, settings, progress, model, run.batches.opened, run.ranks, run.device, loaded.optimizer)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# The model that runs have by default, and one with every other option.
+MODELS = {
+    "gpt2": {},
+    "qk_norm": {"qk_norm": True, "head_size": 6, "n_kv_head": 1, "norm": "rmsnorm", "position": "rotary"},
+}
+
+
+@pytest.mark.parametrize("model, optimizer", [*(("gpt2", name) for name in OPTIMIZERS), ("qk_norm", "adamw")])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_contract(data, name, optimizer, tmp_path):
-    run = live_run(data, optimizer=optimizer)
+def test_contract(data, name, model, optimizer, tmp_path):
+    run = live_run(data, model=MODELS[model], optimizer=optimizer)
     if optimizer not in ONLY_WITH.get(name, OPTIMIZERS):
         with pytest.raises(ScheduleError, match=f"^{name}: {optimizer} has no (betas|momentum)"):
             make(name, {"value": EXAMPLES[name]}).plan(run.settings)

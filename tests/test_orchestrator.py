@@ -120,7 +120,7 @@ def test_one_boundary_is_one_round(data):
     one = orchestrator(data, [plateau])
     for loss in (2.0, 2.0, 2.0):
         go(one, 0, loss)
-    assert fired(one) == [] and one.position.losses == (2.0,)
+    assert fired(one) == [] and one.position.history == {"val_loss": (2.0,)}
     go(one, 1, 2.1)
     assert fired(one) == [1]
 
@@ -178,7 +178,7 @@ def test_a_guards_limit_is_the_loss_before_and_an_absolute_increase(data, loss, 
     one = orchestrator(data, [guarded("keep")])
     go(one, 1, 2.0)
     (watch,) = one.position.watches
-    assert (watch.loss_before, watch.limit, watch.until_iter) == (2.0, 2.5, 5)
+    assert (watch.before, watch.limit, watch.until_iter) == (2.0, 2.5, 5)
     go(one, 2, loss)
     assert outcomes(one) == ([] if within_limit else ["guard: the loss is beyond the limit (keep)"])
     if within_limit:

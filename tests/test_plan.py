@@ -65,7 +65,7 @@ def test_recompiles_are_guessed_only_where_something_compiles(data, tmp_path, ca
         {"name": "widen_mlp", "value": {"width": 80, "layers": "mlp.0"}},
     ]
     _, out = planned(tmp_path, data, schedule, capsys, "--plan=json", compile=True)
-    assert [s["recompiles"] for s in json.loads(out)["stages"]] == [0, 1, 0, 0, 1, 1, 0, 1]
+    assert [s["recompiles"] for s in json.loads(out)["stages"]] == [0, 3, 0, 0, 1, 2, 0, 1]
     _, out = planned(tmp_path, data, schedule, capsys, "--plan=json", compile=False)
     assert {s["recompiles"] for s in json.loads(out)["stages"]} == {0}
 

@@ -141,13 +141,6 @@ def test_a_folder_that_cannot_be_made_anew_for_a_while(tmp_path, capsys):
     assert "2 lines are lost" in capsys.readouterr().out
 
 
-def test_a_line_of_progress_names_the_next_entry_and_no_more(tiny, capsys):
-    long = {"name": "freeze_layer", "value": ["attn.*", "mlp.*", "ln_1.*"], "at_iter": 99}
-    tiny([long], max_iters=1)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iter 1:")]
-    assert line.endswith(", next [1] freeze_layer")
-
-
 def test_what_a_resume_changes_is_told_briefly(tiny, resume, tmp_path, capsys):
     _, out = tiny([{"name": "set_lr", "value": 1e-3, "at_iter": 2 + n} for n in range(3)], max_iters=3)
     path = tmp_path / "new.json"

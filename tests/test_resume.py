@@ -9,11 +9,14 @@ import signal
 import pytest
 import torch
 from conftest import arguments, assert_same_tensors, events, lines, tensors, write_data
+from fuzzing import seal
 
 import train_orchestrated
+from orchestrate.model.config import Fade, ModelConfig
 from orchestrate.training.run.run import Run
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.errors import OperationFailed, Refused
+from orchestrate.training.settings.records import Settings
 
 # One of every kind of change, chains included: entries 3 and 4 fire in one round with a checkpoint between them.
 SCHEDULE = [
@@ -61,6 +64,8 @@ METRICS = [
     {"name": "set_weight_decay", "value": 0.0, "trigger": {"metric": "val_loss", "below": 99.0}},
 ]  # fmt: skip
 METRICS_KEYS = {"log_interval": 2, "max_iters": 16, "early_stopping_metric": "loss", "early_stopping_patience": 9}
+# Heads of a size of their own, normed: they grow with everything else.
+QK_NORM = {"qk_norm": True, "head_size": 6}
 
 
 def stop_at(monkeypatch, iteration: int, polls: int = 0) -> None:
@@ -110,13 +115,13 @@ def uninterrupted(tmp_path_factory, data):
 
 @pytest.fixture(scope="module")
 def uninterrupted_growth(tmp_path_factory, data):
-    return run_whole(tmp_path_factory.mktemp("grown"), data, GROWTH)
+    return run_whole(tmp_path_factory.mktemp("grown"), data, GROWTH, **QK_NORM)
 
 
 @pytest.mark.parametrize("iteration", range(1, 12))
 def test_stopped_at_any_iteration_while_growing(iteration, uninterrupted_growth, tiny, resume, monkeypatch):
     stop_at(monkeypatch, iteration)
-    code, out = tiny(GROWTH)
+    code, out = tiny(GROWTH, **QK_NORM)
     assert code == 128 + signal.SIGUSR1
     monkeypatch.undo()
     assert resume(out) == 0
@@ -299,6 +304,8 @@ def test_the_same_command_again_does_not_undo_the_schedule(tiny, resume):
     [
         ({"n_layer": 3}, "n_layer cannot change on resume from 2 to 3"),
         ({"block_size": 8}, "block_size cannot change"),
+        ({"head_size": 4}, "head_size cannot change on resume from 0 to 4"),
+        ({"qk_norm": True}, "qk_norm cannot change on resume from False to True"),
         ({"attn_lora_rank": 4}, "an operation of a schedule can change it"),
         ({"seed": 5}, "samples would repeat"),
         ({"dataset": "elsewhere"}, "dataset elsewhere: no train.bin and val.bin"),
@@ -381,3 +388,52 @@ def test_signals_are_handled_by_name(tiny):
         next(iter(tensors(out_dir).values()))
     )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ---------------------------------------------------------------------------------------------- older versions
+
+# What the version before the shape was only the shape wrote at iteration 5 (checkpoint format 2).
+OLD_MODEL = {
+    "block_size": 16, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 16, "head_size": 8,
+    "n_hidden": [64, 128], "dropout": 0.1375, "bias": False, "norm": "layernorm", "norm_eps": 1e-05,
+    "activation": "gelu", "position": "learned", "rotary_base": 10000.0, "rotary_scale": 1.0, "tie_weights": True,
+    "lora": {"attn.0": {"rank": 2, "alpha": 8.0}, "attn.1": {"rank": 2, "alpha": 8.0}},
+    "fading": {"mlp.1": {"known": 64, "share": 0.3333333333333333}},
+}  # fmt: skip
+OLD_SETTINGS = {
+    "model": OLD_MODEL, "batch_size": 4, "grad_accum": 2, "learning_rate": 0.01, "min_lr": 0.001, "warmup_iters": 2,
+    "lr_decay_iters": 12, "decay_lr": True, "lr_schedule": "cosine", "wsd_decay_fraction": 0.2, "weight_decay": 0.1,
+    "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "eval_interval": 4, "eval_iters": 3, "log_interval": 1,
+    "lora_alpha": 8.0, "sequence_length": 16, "frozen": [], "lr_restarts": 0, "rewarm_iters": 0, "rewarms": 0,
+    "reshapes_asked": 0, "vocabulary_map": [], "checkpoints_asked": 0, "stops_asked": 0,
+}  # fmt: skip
+OLD_RAMPS = [
+    {"entry": 1, "name": "set_dropout", "start_iter": 2, "over": 8, "style": "linear",
+     "fields": {"model.dropout": [0.1, 0.2]}},
+    {"entry": 3, "name": "widen_mlp", "start_iter": 3, "over": 6, "style": "linear",
+     "fields": {"model.fading.mlp.1": [0.0, 1.0]}},
+]  # fmt: skip
+
+
+def test_a_state_of_an_older_version_goes_on(tiny, resume):
+    """Dropout and fades lay in the model's shape then: read, they are the run that this version makes by itself."""
+    schedule = [
+        {"name": "set_dropout", "value": 0.2, "at_iter": 2, "over": 8},
+        {"name": "set_attn_lora_rank", "value": 2, "at_iter": 2},
+        {"name": "widen_mlp", "value": {"times": 2, "how": "random", "layers": ["mlp.1"]}, "at_iter": 3, "over": 6},
+    ]
+    _, whole = tiny(schedule, out="whole", dropout=0.1)
+    _, out = tiny(schedule, out="old", dropout=0.1, max_iters=5)
+    path = out / "checkpoints" / "latest" / "state.json"
+    state = json.loads(path.read_text())
+    settings = Settings.from_json(OLD_SETTINGS)
+    assert settings.dropout == 0.1375 and settings.fading == {"mlp.1": Fade(64, 1 / 3)}
+    assert settings.to_json() == state["settings"], "the recorded state is the one that this version comes to"
+    assert ModelConfig.from_json(OLD_MODEL) == settings.model
+    state["settings"], state["orchestrator"]["ramps"] = OLD_SETTINGS, OLD_RAMPS
+    path.write_text(json.dumps(state))
+    seal(path.parent)
+    assert resume(out, max_iters=12) == 0
+    assert_same_tensors(tensors(out), tensors(whole))
+    ended = Settings.from_json(json.loads(path.read_text())["settings"])
+    assert ended.dropout == 0.2 and ended.fading == {}

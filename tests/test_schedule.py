@@ -126,9 +126,11 @@ def test_empty_schedules():
         ("- {name: set_lr, value: 1, trigger: {metric: loss, below: 1, above: 2}}", "trigger must have one of below, above and plateau"),
         ("- {name: set_lr, value: 1, trigger: {metric: loss, below: low}}", "trigger.below must be a valid number, got 'low'"),
         ("- {name: set_lr, value: 1, trigger: {metric: loss, plateau: {evals: 0}}}", "trigger.plateau.evals must be greater than 0"),
-        ("- {name: set_lr, value: 1, trigger: loss}", "trigger must be a "),
+        ("- {name: set_lr, value: 1, trigger: loss}", "trigger must be a mapping of metric, below, above, plateau, got 'loss'"),
         ("- {name: set_lr, value: 1, guard: {metric: los, max_increase: 1}}", "guard.metric must be the name of a metric (did you mean loss?)"),
         ("- {name: set_lr, value: 1, guard: {metric: grad_norm}}", "guard must give max_increase: its default 0.05 is in nats, grad_norm is not, got"),
+        ("- {name: set_lr, value: 1, trigger_plateau: {evals: '3'}}", "trigger_plateau.evals must be a valid integer, got '3'"),
+        ("- {name: set_lr, value: 1, trigger_plateau: {evals: 0}}", "trigger_plateau.evals must be greater than 0, got 0"),
         ("- {name: set_lr, value: 1, reevaluate: 1}", "reevaluate must be a valid boolean, got 1"),
         ("- {name: set_lr, value: 1, over: 0}", "over must be greater than 0"),
         ("- {name: set_lr, value: 1, over: 5, style: cubic}", "style must be 'linear' or 'cosine'"),
@@ -283,6 +285,12 @@ def fires(field: str, value, elapsed=None, now=None, history=()) -> str | None:
     metric = value["metric"] if field == "trigger" else "val_loss"
     measured = Measured({} if now is None else {metric: now}, {metric: tuple(history)})
     return TRIGGERS[field](value=value).fires(Elapsed(**{**base, **(elapsed or {})}), measured)
+
+
+def test_a_metric_that_is_exactly_at_its_limit_fires():
+    for side, beyond in (("below", 2.001), ("above", 1.999)):
+        on = {"metric": "loss", side: 2.0}
+        assert fires("trigger", on, now=2.0) and not fires("trigger", on, now=beyond) and not fires("trigger", on)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,10 @@ def test_sharded_is_the_same_run(data, tmp_path, processes):
     # Three ranks (uneven shards, some of them empty): freezing, adapters and growth.
     some = SCHEDULE if processes == 2 else SCHEDULE[:7]
     schedule.write_text(json.dumps(some))
-    given = {**keys(schedule=schedule, dropout=0.1), "max_iters": 24 if processes == 2 else 13}
+    given = {
+        **keys(schedule=schedule, dropout=0.1, qk_norm=True, head_size=6),
+        "max_iters": 24 if processes == 2 else 13,
+    }
     commands = [
         arguments(data, tmp_path / "ddp", **given),
         arguments(data, tmp_path / "fsdp", parallel="fsdp", **given),
@@ -321,9 +324,9 @@ def _gathered(rank: int, data: str):
     block.register_forward_pre_hook(lambda module, _: seen.update(block=str(module.weight.dtype)))
     wte = run.model.transformer["wte"]
     wte.register_forward_pre_hook(lambda module, _: seen.update(wte=str(module.weight.dtype)))
-    x, y = run.batches.read(run.progress.cursor, 2)
+    batch = run.batches.read(run.progress.cursor, 2)
     with run.autocast():
-        run.wrapped(x, y)[1].backward()
+        run.wrapped(batch.x, batch.y).sum.backward()
     seen["gradients"] = {str(p.grad.dtype) for p in run.optimizer.parameters}
     seen["shards"] = {str(p.dtype) for p in run.optimizer.parameters}
     run.ranks.close()

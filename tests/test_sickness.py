@@ -52,6 +52,31 @@ def test_a_healthy_run_is_the_same_late_or_not(tiny, late, monkeypatch):
     monkeypatch.undo()
     _, other = tiny(schedule, out="now")
     assert_same_tensors(tensors(one), tensors(other))
+    fields = ("kind", "iter", "tokens", "loss", "grad_norm", "val_loss", "lr", "step_lr", "batch_size", "coverage")
+    logs = [[{k: m.get(k) for k in fields} for m in lines(out / "metrics.jsonl")] for out in (one, other)]
+    assert logs[0] == logs[1], "the lines that were written late are of their own steps, and in order"
+
+
+def test_the_loss_is_read_after_the_next_step(data, late, tmp_path, monkeypatch):
+    """No line of metrics is written, and no number read, between a step and the next where nothing is decided."""
+    order = []
+    real_step, real_write = Run.step, Session._write_step
+
+    def step(run):
+        order.append(("step", run.progress.iter))
+        return real_step(run)
+
+    def write(session):
+        if session._unwritten:
+            order.append(("line", session._unwritten[0]["iter"]))
+        real_write(session)
+
+    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(Session, "_write_step", write)
+    assert train_orchestrated.main(arguments(data, tmp_path / "run", max_iters=4, eval_interval=4)) == 0
+    assert order == [
+        ("step", 0), ("step", 1), ("line", 1), ("step", 2), ("line", 2), ("step", 3), ("line", 3), ("line", 4)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", ["oom@5", "oom@3", "oom@11", "oom@0"])
@@ -120,6 +145,16 @@ def test_a_sick_last_step_is_acted_on_before_the_end(tiny, late):
     code, out = tiny(inject="nan@11", on_sick_step="rollback")
     assert code == 0
     assert events(out, "rollback")[0]["from_iter"] == 12 and events(out, "end")[0]["iter"] == 12
+
+
+@pytest.mark.parametrize("fault", ["", "nan@7"])
+def test_an_early_stop_on_a_logged_metric_knows_of_the_last_step(tiny, late, fault):
+    """Lines come at 2, 4, 6 and 8; the step that ends at 8 may be sick."""
+    keys = {"early_stopping_metric": "loss", "early_stopping_patience": 3, "early_stopping_min_delta": 9.0}
+    code, out = tiny(max_iters=100, eval_interval=100, log_interval=2, inject=fault, **keys)
+    (end,) = events(out, "end")
+    assert (code, end["iter"], end["reason"]) == (0, 8, "early stop: no gain in 3 values of loss")
+    assert len(events(out, "error")) == bool(fault)
 
 
 def test_an_exception_with_an_answer_pending_saves_the_state_before_the_sick_step(tiny, resume, late, monkeypatch):

@@ -257,7 +257,7 @@ def test_a_meta_goes_through_json(tmp_path):
     "values, message",
     [
         ({"format": 2}, "not a meta of format 1"),
-        ({"vocab_size": 0}, "vocab_size must be a whole number of at least 1, got 0"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number from 1 to 16777216, got 0"),
         ({"vocab_size": "65"}, "got '65'"),
         ({"vocab_size": True}, "got True"),
         ({"dtype": "int64"}, "dtype must be uint8, uint16 or uint32, got 'int64'"),
@@ -270,6 +270,37 @@ def test_what_is_no_meta_is_refused(tmp_path, values, message):
     write_meta(tmp_path, **values)
     with pytest.raises(ValueError, match=f"meta.json: .*{message}"):
         read_meta(tmp_path)
+
+
+def test_files_that_are_too_long_are_not_read(tmp_path):
+    """To the byte: 4 MiB of meta.json, 2 of meta.pkl, 8 of a map, and 2 ** 24 words."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 16_777_216}).ljust(2 * 2**20))
+    assert read_meta(tmp_path) == Meta(16_777_216)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3}).ljust(2 * 2**20 + 1))
+    with pytest.raises(ValueError, match="meta.pkl.*longer than 2,097,152 bytes"):
+        read_meta(tmp_path)
+    text = json.dumps({"format": 1, "tokenizer": "gpt2", "vocab_size": 16_777_216})
+    (tmp_path / "meta.json").write_text(text.ljust(4 * 2**20))
+    assert read_meta(tmp_path) == Meta(16_777_216)
+    for wrong, message in [
+        (text.ljust(4 * 2**20 + 1), "longer than 4,194,304 bytes"),
+        (text.replace("16777216", "16777217"), "from 1 to 16777216, got 16777217"),
+        (text[:-1], "meta.json: not JSON"),
+        ("[" * 100_000, "meta.json: not JSON"),
+    ]:
+        (tmp_path / "meta.json").write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            read_meta(tmp_path)
+    (tmp_path / "r.json").write_text("[0]".ljust(8 * 2**20))
+    assert read_remap(tmp_path / "r.json", None, 1).tolist() == [0]
+    (tmp_path / "r.json").write_text("[0]".ljust(8 * 2**20 + 1))
+    with pytest.raises(ValueError, match="longer than 8,388,608 bytes"):
+        read_remap(tmp_path / "r.json", None, 1)
+    np.save(tmp_path / "r.npy", np.zeros(2**24, np.uint8))
+    assert len(read_remap(tmp_path / "r.npy", None, 1)) == 2**24
+    np.save(tmp_path / "r.npy", np.zeros(2**24 + 1, np.uint8))
+    with pytest.raises(ValueError, match="at most 16777216 entries, got 16777217"):
+        read_remap(tmp_path / "r.npy", None, 1)
 
 
 @pytest.mark.parametrize("values", [{"vocab_size": 0}, {"vocab_size": "3"}, {}, [3]])

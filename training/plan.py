@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrate.model.config import ModelConfig
+from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
@@ -67,7 +67,7 @@ class Row:
     """Estimate for one micro-step of eager training."""
     rewraps: int
     recompiles: int
-    """Estimate: blocks of a kind not compiled before, and first changes of batch or length."""
+    """Estimate: graphs of a kind not compiled before, and first changes of batch or length."""
     keeps_function: bool | None
     """None at the start."""
     changes: dict[str, list[Any]]
@@ -161,10 +161,10 @@ def make(
 def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> list[Row]:
     """The stages, their shapes checked by reshaping on the meta device. Raises Refused."""
     with torch.device("meta"):
-        model = GPT(replace(stages[0].settings.model, fading={}))
+        model = GPT(stages[0].settings.model)
     trained = trainable_parameters(model, stages[0].settings.frozen)
     kinds: set[str] = set()
-    batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.model.dropout > 0
+    batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.dropout > 0
     rows = []
     for i, stage in enumerate(stages):
         s, before = stage.settings, stages[i - 1].settings if i else None
@@ -180,14 +180,14 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
         state_bytes = OPTIMIZERS[s.optimizer].state_bytes
-        new = {_block_kind(s, n) for n in range(s.model.n_layer)} - kinds
-        recompiles = len(new) if i else 0
-        kinds |= new
+        graphs = _graphs(s)
+        recompiles = len(graphs - kinds) if i else 0
+        kinds |= graphs
         if i and _batch_shape(s) not in batches and len(batches) == 1:
-            recompiles += len({_block_kind(s, n) for n in range(s.model.n_layer)})  # the batch becomes dynamic, once
+            recompiles += len(graphs)  # the batch becomes dynamic, once
         batches.add(_batch_shape(s))
-        if s.model.dropout > 0 and not dropped:
-            recompiles, dropped = recompiles + 1, True
+        if s.dropout > 0 and not dropped:
+            recompiles, dropped = recompiles + 2, True  # in blocks, and before them
         old, now = differences(before, s) if before is not None else ({}, {})
         rows.append(
             Row(
@@ -225,12 +225,18 @@ def _batch_shape(s: Settings) -> tuple[int, int]:
     return s.batch_size, s.sequence_length
 
 
-def _block_kind(s: Settings, n: int) -> str:
-    """What a compiled graph of a block depends on."""
+def _graphs(s: Settings) -> set[str]:
+    """What compiled graphs depend on: those of blocks, and of what comes before and after them."""
     c = s.model
-    shape = (c.n_embd, c.n_head, c.n_kv_head, c.head_size, c.n_hidden[n], c.norm, c.activation, c.position, c.bias)
-    layers = [f"{kind}.{n}" for kind in ("ln_1", "attn", "ln_2", "mlp")]
-    return repr((shape, [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]))
+    shape = [getattr(c, name) for name, option in OPTIONS.items() if option.shapes_blocks]
+
+    def graph(layers: Sequence[str], *more: object) -> str:
+        return repr((shape, more, [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]))
+
+    blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n]) for n in range(c.n_layer)}
+    before = graph(["wte", "wpe"], "before", c.vocab_size, c.block_size if c.position == "learned" else 0)
+    after = graph(["wte", "ln_f"] if c.tie_weights else ["ln_f", "lm_head"], "after", c.vocab_size, c.tie_weights)
+    return {*blocks, before, after}
 
 
 def flops_per_token(c: ModelConfig, parameters: int, length: int) -> float:
@@ -245,11 +251,13 @@ def flops_per_token(c: ModelConfig, parameters: int, length: int) -> float:
 def activation_bytes(s: Settings, width: int) -> int:
     """What one micro-step keeps for its backward, roughly; `width` bytes a number.
 
-    Per block and token: input and output of both norms, queries, keys and values, the heads' output twice, the inner
-    MLP tensors (two, with a gate four); then the logits with their softmax and its gradient.
+    Per block and token: input and output of both norms, queries, keys and values (queries and keys twice where they
+    are normed), the heads' output twice, the inner MLP tensors (two, with a gate four); then the logits with their
+    softmax and its gradient.
     """
     c, tokens = s.model, s.batch_size * s.sequence_length
     heads = (c.n_head + 2 * c.n_kv_head) * c.head_size + 2 * c.n_head * c.head_size
+    heads += (c.n_head + c.n_kv_head) * c.head_size if c.qk_norm else 0
     inner = 4 if c.activation == "swiglu" else 2
     blocks = sum(4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden)
     return tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)
@@ -300,7 +308,7 @@ def _cells(row: Row) -> list[str]:
 def _replay(schedule: Schedule, settings: Settings, run: Path) -> tuple[dict[int, str], list[str]]:
     """When each entry fires on a recorded run's metrics, by the orchestrator's own code; and notes. Raises Refused."""
     # Without guards nothing is taken back; a fade has no part in when entries fire, but for what waits for it.
-    settings = replace(settings, model=replace(settings.model, fading={}))
+    settings = replace(settings, fading={})
     entries = [
         replace(entry, guard=None, over=None if entry.operation.fades else entry.over) for entry in schedule.entries
     ]

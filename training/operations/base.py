@@ -97,6 +97,7 @@ class Operation(BaseModel):
         """A new model of the target's shape and where each of its parameters came from; `model` is left unchanged.
 
         Only structural operations have one. `generator` is seeded alike on every rank: fresh values come from it.
+        One that `fades` also takes `masked`: whether nothing of what is new shows at first.
         """
         raise NotImplementedError(f"{self.name} does not change the model's shape")
 

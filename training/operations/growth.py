@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from orchestrate.model import growth
-from orchestrate.model.config import LIMITS, ModelConfig, layer_names
+from orchestrate.model.config import OPTIONS, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT
 from orchestrate.model.growth import Layer
 from orchestrate.model.lineage import Lineage
@@ -64,7 +64,7 @@ class GrowthOperation(Operation):
         parts = growth.fading_parts(before.model, after.model, self.new_layers(before.model, after.model))
         if not parts:
             raise ScheduleError(f"{self.name}: `over` fades new parts in, and there are none here")
-        return replace(after, model=replace(after.model, fading={**after.model.fading, **parts}))
+        return replace(after, fading={**after.fading, **parts})
 
 
 # ---------------------------------------------------------------------------------------------- depth
@@ -163,8 +163,8 @@ class StackLayers(LayerOperation):
         added = n_layer - old
         if added < 1:
             raise ScheduleError(f"stack_layers: n_layer must be more than the {old} there are, got {n_layer}")
-        if n_layer > LIMITS["n_layer"]:
-            raise ScheduleError(f"stack_layers: n_layer may be {LIMITS['n_layer']} at most, got {n_layer}")
+        if n_layer > OPTIONS["n_layer"].limit:
+            raise ScheduleError(f"stack_layers: n_layer may be {OPTIONS['n_layer'].limit} at most, got {n_layer}")
 
         def new(beside: int, turn: int) -> Layer:
             match wanted.how:
@@ -190,9 +190,11 @@ class StackLayers(LayerOperation):
                 turn += 1
         return found
 
-    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
+    def reshape(
+        self, model: GPT, target: ModelConfig, generator: torch.Generator, masked: bool = False
+    ) -> tuple[GPT, Lineage]:
         zero = isinstance(self.value, Stack) and self.value.how == "identity"
-        return growth.stack(model, target, self.layers(model.config), zero, generator)
+        return growth.stack(model, target, self.layers(model.config), zero, generator, masked)
 
 
 @operation("drop_layers")
@@ -281,8 +283,10 @@ class WidenMlpOperation(GrowthOperation):
                                 "with `over`, how is zero or random")  # fmt: skip
         return super().fade(before, after)
 
-    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
-        how = self.wanted.how or ("zero" if target.fading else "duplicate")
+    def reshape(
+        self, model: GPT, target: ModelConfig, generator: torch.Generator, masked: bool = False
+    ) -> tuple[GPT, Lineage]:
+        how = self.wanted.how or ("zero" if masked else "duplicate")
         return growth.widen_mlp(model, target, how, self.wanted.noise, generator)
 
 
@@ -345,8 +349,10 @@ class AddHeadsOperation(GrowthOperation):
             raise ScheduleError("add_heads: with `over`, query and key heads grow in proportion")
         return super().fade(before, after)
 
-    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
-        how = self.wanted.how or ("zero" if target.fading else "duplicate")
+    def reshape(
+        self, model: GPT, target: ModelConfig, generator: torch.Generator, masked: bool = False
+    ) -> tuple[GPT, Lineage]:
+        how = self.wanted.how or ("zero" if masked else "duplicate")
         return growth.add_heads(model, target, how, self.wanted.noise, generator)
 
 
@@ -472,7 +478,9 @@ class ResizeVocabulary(GrowthOperation):
         through = settings.vocabulary_map or tuple(range(old))
         return replace(planned, vocabulary_map=tuple(wanted.map[i] for i in through))
 
-    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
+    def reshape(
+        self, model: GPT, target: ModelConfig, generator: torch.Generator, masked: bool = False
+    ) -> tuple[GPT, Lineage]:
         wanted = self.wanted
         init = ("copy", wanted.init.copy_) if isinstance(wanted.init, CopyOf) else wanted.init
         old_ids = None

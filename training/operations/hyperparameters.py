@@ -177,12 +177,12 @@ class SetGradClip(Operation):
 class SetDropout(Operation):
     """Set the dropout probability of the whole model."""
 
-    touches: ClassVar = ("model.dropout",)
+    touches: ClassVar = ("dropout",)
     ramps: ClassVar = True
     value: Fraction
 
     def plan(self, settings: Settings) -> Settings:
-        return replace(settings, model=replace(settings.model, dropout=self.value))
+        return replace(settings, dropout=self.value)
 
 
 @operation("rewarm_lr")

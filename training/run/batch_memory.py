@@ -76,7 +76,8 @@ def peak_memory(run: Run, batch_size: int) -> float:
             block_size = run.settings.model.block_size
             x = torch.zeros(batch_size, block_size, dtype=torch.long, device=run.device)
             with run.autocast():
-                _, loss = run.model(x, x)  # not the DDP wrapper: ranks try different sizes for different times
+                # Not the DDP wrapper: ranks try different sizes for different times.
+                loss = run.model(x, x).sum / x.numel()
             run.scaler.scale(loss).backward()
         # The optimizer's state, where the first step has not made it yet, and the gradients are there at the same time.
         optimizer = run.optimizer

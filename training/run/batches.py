@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,8 +11,14 @@ from torch import Tensor
 from orchestrate.data.stream import Cursor, DataSet, Stream
 from orchestrate.training.settings.errors import RefusedHere
 
-Batch = tuple[Tensor, Tensor]
-"""Token ids and the token that follows each, both (sequences, length) int64."""
+
+class Batch(NamedTuple):
+    """Samples on the device: token ids and the token that follows each, both (sequences, length) int64."""
+
+    x: Tensor
+    y: Tensor
+    targets: int
+    """How many of y count, known without asking the device."""
 
 
 class Batches:
@@ -48,9 +56,7 @@ class Batches:
             x, y = (torch.from_numpy(a) for a in self.stream.batch(cursor, count, vocab_size))
         except ValueError as error:
             raise RefusedHere(f"the data does not fit the model: {error}") from None
+        targets = int((y != -1).sum()) if self.stream.masks else y.numel()
         if self.device.type == "cuda":
-            return (
-                x.pin_memory().to(self.device, non_blocking=True),
-                y.pin_memory().to(self.device, non_blocking=True),
-            )
-        return x.to(self.device), y.to(self.device)
+            x, y = (tensor.pin_memory().to(self.device, non_blocking=True) for tensor in (x, y))
+        return Batch(x.to(self.device), y.to(self.device), targets)

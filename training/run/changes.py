@@ -6,7 +6,7 @@ Everything new is built beside the present run; all ranks are asked whether they
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -131,7 +131,7 @@ def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
     model, lineage = reshape(whole, target.model, generator)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
-    assert shape_of(model.config) == shape_of(target.model), "the reshaped model is not the target's"
+    assert model.config == target.model, "the reshaped model is not the target's"
     state = carry(state, lineage, shapes, OPTIMIZERS[target.optimizer].slots)
     return Change(target, batches, *placed(run, model, state, target), rewraps=True)
 
@@ -168,7 +168,7 @@ def _carry_out(run: Run, change: Change, together: bool) -> None:
 
 def _wrap(run: Run, change: Change) -> nn.Module:
     """The change's model in the state that its settings want: flags, dropout, masks; as a step calls it, in DDP."""
-    model, shape = change.model, change.settings.model
+    model, settings = change.model, change.settings
     if change.rewraps:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in change.trainable)
@@ -177,21 +177,16 @@ def _wrap(run: Run, change: Change) -> nn.Module:
         model.train()
         if run.config.compile:
             compile_blocks(model)
-    if shape.dropout != model.config.dropout:
-        set_dropout(model, shape.dropout)
-    if shape.fading != model.config.fading:
-        model.set_fading(shape.fading)
+    if settings.dropout != model.dropout:
+        set_dropout(model, settings.dropout)
+    if settings.fading != model.fading:
+        model.set_fading(settings.fading)
     return run.ranks.wrap(model, run.device) if change.rewraps else run.wrapped
-
-
-def shape_of(config: ModelConfig) -> ModelConfig:
-    """A model's configuration less what can change without another model."""
-    return replace(config, dropout=0.0, fading={})
 
 
 def reshapes(before: Settings, after: Settings) -> bool:
     """Whether parameters or their moments differ between the two."""
-    return shape_of(before.model) != shape_of(after.model) or before.reshapes_asked != after.reshapes_asked
+    return before.model != after.model or before.reshapes_asked != after.reshapes_asked
 
 
 def needs_agreement(before: Settings, after: Settings) -> bool:

@@ -1,8 +1,11 @@
-"""Which device and which number type a run computes on, from what the configuration asks for."""
+"""Which device and which number type a run computes on, and numbers that come from a device without a wait."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,3 +41,20 @@ def pick_dtype(name: str, device: torch.device) -> str:
     if device.type != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def on_its_way(value: Tensor) -> Callable[[], float]:
+    """A copy of a number () on the device, on its way to the host; calling it waits for the copy alone."""
+    if value.device.type != "cuda":
+        copied = value.detach().clone()
+        return lambda: copied.item()
+    on_host = torch.empty((), dtype=value.dtype, pin_memory=True)
+    on_host.copy_(value.detach(), non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> float:
+        arrived.synchronize()
+        return on_host.item()
+
+    return read

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 
 from orchestrate.data.stream import TokenFile, eval_windows, gather
@@ -32,14 +31,15 @@ def validation_loss(
     autocast: Callable[[], AbstractContextManager],
     poll: Callable[[], int],
 ) -> float | None:
-    """Mean cross entropy in nats per token over at most batches * batch_size windows, or None if `poll` said stop.
+    """Mean cross entropy in nats per target that counts, or None if `poll` said stop.
 
-    Asking for more windows than the file has means each of them once. `poll` is called once a batch; every rank must
-    see the same answer.
+    Over at most batches * batch_size windows: more than the file has means each of them once. `poll` is called once a
+    batch; every rank must see the same answer.
     """
     starts = eval_windows(tokens, batches * batch_size, block_size)
     chunks = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
-    losses = torch.zeros(len(chunks), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    # A row of sums and a row of counts.
+    losses = torch.zeros(2, len(chunks), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     was_training = model.training
     model.eval()
     try:
@@ -56,12 +56,13 @@ def validation_loss(
                     raise RefusedHere(f"the data does not fit the model: {error}") from None
                 x, y = (torch.from_numpy(a).to(device) for a in pair)
                 with autocast():
-                    _, loss = model(x, y)
+                    loss = model(x, y)
             if mine < len(chunks):
-                losses[mine] = loss.double() if device.type != "mps" else loss.cpu().double()
+                for row, value in enumerate(loss):
+                    losses[row, mine] = value.double() if device.type != "mps" else value.cpu().double()
     finally:
         model.train(was_training)
         if ranks.sharded:
             reshard(model)
-    sums = losses.cpu().numpy() * np.array([len(chunk) for chunk in chunks])
-    return float(ranks.sum(sums).sum() / len(starts))
+    total, count = ranks.sum(losses.cpu().numpy()).sum(axis=1)
+    return float(total / count)

@@ -7,7 +7,6 @@ the same lineage as without sharding, and shards again. torch.distributed is imp
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,8 +36,6 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> G
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         options = {"mp_policy": policy}
 
-    # Blocks return keys and values for a cache that training does not use; nothing changes them in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in model.transformer["h"]:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh)

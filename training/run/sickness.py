@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from orchestrate.training.run.device import on_its_way
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.settings.records import Place, Progress
 
@@ -52,7 +52,7 @@ class Diagnosis:
 
     def __init__(self, ranks: Ranks, late: bool) -> None:
         self.ranks, self.late = ranks, late
-        self._pending: tuple[Callable[[], bool], Sick] | None = None
+        self._pending: tuple[Callable[[], float], Sick] | None = None
 
     @property
     def pending(self) -> bool:
@@ -66,7 +66,7 @@ class Diagnosis:
             healthy: () bool on the device, equal on every rank.
             otherwise: what this rank knows of the step in case it was not.
         """
-        due, self._pending = self._pending, (_later(healthy), otherwise)
+        due, self._pending = self._pending, (on_its_way(healthy), otherwise)
         return self._told(due) if self.late else self.settle()
 
     def settle(self) -> Sick | None:
@@ -84,30 +84,13 @@ class Diagnosis:
         """Forget the last step: the run goes back to before it."""
         self._pending = None
 
-    def _told(self, due: tuple[Callable[[], bool], Sick] | None) -> Sick | None:
+    def _told(self, due: tuple[Callable[[], float], Sick] | None) -> Sick | None:
         if due is None or due[0]():
             return None
         # Every rank comes here, because the number that was read is the same everywhere. One rank may know more.
         causes = self.ranks.gather(due[1].cause)
         cause = OUT_OF_MEMORY if OUT_OF_MEMORY in causes else due[1].cause
         return None if cause == OVERFLOW else replace(due[1], cause=cause)
-
-
-def _later(flag: Tensor) -> Callable[[], bool]:
-    """A copy of a flag on the device, on its way to the host; calling it waits for the copy alone."""
-    if flag.device.type != "cuda":
-        copied = flag.clone()
-        return lambda: bool(copied)
-    on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
-    on_host.copy_(flag, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def read() -> bool:
-        arrived.synchronize()
-        return bool(on_host)
-
-    return read
 
 
 def is_spike(loss: float, sigma: float, progress: Progress) -> bool:

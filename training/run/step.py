@@ -22,7 +22,7 @@ class StepResult:
     """What a step leaves behind. Tensors stay on the device: reading them waits for it, so only logging does."""
 
     loss: Tensor
-    """This rank's mean over its micro-steps, in nats per token, ()."""
+    """This rank's share of the mean over the iteration's targets, in nats, (): the mean over the ranks is that mean."""
     grad_norm: Tensor
     """Before clipping, ()."""
     lr: float
@@ -39,11 +39,13 @@ def step(run: Run) -> StepResult:
     s, p = run.settings, run.progress
     place, lr = p.place, run.current_lr()
     total = torch.zeros((), device=run.device)
-    fits = _backward(run, total)
+    targets, fits = _backward(run, total)
     if not fits:  # outside the `except`: its traceback would keep the failed forward pass alive
         _poison(run)
     with run.stopwatch.part("optimizer"):
         run.scaler.unscale_(run.optimizer.inner)
+        if run.stream.masks:
+            _weigh(run, total, targets)
         # The norm of the reduced gradients is the same number on every rank, and not finite if one of them is not.
         grad_norm = gradient_norm(run.optimizer.parameters, s.grad_clip)
         spike = bool(run.config.spike_sigma) and is_spike(_loss_of_all(run, total, fits), run.config.spike_sigma, p)
@@ -58,20 +60,25 @@ def step(run: Run) -> StepResult:
         p.tokens += s.tokens_per_iter
         run.consistent = True
     cause = OUT_OF_MEMORY if not fits else SPIKE if spike else OVERFLOW if run.scaler.is_enabled() else NOT_FINITE
-    sick = run.diagnosis.of(healthy, Sick(cause, place, s.samples_per_iter, s.batch_size))
+    with run.stopwatch.part("forward_backward"):  # where answers are late, the host waits for the step before here
+        sick = run.diagnosis.of(healthy, Sick(cause, place, s.samples_per_iter, s.batch_size))
     return StepResult(total, grad_norm, lr, sick)
 
 
-def _backward(run: Run, total: Tensor) -> bool:
-    """Gradients of the global batch, and this rank's mean loss added to `total`. False where memory ran out."""
+def _backward(run: Run, total: Tensor) -> tuple[int, bool]:
+    """Gradients of the global batch, and this rank's mean loss added to `total`, as if every target counted.
+
+    Returns how many targets counted on this rank, and whether memory sufficed.
+    """
     s, p, ranks = run.settings, run.progress, run.ranks
     micro_steps = range(ranks.rank, s.grad_accum, ranks.world_size)
-    exchanging = False
+    exchanging, targets = False, 0
     try:
         for micro in micro_steps:
             last = micro + ranks.world_size >= s.grad_accum
             with run.stopwatch.part("data"):
-                x, y = run.batches.read(p.cursor.skip(micro * s.batch_size), s.batch_size, s.model.vocab_size)
+                batch = run.batches.read(p.cursor.skip(micro * s.batch_size), s.batch_size, s.model.vocab_size)
+                targets += batch.targets
             with run.stopwatch.part("forward_backward"):
                 if ranks.distributed and not ranks.sharded:
                     # Only the last backward exchanges gradients; the earlier ones add up locally. Sharded ones
@@ -79,8 +86,7 @@ def _backward(run: Run, total: Tensor) -> bool:
                     run.wrapped.require_backward_grad_sync = last
                 _seed_dropout(run, micro)
                 with run.autocast():
-                    _, loss = run.wrapped(x, y)
-                    loss = loss / len(micro_steps)
+                    loss = run.wrapped(batch.x, batch.y).sum / batch.y.numel() / len(micro_steps)
                 if run.injector.faults and micro == micro_steps[0]:
                     loss = run.injector.strike(p.iter, loss)
                 exchanging = ranks.distributed and last
@@ -95,8 +101,21 @@ def _backward(run: Run, total: Tensor) -> bool:
         # Once gradients (or, sharded, weights) are being exchanged the other ranks cannot be joined any more.
         if exchanging or ranks.sharded or not is_out_of_memory(error):
             raise
-        return False
-    return True
+        return targets, False
+    return targets, True
+
+
+def _weigh(run: Run, total: Tensor, targets: int) -> None:
+    """Make gradients and loss those of the mean over the targets that count, of all micro-steps on all ranks.
+
+    However targets are spread, a split of the global batch over micro-steps and ranks then makes no difference. What
+    was divided by the number of all targets is put right here, after the exchange, because the ranks need not wait for
+    each other's counts before they compute. A batch without a target that counts has no gradient.
+    """
+    counted = float(run.ranks.sum(np.array([float(targets)]))[0])
+    weight = run.settings.tokens_per_iter / max(counted, 1.0)
+    torch._foreach_mul_([p.grad for p in run.optimizer.parameters if p.grad is not None], weight)
+    total *= weight
 
 
 def _poison(run: Run) -> None:
@@ -109,9 +128,9 @@ def _poison(run: Run) -> None:
         torch.cuda.empty_cache()
     if run.ranks.distributed:
         run.wrapped.require_backward_grad_sync = True
-        x, y = run.batches.load(run.progress.cursor, 1)
+        batch = run.batches.load(run.progress.cursor, 1)
         with run.autocast():
-            loss = run.wrapped(x, y)[1]
+            loss = run.wrapped(batch.x, batch.y).sum
         (loss * float("nan")).backward()
     else:
         for parameter in run.optimizer.parameters:
@@ -126,6 +145,6 @@ def _loss_of_all(run: Run, total: Tensor, fits: bool) -> float:
 
 def _seed_dropout(run: Run, micro: int) -> None:
     """Dropout is a function of (seed, iteration, micro-step): equal after a resume and for any number of ranks."""
-    if run.settings.model.dropout > 0:
+    if run.settings.dropout > 0:
         words = np.random.SeedSequence([run.config.seed, run.progress.iter, micro]).generate_state(1, np.uint64)
         torch.manual_seed(int(words[0]) >> 1)

@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from operator import or_
 from typing import Annotated, Any, Literal, Protocol
@@ -296,7 +297,7 @@ class Orchestrator:
 
     def _may_fire(self, entry: Entry, look_at_clock: bool, now: Mapping[str, float]) -> bool:
         """Whether rank 0 may find the entry due: equal inputs give every rank the same answer without an exchange."""
-        if entry.operation.renumbers and self.run.settings.model.fading:
+        if entry.operation.renumbers and self.run.settings.fading:
             return False  # layers keep their numbers and sizes while one of them is fading in
         guarded = entry.guard.metric if entry.guard else VAL_LOSS
         if guarded != VAL_LOSS and self.position.latest.get(guarded, (0, None))[1] is None:
@@ -483,7 +484,7 @@ class Orchestrator:
         overridden = set(operation.touches)
         if entry.over and operation.fades:
             target = operation.fade(run.settings, target)
-            run.adopt(target, operation.reshape)
+            run.adopt(target, partial(operation.reshape, masked=True))  # type: ignore[call-arg]
             self._drop_from_ramps(overridden)
             self.ramps.append(Ramp.between(entry, run.settings, target, run.progress.iter))
         elif entry.over:

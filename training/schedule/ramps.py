@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from orchestrate.training.schedule.file import Entry
-from orchestrate.training.settings.records import EXACTLY, Settings, get_field
+from orchestrate.training.settings.records import EXACTLY, Settings, get_field, present_name
 from orchestrate.training.settings.values import NonNegativeInt, PositiveInt
 
 
@@ -31,7 +31,7 @@ class Ramp:
     def between(cls, entry: Entry, before: Settings, after: Settings, start_iter: int) -> Ramp:
         assert entry.over
         if entry.operation.fades:
-            fields = {f"model.fading.{layer}": (0.0, 1.0) for layer in after.model.fading}
+            fields = {f"fading.{layer}": (0.0, 1.0) for layer in after.fading}
         else:
             fields = {name: (get_field(before, name), get_field(after, name)) for name in entry.operation.touches}
         return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields)
@@ -62,5 +62,7 @@ class Ramp:
 
     @classmethod
     def from_json(cls, values: Any) -> Ramp:
-        """Raises ValueError (pydantic's) for what `to_json` cannot have made."""
+        """Raises ValueError (pydantic's) for what `to_json` cannot have made, now or in an older version."""
+        if isinstance(values, dict) and isinstance(fields := values.get("fields"), dict):
+            values = {**values, "fields": {present_name(str(name)): ends for name, ends in fields.items()}}
         return TypeAdapter(cls).validate_python(values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -69,7 +69,7 @@ def plan_stages(schedule: Schedule, settings: Settings, world_size: int) -> list
 
 
 def _shape_key(config: ModelConfig) -> str:
-    return json.dumps(replace(config, dropout=0.0, fading={}).to_json(), sort_keys=True)
+    return json.dumps(config.to_json(), sort_keys=True)
 
 
 @functools.lru_cache(maxsize=4)  # a model of thousands of blocks is large even without its numbers

@@ -23,7 +23,7 @@ from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
 from orchestrate.training.schedule.own import OwnFile, compare
 from orchestrate.training.session.start import IN_SETTINGS
-from orchestrate.training.settings.config import TrainConfig, unread
+from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings, get_field, with_field
 from orchestrate.training.settings.values import shown
@@ -34,13 +34,8 @@ from orchestrate.training.store.state import State
 _SHAPE = "the checkpoint's weights have this shape; an operation of a schedule can change it"
 # Keys that a resume must not change, and why.
 FIXED = {
-    **{
-        key: _SHAPE
-        for key in (
-            "block_size n_layer n_head n_kv_head n_embd n_hidden bias norm norm_eps activation use_rotary_embeddings "
-            "rotary_base tie_weights attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size"
-        ).split()
-    },
+    **dict.fromkeys(MODEL_KEYS, _SHAPE),
+    **dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size".split(), _SHAPE),
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
     "seed": "the order of the data follows from it, and samples would repeat or be left out",

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from orchestrate.training.run.device import on_its_way
 from orchestrate.training.run.run import Run
 from orchestrate.training.run.step import StepResult
 from orchestrate.training.schedule.orchestrator import Orchestrator
@@ -62,6 +63,7 @@ class Session:
         self.rollbacks = 0
         """How often this start went back because of a sick step."""
         self._over_memory = False
+        self._unwritten: tuple[dict[str, Any], Callable[[], float], Callable[[], float]] | None = None
         self.stops_seen = run.settings.stops_asked
         self._clock = time.perf_counter()
         self._logged_tokens = run.progress.tokens
@@ -94,10 +96,14 @@ class Session:
                 told += f"; entry {fields['entry']} ({fields['name']}) will not fire again"
             self.reporter.say(told)
 
-    def metrics(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """One line of metrics.jsonl; returns it."""
+    def metrics(self, kind: str, **fields: Any) -> None:
+        """One line of metrics.jsonl."""
+        self.reporter.metrics(kind, **self._line(**fields))
+
+    def _line(self, **fields: Any) -> dict[str, Any]:
+        """What every line of metrics says of this moment."""
         run, s, p = self.run, self.run.settings, self.run.progress
-        record = dict(
+        return dict(
             iter=p.iter,
             tokens=p.tokens,
             seconds=p.seconds,
@@ -108,8 +114,6 @@ class Session:
             passes=run.stream.passes(p.cursor),
             coverage=run.stream.coverage(p.cursor),
         )
-        self.reporter.metrics(kind, **record)
-        return record
 
     def tick(self) -> None:
         """Bring the run's clock up to now."""
@@ -118,33 +122,58 @@ class Session:
         self._clock = now
 
     def log_step(self, result: StepResult) -> None:
-        """One line of metrics for the step just made. Reads the loss, so it waits for the device."""
+        """One line of metrics for the step just made.
+
+        On a GPU the loss is read, and the line written, after the next step or before anything is decided: no step
+        waits for it. Where the schedule or early stopping asks for a number of the line, it is written at once.
+        """
         run, p = self.run, self.run.progress
-        loss = float(run.ranks.sum(np.array([result.loss.item()]))[0]) / run.ranks.world_size
         parts = run.stopwatch.take()
         stepping = sum(parts.get(name, 0.0) for name in ("data", "forward_backward", "optimizer"))
         rate = (p.tokens - self._logged_tokens) / stepping if stepping else None
         self._logged_tokens = p.tokens
-        record = self.metrics(
-            "train",
-            loss=loss,
-            grad_norm=result.grad_norm.item(),
+        line = self._line(
+            loss=None,
+            grad_norm=None,
             step_lr=result.lr,
             tokens_per_second=rate,
             seconds_by_part={name: parts.get(name, 0.0) for name in PARTS},
             machine=machine(run.device) if run.ranks.is_first else {},
         )
-        head = self.orchestrator.head
-        shown = {"loss": f"{loss:.4f}", "lr": f"{result.lr:.3g}", "tok/s": f"{rate:,.0f}" if rate else "-"}
+        self._unwritten = line, on_its_way(result.loss), on_its_way(result.grad_norm)
+        if not run.diagnosis.late or self._asked:
+            self._write_step()
+
+    def _write_step(self) -> None:
+        """Write the line of metrics that waits for its numbers, if there is one. Every rank does at the same place."""
+        if self._unwritten is None:
+            return
+        (line, loss, grad_norm), self._unwritten = self._unwritten, None
+        run = self.run
+        with run.stopwatch.part("forward_backward"):  # what the host waits for
+            line["grad_norm"] = grad_norm()
+            line["loss"] = float(run.ranks.sum(np.array([loss()]))[0]) / run.ranks.world_size
+        self.reporter.metrics("train", **line)
+        head, rate = self.orchestrator.head, line["tokens_per_second"]
+        shown = {
+            "loss": f"{line['loss']:.4f}",
+            "lr": f"{line['step_lr']:.3g}",
+            "tok/s": f"{rate:,.0f}" if rate else "-",
+        }
         if head is not None:
             shown["next"] = f"[{head.number}] {head.operation.name}"
-        self.reporter.progress(p.iter, **shown)
-        self._look_at(numbers(record))
+        self.reporter.progress(line["iter"], **shown)
+        self._look_at(numbers(line))
+
+    @property
+    def _asked(self) -> set[str]:
+        """Numbers of the lines of log_interval that somebody decides on."""
+        stopping = {self.config.early_stopping_metric} if self.config.early_stopping_patience else set()
+        return (self.orchestrator.asked | stopping).intersection(LOGGED)
 
     def _look_at(self, logged: dict[str, float]) -> None:
         """Hand what was logged to those who decide on it, the same on every rank."""
-        stopping = {self.config.early_stopping_metric} if self.config.early_stopping_patience else set()
-        asked = (self.orchestrator.asked | stopping).intersection(LOGGED)
+        asked = self._asked
         values = {name: value for name, value in logged.items() if name in asked}
         if asked.intersection(ON_FIRST_RANK):
             values = self.run.ranks.broadcast(values)
@@ -154,7 +183,8 @@ class Session:
                 f"warning: {name} has no value on this machine, and the schedule or early stopping asks for it"
             )
         self.orchestrator.observe(values)
-        for name in stopping & values.keys():
+        name = self.config.early_stopping_metric
+        if self.config.early_stopping_patience and name in values:
             self._look_for_gain(name, values[name])
             if self.why_end():
                 self.settle()  # the end is decided on a last step whose outcome is known
@@ -216,10 +246,12 @@ class Session:
 
     def heal(self, result: StepResult) -> StepResult | None:
         """The step to log, None where the run went back; see healing.py. Raises Stopped."""
+        self._write_step()  # of the step before
         return healing.heal(self, result)
 
     def settle(self) -> bool:
         """Know what became of the last step before anything is decided on it; False where the run went back."""
+        self._write_step()
         return healing.settle(self)
 
     def roll_back(self, why: str) -> None:

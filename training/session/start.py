@@ -5,8 +5,8 @@ What is wrong with the input is found here, as `Refused` or ValueError, before a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ import torch
 from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
 from orchestrate.data.tokenizer import tokenizer_kind
 from orchestrate.model import hugging_face, nanogpt
-from orchestrate.model.config import LIMITS, LoraSpec, ModelConfig
-from orchestrate.model.gpt import GPT, from_weights, init_weights
+from orchestrate.model.config import OPTIONS, LoraSpec, ModelConfig
+from orchestrate.model.gpt import GPT, crop_block_size, init_weights
+from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
 from orchestrate.training.schedule.stages import Stage
-from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.config import TrainConfig, keys_of, model_values, stands_for_more
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import shown
@@ -31,38 +32,18 @@ IN_SETTINGS = {
         key: key
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
-            "optimizer weight_decay beta1 beta2 momentum grad_clip eval_interval eval_iters log_interval"
+            "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_iters log_interval"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
-    "dropout": "model.dropout",
 }
-_USUAL = ("n_kv_head", "n_hidden")  # whose 0 stands for a number that follows from others
-# Configuration keys of a model's shape that have the same name in ModelConfig.
-_SAME_IN_MODEL = "n_layer n_head n_kv_head n_embd bias norm norm_eps activation rotary_base tie_weights".split()
 
 
 def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
     """The model that a configuration describes from scratch. Raises Refused."""
     try:
-        return ModelConfig(
-            block_size=config.block_size,
-            vocab_size=vocab_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_kv_head=config.n_kv_head or None,  # type: ignore[arg-type]
-            n_embd=config.n_embd,
-            n_hidden=config.n_hidden or None,  # type: ignore[arg-type]
-            dropout=config.dropout,
-            bias=config.bias,
-            norm=config.norm,
-            norm_eps=config.norm_eps,
-            activation=config.activation,
-            position="rotary" if config.use_rotary_embeddings else "learned",
-            rotary_base=config.rotary_base,
-            tie_weights=config.tie_weights,
-            lora=_adapters(config, min(config.n_layer, LIMITS["n_layer"])),
-        )
+        adapters = _adapters(config, min(config.n_layer, OPTIONS["n_layer"].limit))
+        return ModelConfig(vocab_size=vocab_size, **model_values(config), lora=adapters)
     except ValueError as error:
         raise Refused(str(error).split("; ")) from None
 
@@ -76,7 +57,7 @@ def _adapters(config: TrainConfig, n_layer: int) -> dict[str, LoraSpec]:
 
 def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
     """The settings that a run of this configuration starts with."""
-    values = {name: getattr(config, key) for key, name in IN_SETTINGS.items() if "." not in name}
+    values = {name: getattr(config, key) for key, name in IN_SETTINGS.items()}
     return Settings(model=model, lora_alpha=config.lora_alpha, **values)
 
 
@@ -111,13 +92,12 @@ def with_foreign_shape(config: TrainConfig) -> TrainConfig:
     if config.init_from in ("scratch", "resume"):
         return config
     model = _foreign_model(config.init_from)
-    keys: dict[str, Any] = {key: getattr(model, key) for key in _SAME_IN_MODEL}
-    keys |= {"n_hidden": model.n_hidden[0], "use_rotary_embeddings": model.position == "rotary"}
+    keys = {key: value for key, value in keys_of(model).items() if key != "block_size"}
     given = config.model_fields_set
     problems = [
         f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {key} {shown(value)}"
         for key, value in keys.items()
-        if key in given and getattr(config, key) != value and (getattr(config, key) or key not in _USUAL)
+        if key in given and getattr(config, key) != value and (getattr(config, key) or not stands_for_more(key))
     ]
     if problems:
         raise Refused(problems)
@@ -127,16 +107,14 @@ def with_foreign_shape(config: TrainConfig) -> TrainConfig:
 
 
 def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
-    """A foreign model's configuration with this run's dropout, adapters and (shorter) block_size."""
-    from dataclasses import replace
-
+    """A foreign model's configuration with this run's adapters and (shorter) block_size. Raises Refused."""
     if config.block_size > model.block_size:
         raise Refused(
             f"block_size {config.block_size} is longer than the {model.block_size} that {config.init_from} was made for"
         )
     try:
         adapters = _adapters(config, model.n_layer)
-        return replace(model, dropout=config.dropout, block_size=config.block_size, lora=adapters)
+        return replace(model, block_size=config.block_size, lora=adapters)
     except ValueError as error:
         raise Refused(str(error).split("; ")) from None
 
@@ -147,14 +125,8 @@ def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    from dataclasses import replace
-
-    from orchestrate.model.gpt import crop_block_size
-    from orchestrate.model.lora import reshape_lora
-
     load = nanogpt.load_checkpoint if Path(config.init_from).is_file() else hugging_face.load
     model = crop_block_size(load(config.init_from), config.block_size)
-    model = from_weights(replace(model.config, dropout=config.dropout), dict(model.named_parameters()))
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model

@@ -1,8 +1,9 @@
 """The configuration of a run: every key, its default and its meaning, and how config files and the command line set it.
 
-Keys carry nanoGPT's names and meanings. A config file is a file of plain assignments that is read, not executed:
-only literals, arithmetic, earlier names and a handful of harmless calls are understood. The command line overrides a
-file, a file overrides the default. All problems are collected and told at once (`Refused`).
+Keys carry nanoGPT's names and meanings; those of the model follow from its options (model/config.py). A config file is
+a file of plain assignments that is read, not executed: only literals, arithmetic, earlier names and a handful of
+harmless calls are understood. The command line overrides a file, a file overrides the default. All problems are
+collected and told at once (`Refused`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from orchestrate.model.config import DEFAULTS, OPTIONS, ModelConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.faults import parse_faults
 from orchestrate.training.settings.metrics import VAL_LOSS, MetricName
@@ -40,8 +42,8 @@ def _key(default: Any, meaning: str) -> Any:
     return Field(default=default, description=meaning)
 
 
-class TrainConfig(BaseModel):
-    """One value for every key. Frozen; `schedule` may later change most of what it starts with."""
+class _RunKeys(BaseModel):
+    """The keys that come before the model's."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
 
@@ -73,25 +75,66 @@ class TrainConfig(BaseModel):
     allow_changed_data: bool = _key(False, "on resume: go on although train.bin or val.bin is not what it was")
     gradient_accumulation_steps: PositiveInt = _key(40, "micro-steps in one iteration, over all ranks together")
     batch_size: PositiveInt = _key(12, "sequences in one micro-step on one rank")
-    block_size: PositiveInt = _key(1024, "tokens in one sequence")
     shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
     vocab_remapping_file: str = _key("", ".npy or .json array that maps each old token id to a new one")
-    # model
-    n_layer: PositiveInt = _key(12, "transformer blocks")
-    n_head: PositiveInt = _key(12, "query heads")
-    n_kv_head: NonNegativeInt = _key(0, "key and value heads (grouped-query attention); 0: n_head")
-    n_embd: PositiveInt = _key(
-        768, "width of the residual stream; weights start with std 0.02 * sqrt(768 / n_embd), nanoGPT's 0.02 at 768"
-    )
-    n_hidden: NonNegativeInt = _key(0, "hidden width of the MLPs; 0: 4 * n_embd (SwiGLU: 8/3)")
+
+
+MODEL_KEYS: dict[str, str] = {option.key or name: name for name, option in OPTIONS.items() if option.meaning}
+"""Configuration key -> field of ModelConfig, for every option of the model that a key sets (model/config.py)."""
+
+
+def _model_keys() -> dict[str, Any]:
+    """The type, default and line of help of each of MODEL_KEYS, from the option's declaration."""
+    keys: dict[str, Any] = {}
+    for key, name in MODEL_KEYS.items():
+        option, default = OPTIONS[name], DEFAULTS[name]
+        if option.on:
+            kind, default = bool, default == option.on
+        elif option.choices:
+            kind = Literal[option.choices]
+        elif isinstance(default, bool):
+            kind = bool
+        elif isinstance(default, float):
+            kind = NonNegativeFloat if option.zero else PositiveFloat
+        else:
+            kind, default = NonNegativeInt if option.zero else PositiveInt, default or 0
+        keys[key] = (kind, _key(default, option.meaning))
+    return keys
+
+
+def model_values(config: TrainConfig) -> dict[str, Any]:
+    """Field of ModelConfig -> its value, as the configuration's keys say."""
+    values: dict[str, Any] = {}
+    for key, name in MODEL_KEYS.items():
+        value = getattr(config, key)
+        if OPTIONS[name].on:
+            value = OPTIONS[name].on if value else DEFAULTS[name]
+        values[name] = None if value == 0 and DEFAULTS[name] is None else value
+    return values
+
+
+def keys_of(model: ModelConfig) -> dict[str, Any]:
+    """The inverse of model_values: what each key says of a model. Of MLPs of several widths it says the first."""
+    keys = {}
+    for key, name in MODEL_KEYS.items():
+        value = getattr(model, name)
+        keys[key] = value == OPTIONS[name].on if OPTIONS[name].on else value[0] if name == "n_hidden" else value
+    return keys
+
+
+def stands_for_more(key: str) -> bool:
+    """Whether 0 stands for a number that follows from other keys of the model."""
+    return key in MODEL_KEYS and DEFAULTS[MODEL_KEYS[key]] is None
+
+
+_ModelKeys = create_model("_ModelKeys", __base__=_RunKeys, **_model_keys())
+
+
+class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
+    """One value for every key. Frozen; `schedule` may later change most of what it starts with."""
+
+    # adapters and dropout
     dropout: Fraction = _key(0.0, "dropout probability")
-    bias: bool = _key(False, "biases in Linear and LayerNorm")
-    norm: Literal["layernorm", "rmsnorm"] = _key("layernorm", "layernorm | rmsnorm")
-    norm_eps: PositiveFloat = _key(1e-5, "epsilon of the norms")
-    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = _key("gelu", "gelu | gelu_tanh | relu2 | swiglu")
-    use_rotary_embeddings: bool = _key(False, "rotary positions (RoPE) instead of learned ones")
-    rotary_base: PositiveFloat = _key(10000.0, "base of the rotary frequencies")
-    tie_weights: bool = _key(True, "token embedding and output head are one matrix")
     attn_lora_rank: NonNegativeInt = _key(0, "LoRA rank of every attention layer; 0: none")
     mlp_lora_rank: NonNegativeInt = _key(0, "LoRA rank of every MLP; 0: none")
     embedding_rank: NonNegativeInt = _key(0, "LoRA rank of the token embedding; 0: none")

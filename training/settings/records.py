@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, TypeAdapter
 
 from orchestrate.data.stream import Cursor
-from orchestrate.model.config import ModelConfig
+from orchestrate.model.config import ONCE_SHAPE, Fade, ModelConfig, check_fading
 from orchestrate.training.settings.metrics import VAL_LOSS
 from orchestrate.training.settings.values import (
     Finite,
@@ -65,6 +65,7 @@ class Settings:
     log_interval: PositiveInt
     lora_alpha: PositiveFloat
     """Alpha given to adapters that are added from now on."""
+    dropout: Fraction = 0.0
     optimizer: OptimizerName = "adamw"
     momentum: Fraction = 0.9
     sequence_length: NonNegativeInt = 0
@@ -85,8 +86,11 @@ class Settings:
     """Counter: each increase asks for a checkpoint at this boundary."""
     stops_asked: NonNegativeInt = 0
     """Counter: each increase ends the run at this boundary."""
+    fading: dict[str, Fade] = field(default_factory=dict)
+    """attn.N, mlp.N or lm_head (tied or not) -> how far its newest part is faded in. Empty but for a while."""
 
     def __post_init__(self) -> None:
+        check_fading(self.model, self.fading)
         if not self.sequence_length:
             object.__setattr__(self, "sequence_length", self.model.block_size)
 
@@ -112,42 +116,48 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         lists = {"frozen": list(self.frozen), "vocabulary_map": list(self.vocabulary_map)}
-        return {**values, "model": self.model.to_json(), **lists}
+        fading = {layer: dataclasses.asdict(fade) for layer, fade in self.fading.items()}
+        return {**values, "model": self.model.to_json(), **lists, "fading": fading}
 
     @classmethod
     def from_json(cls, values: Any) -> Settings:
-        """Raises ValueError (pydantic's) for what `to_json` cannot have made."""
+        """Raises ValueError (pydantic's) for what `to_json` cannot have made, now or in an older version."""
+        if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
+            moved = {name: model[name] for name in ONCE_SHAPE if name in model and name not in values}
+            kept = {name: value for name, value in model.items() if name not in moved}
+            values = {**values, **moved, "model": kept}
         return TypeAdapter(cls).validate_python(values)
 
 
-_FADING = "model.fading."
+_FADING = "fading."
+
+
+def present_name(name: str) -> str:
+    """The dotted name that a field of Settings has now, of one from a checkpoint of an older version."""
+    bare = name.removeprefix("model.")
+    return bare if bare.split(".")[0] in ONCE_SHAPE else name
 
 
 def get_field(settings: Settings, name: str) -> Any:
-    """The value of a field by its dotted name, e.g. `learning_rate`, `model.dropout` or `model.fading.mlp.3`.
+    """The value of a field by its name, e.g. `learning_rate` or `fading.mlp.3`.
 
-    The last is the share of what is being faded in, 1.0 where nothing is.
+    The latter is the share of what is being faded in, 1.0 where nothing is.
     """
     if name.startswith(_FADING):
-        fade = settings.model.fading.get(name.removeprefix(_FADING))
+        fade = settings.fading.get(name.removeprefix(_FADING))
         return 1.0 if fade is None else fade.share
-    value: Any = settings
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+    return getattr(settings, name)
 
 
 def with_field(settings: Settings, name: str, value: Any) -> Settings:
-    """A copy of the settings with one field, by its dotted name, replaced. What has faded in fully is plain again."""
+    """A copy of the settings with one field, by its name, replaced. What has faded in fully is plain again."""
     if name.startswith(_FADING):
-        fading, layer = dict(settings.model.fading), name.removeprefix(_FADING)
+        fading, layer = dict(settings.fading), name.removeprefix(_FADING)
         if value >= 1.0:
             fading.pop(layer, None)
         else:
             fading[layer] = replace(fading[layer], share=value)
-        return replace(settings, model=replace(settings.model, fading=fading))
-    if name.startswith("model."):
-        return replace(settings, model=replace(settings.model, **{name[6:]: value}))
+        return replace(settings, fading=fading)
     return replace(settings, **{name: value})
 
 

@@ -109,14 +109,14 @@ def layer_ranges(names: Sequence[str]) -> list[str]:
     numbers: dict[str, set[int]] = {}
     for name in names:
         kind, _, number = name.partition(".")
-        if kind in BLOCK_LAYERS and number.isdigit():
+        if kind in BLOCK_LAYERS and number.isdecimal():
             numbers.setdefault(kind, set()).add(int(number))
     whole = set.intersection(*(numbers.get(kind, set()) for kind in BLOCK_LAYERS))
     left = {"block": set(whole), **{kind: members - whole for kind, members in numbers.items()}}
     found = []
     for name in names:
         kind, _, number = name.partition(".")
-        if kind not in numbers or not number.isdigit():
+        if kind not in numbers or not number.isdecimal():
             found.append(name)
             continue
         kind = "block" if int(number) in whole else kind
