@@ -367,7 +367,7 @@ def test_sgd_goes_on_to_the_bit_and_keeps_its_optimizer(tiny, resume):
     assert_same_tensors(tensors(part), tensors(whole))
     names = {name.partition("|")[2] for name in tensors(part)}
     assert names == {"", "momentum_buffer"}
-    settings = checkpoint.load(part / "checkpoints/latest").state["settings"]
+    settings = checkpoint.load(part / "checkpoints/latest").state.settings.to_json()
     assert settings["optimizer"] == "sgd" and settings["momentum"] == 0.5
     assert resume(part, max_iters=13, momentum=0.25) == 0
     (override,) = [event for event in events(part, "override") if event["key"] == "momentum"]

@@ -9,6 +9,7 @@ The manifest holds the size and SHA-256 of every file, and a SHA-256 of itself. 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -295,8 +296,9 @@ def _keep(found: list[tuple[Path, Manifest]], kept: list[Path], latest: Path) ->
 def set_aside(path: str | Path) -> Path:
     """Rename a damaged checkpoint, so that nothing takes it for one again; what is in it stays for whoever looks."""
     path = Path(path)
-    names = (f"{DAMAGED}{path.name}{mark}" for mark in ("", *(f"_{n}" for n in range(2, 10**6))))
-    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    first = path.with_name(f"{DAMAGED}{path.name}")
+    others = (first.with_name(f"{first.name}_{n}") for n in itertools.count(2))
+    aside = next(name for name in itertools.chain([first], others) if not os.path.lexists(name))
     os.replace(path, aside)
     return aside
 
