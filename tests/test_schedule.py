@@ -193,7 +193,7 @@ def test_a_thousand_entries_are_planned_soon(monkeypatch):
     built = []
     monkeypatch.setattr(stages, "GPT", lambda config: built.append(config) or GPT(config))
     stages._model.cache_clear()
-    stages._parameters.cache_clear()
+    stages._trainable.cache_clear()
     kinds = ("attn", "mlp", "ln_1", "ln_2")
     made = [
         {"name": ("freeze_layer", "unfreeze_layer")[i // 16 % 2], "value": f"{kinds[i % 4]}.{i // 4 % 4}"}

@@ -79,18 +79,12 @@ def _model(shape: str) -> GPT:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parameters(shape: str, frozen: tuple[str, ...]) -> tuple[int, int, frozenset[str]]:
+def _trainable(shape: str, frozen: tuple[str, ...]) -> frozenset[str]:
     model = _model(shape)
     trainable = trainable_parameters(model, frozen)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return sum(sizes.values()), sum(sizes[name] for name in trainable), frozenset(trainable)
+    return frozenset(trainable)
 
 
 def trainable_names(config: ModelConfig, frozen: tuple[str, ...]) -> frozenset[str]:
     """Names of the parameters that train under these settings, without allocating any."""
-    return _parameters(_shape_key(config), frozen)[2]
-
-
-def parameter_counts(config: ModelConfig, frozen: tuple[str, ...]) -> tuple[int, int]:
-    """(total, trainable) parameters, without allocating any."""
-    return _parameters(_shape_key(config), frozen)[:2]
+    return _trainable(_shape_key(config), frozen)

@@ -25,7 +25,6 @@ _TAG = re.compile(r"\[|^[A-Z]|^(constrained-)?(int|float|str)$")
 
 _LIST = re.compile(r"a valid (list|tuple)")
 Location = tuple[int | str, ...]
-Whole = Annotated[int, BeforeValidator(_whole)]
 PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
 NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
