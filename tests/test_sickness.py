@@ -18,12 +18,13 @@ from orchestrate.training.run.run import Run
 from orchestrate.training.run.sickness import Diagnosis
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.session.session import Session
+from orchestrate.training.settings.errors import Stopped
 
 
 @pytest.fixture
 def late(monkeypatch):
     """Every run reads the outcome of a step after the next one."""
-    monkeypatch.setattr(run_module, "Diagnosis", lambda ranks, late: Diagnosis(ranks, late=True))
+    monkeypatch.setattr(run_module, "Diagnosis", lambda ranks, progress, late: Diagnosis(ranks, progress, late=True))
 
 
 def state(out) -> dict:
@@ -141,6 +142,24 @@ def test_going_back_with_an_answer_pending(tiny, late):
     assert [i for i, _ in losses(out)] == list(range(1, 13)) and all(loss is not None for _, loss in losses(out))
 
 
+def test_a_run_that_stays_sick_stops_though_every_step_is_settled(tiny, late):
+    """With something to decide at every boundary, no answer is left for the step after: that one says nothing."""
+    with pytest.raises(Stopped, match="sick_step_limit 3"):
+        tiny(inject="nan@5,nan@6,nan@7,nan@8", sick_step_limit=3, eval_interval=1)
+    actions = [e["action"] for e in events(tiny.folder("run"), "error") if "action" in e]
+    assert actions == ["skip", "skip", "stop"]
+
+
+@pytest.mark.parametrize("answers_late", [False, True])
+def test_a_step_made_again_with_success_ends_the_row_of_sick_ones(tiny, request, answers_late):
+    if answers_late:
+        request.getfixturevalue("late")
+    code, out = tiny(inject="nan@5,oom@6,nan@7", sick_step_limit=2)
+    assert code == 0
+    assert [e["action"] for e in events(out, "error") if "action" in e] == ["skip", "skip"]
+    assert state(out)["progress"]["sick_steps"] == 0
+
+
 def test_a_sick_last_step_is_acted_on_before_the_end(tiny, late):
     code, out = tiny(inject="nan@11", on_sick_step="rollback")
     assert code == 0
@@ -176,7 +195,7 @@ def test_an_exception_with_an_answer_pending_saves_the_state_before_the_sick_ste
 
 
 def _late_on_two(rank: int, data: str, out: str, fault: str):
-    run_module.Diagnosis = lambda ranks, late: Diagnosis(ranks, late=True)
+    run_module.Diagnosis = lambda ranks, progress, late: Diagnosis(ranks, progress, late=True)
     return train_orchestrated.main(arguments(data, out, inject=fault))
 
 

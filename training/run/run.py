@@ -71,7 +71,7 @@ class Run:
         self.ranks = ranks
         self.device = device
         self.batches = Batches(data, config.seed, device, settings.vocabulary_map)
-        self.diagnosis = Diagnosis(ranks, late=device.type == "cuda")
+        self.diagnosis = Diagnosis(ranks, progress, late=device.type == "cuda")
         self.injector = Injector(config.inject, ranks.rank, config.out_dir)
         self.eval_batch_size = config.eval_batch_size or config.batch_size
         self.stopwatch = Stopwatch()

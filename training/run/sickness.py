@@ -47,11 +47,12 @@ class Diagnosis:
     """What became of the steps made so far.
 
     Args:
+        progress: of the run; its count of sick steps in a row ends where a step is known not to be one.
         late: whether the answer to a step is read after the next one.
     """
 
-    def __init__(self, ranks: Ranks, late: bool) -> None:
-        self.ranks, self.late = ranks, late
+    def __init__(self, ranks: Ranks, progress: Progress, late: bool) -> None:
+        self.ranks, self.progress, self.late = ranks, progress, late
         self._pending: tuple[Callable[[], float], Sick] | None = None
 
     @property
@@ -74,23 +75,27 @@ class Diagnosis:
         due, self._pending = self._pending, None
         return self._told(due)
 
-    def take_back(self, progress: Progress) -> None:
+    def take_back(self) -> None:
         """Alone, after an exception: be before the last step if it did not update the weights. Talks to no rank."""
         due, self._pending = self._pending, None
         if due is not None and due[1].cause != OVERFLOW and not due[0]():
-            progress.go(due[1].at)
+            self.progress.go(due[1].at)
 
     def drop(self) -> None:
         """Forget the last step: the run goes back to before it."""
         self._pending = None
 
     def _told(self, due: tuple[Callable[[], float], Sick] | None) -> Sick | None:
-        if due is None or due[0]():
+        if due is None:
             return None
-        # Every rank comes here, because the number that was read is the same everywhere. One rank may know more.
-        causes = self.ranks.gather(due[1].cause)
-        cause = OUT_OF_MEMORY if OUT_OF_MEMORY in causes else due[1].cause
-        return None if cause == OVERFLOW else replace(due[1], cause=cause)
+        if not due[0]():
+            # Every rank comes here, because the number that was read is the same everywhere. One rank may know more.
+            causes = self.ranks.gather(due[1].cause)
+            cause = OUT_OF_MEMORY if OUT_OF_MEMORY in causes else due[1].cause
+            if cause != OVERFLOW:
+                return replace(due[1], cause=cause)
+        self.progress.sick_steps = 0
+        return None
 
 
 def is_spike(loss: float, sigma: float, progress: Progress) -> bool:

@@ -27,7 +27,6 @@ def heal(session: Session, result: StepResult) -> StepResult | None:
     """
     sick = result.sick
     if sick is None:
-        session.run.progress.sick_steps = 0
         return result
     if sick.cause == OUT_OF_MEMORY:
         return retry_smaller(session, sick)

@@ -157,7 +157,7 @@ class Saver:
         if not run.consistent:
             self.session.event("emergency", saved=False, reason="the error came while parameters were being written")
             return
-        run.diagnosis.take_back(run.progress)
+        run.diagnosis.take_back()
         if self._saved == self._moment():
             self.session.event("emergency", saved=False, reason="this state is saved already")
             return
