@@ -38,7 +38,6 @@ class Change:
     batches: Batches
     model: GPT
     optimizer: Optimizer
-    trainable: set[str]
     rewraps: bool
     """Whether parameters, or which of them train, differ: then all ranks must agree, and DDP is wrapped anew."""
 
@@ -54,7 +53,7 @@ def adopt(run: Run, target: Settings, reshape: Reshape | None = None) -> None:
     together = needs_agreement(run.settings, target)
     change = _agreed(run, together, lambda: _prepare(run, target, reshape))
     p, before = run.progress, run.settings
-    _carry_out(run, change, together)
+    _carry_out(run, change)
     # From here on nothing can fail.
     if target.lr_restarts != before.lr_restarts:
         p.lr_start_iter = p.iter
@@ -77,11 +76,10 @@ def restore(
     """
 
     def prepared() -> Change:
-        placed_model, optimizer, trainable = placed(run, model, optimizer_state, settings)
-        return Change(settings, _batches(run, settings), placed_model, optimizer, trainable, rewraps=True)
+        return Change(settings, _batches(run, settings), *placed(run, model, optimizer_state, settings), rewraps=True)
 
     change = _agreed(run, True, prepared)
-    _carry_out(run, change, together=True)
+    _carry_out(run, change)
     cursor = run.progress.cursor.cut(settings.model.block_size, settings.sequence_length)
     run.progress.__dict__.update(progress.__dict__, cursor=cursor, seconds=run.progress.seconds)
     run.diagnosis.drop()
@@ -117,12 +115,11 @@ def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
     """Everything that the target needs, beside the present run."""
     batches, together = _batches(run, target), needs_agreement(run.settings, target)
     if not together:
-        return Change(target, batches, run.model, run.optimizer, set(run.optimizer.names), rewraps=False)
+        return Change(target, batches, run.model, run.optimizer, rewraps=False)
     model, state = run.model, run.optimizer.state_by_name()
     if not reshapes(run.settings, target):
-        trainable = trainable_parameters(model, target.frozen)
-        optimizer = make_optimizer(target, model, trainable, state)
-        return Change(target, batches, model, optimizer, trainable, rewraps=True)
+        optimizer = make_optimizer(target, model, trainable_parameters(model, target.frozen), state)
+        return Change(target, batches, model, optimizer, rewraps=True)
     if reshape is None:
         raise ValueError("the target has another shape and nothing says how to get there")
     seed = np.random.SeedSequence([run.config.seed, run.progress.iter, 1]).generate_state(1, np.uint64)
@@ -142,23 +139,21 @@ def _batches(run: Run, target: Settings) -> Batches:
     return run.batches.mapped(target.vocabulary_map)
 
 
-def placed(run: Run, model: GPT, state: State, settings: Settings) -> tuple[GPT, Optimizer, set[str]]:
+def placed(run: Run, model: GPT, state: State, settings: Settings) -> tuple[GPT, Optimizer]:
     """A model and its optimizer on this rank's device."""
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         model = run.ranks.place(model, run.device)
-    trainable = trainable_parameters(model, settings.frozen)
     state = run.ranks.place_state(state, model, run.device)
-    return model, make_optimizer(settings, model, trainable, state), trainable
+    return model, make_optimizer(settings, model, trainable_parameters(model, settings.frozen), state)
 
 
-def _carry_out(run: Run, change: Change, together: bool) -> None:
+def _carry_out(run: Run, change: Change) -> None:
     """Make a change live. Where that fails on any rank, it is taken back on all of them."""
-    trained = set(run.optimizer.names)
-    before = Change(run.settings, run.batches, run.model, run.optimizer, trained, change.rewraps)
+    before = Change(run.settings, run.batches, run.model, run.optimizer, change.rewraps)
     if change.rewraps:
         run.wrapped = None  # the old DDP goes first: its hooks sit on shared parameters
     try:
-        wrapped = _agreed(run, together, lambda: _wrap(run, change))
+        wrapped = _agreed(run, change.rewraps, lambda: _wrap(run, change))
     except OperationFailed:
         run.wrapped = _wrap(run, before)
         raise
@@ -170,8 +165,9 @@ def _wrap(run: Run, change: Change) -> nn.Module:
     """The change's model in the state that its settings want: flags, dropout, masks; as a step calls it, in DDP."""
     model, settings = change.model, change.settings
     if change.rewraps:
+        trainable = set(change.optimizer.names)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in change.trainable)
+            parameter.requires_grad_(name in trainable)
             # A stale gradient would still be applied by the optimizer after a freeze.
             parameter.grad = None
         model.train()

@@ -178,6 +178,10 @@ class Ranks:
         dist.all_reduce(tensor, group=self._control)
         return tensor.numpy()
 
+    def mean(self, value: float) -> float:
+        """The mean over the ranks, the same on every rank."""
+        return float(self.sum(np.array([value]))[0]) / self.world_size
+
     def exchange_later(self, flag: int) -> int:
         """The largest flag that the ranks gave at the PREVIOUS call; this call's is sent in the background.
 

@@ -139,8 +139,7 @@ def _poison(run: Run) -> None:
 
 def _loss_of_all(run: Run, total: Tensor, fits: bool) -> float:
     """The loss over all ranks, equal on every rank. It waits for the device."""
-    mine = float(total) if fits else float("nan")
-    return float(run.ranks.sum(np.array([mine]))[0]) / run.ranks.world_size
+    return run.ranks.mean(float(total) if fits else float("nan"))
 
 
 def _seed_dropout(run: Run, micro: int) -> None:

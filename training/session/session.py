@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from orchestrate.training.run.device import on_its_way
 from orchestrate.training.run.run import Run
 from orchestrate.training.run.step import StepResult
@@ -152,7 +150,7 @@ class Session:
         run = self.run
         with run.stopwatch.part("forward_backward"):  # what the host waits for
             line["grad_norm"] = grad_norm()
-            line["loss"] = float(run.ranks.sum(np.array([loss()]))[0]) / run.ranks.world_size
+            line["loss"] = run.ranks.mean(loss())
         self.reporter.metrics("train", **line)
         head, rate = self.orchestrator.head, line["tokens_per_second"]
         shown = {
