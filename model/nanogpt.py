@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from orchestrate.model.config import ModelConfig
-from orchestrate.model.families.family import Family, Weights
+from orchestrate.model.families.gpt2 import GPT2
 from orchestrate.model.gpt import GPT, from_weights
 
 _ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 _COMPILED = "_orig_mod."  # torch.compile's prefix on every name
 
-
-def _without_copies(config: ModelConfig, weights: Weights) -> Weights:
-    """The head is tied to the embedding and stored twice; old checkpoints also hold the causal mask."""
-    weights = {name.removeprefix(_COMPILED): value for name, value in weights.items()}
-    return {n: value for n, value in weights.items() if n != "lm_head.weight" and not n.endswith(".attn.bias")}
-
-
-NANOGPT = Family(
+NANOGPT = replace(
+    GPT2,
     name="nanogpt",
     title="nanoGPT",
     preset={},
     keys={name: name for name in _ARGUMENTS},
-    from_hf=_without_copies,
-    to_hf=lambda config, weights: {**weights, "lm_head.weight": weights["transformer.wte.weight"]},
+    turned=(),
+    values={},
+    allowed={},
+    by_weights=(),
 )
+"""It fixes what is no argument of its model: the exact GELU, MLPs of 4 * n_embd, a tied head."""
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -61,5 +59,10 @@ def config_from_checkpoint(path: str | Path) -> ModelConfig:
 
 def load_checkpoint(path: str | Path) -> GPT:
     """The model in a ckpt.pt. Raises ValueError."""
-    loaded, config = _read(path), config_from_checkpoint(path)
-    return from_weights(config, NANOGPT.from_hf(config, loaded["model"]))
+    loaded = _read(path)
+    weights = {name.removeprefix(_COMPILED): value for name, value in loaded["model"].items()}
+    # The head is tied to the embedding and stored twice; old checkpoints also hold the causal mask.
+    weights = {
+        name: value for name, value in weights.items() if name != "lm_head.weight" and not name.endswith(".attn.bias")
+    }
+    return from_weights(config_from_checkpoint(path), weights)
