@@ -56,7 +56,9 @@ def difference(one, other) -> float:
 EXACT = {
     "no biases": (GPT2_STYLE, "gpt2", 0),
     "all biases, untied": (replace(GPT2_STYLE, bias=True, tie_weights=False, norm_eps=1e-3), "gpt2", 0),
+    "some biases": (replace(GPT2_STYLE, attn_bias="qkv", mlp_bias=True), "gpt2", 0),
     "gelu_tanh": (replace(GPT2_STYLE, activation="gelu_tanh", n_hidden=40), "gpt2", 0),
+    "relu2": (replace(GPT2_STYLE, activation="relu2"), "gpt2", 0),
     "unequal widths": (replace(GPT2_STYLE, bias=True, n_hidden=(24, 40)), "gpt2", 1),
     "shared keys": (replace(GPT2_STYLE, bias=True, n_kv_head=2), "gpt2", 1),
     "more heads": (replace(GPT2_STYLE, n_head=6, n_kv_head=6, head_size=8), "gpt2", 1),
@@ -68,13 +70,28 @@ EXACT = {
     ),
     "llama": (LLAMA_STYLE, "llama", 0),
     "tied": (replace(LLAMA_STYLE, tie_weights=True, head_size=10, norm_eps=1e-3), "llama", 0),
+    "interpolated": (replace(LLAMA_STYLE, rotary_scale=2.0, rotary_base=5e4), "llama", 0),
     "llama, unequal widths": (replace(LLAMA_STYLE, n_hidden=(16, 40)), "llama", 1),
+    "llama, biases": (replace(LLAMA_STYLE, bias=True), "llama", 0),
+    "llama, more heads": (replace(LLAMA_STYLE, n_head=6, n_kv_head=3, head_size=8), "mistral", 0),
+    "llama, biases, more heads": (replace(LLAMA_STYLE, n_head=6, n_kv_head=3, head_size=8, bias=True), "llama", 1),
+    "llama 3.1": (
+        replace(LLAMA_STYLE, rotary_llama3_factor=8.0, rotary_original_length=8, attn_bias="all"),
+        "llama",
+        0,
+    ),
+    "qwen2": (replace(LLAMA_STYLE, attn_bias="qkv"), "qwen2", 0),
+    "qwen3, biases": (replace(LLAMA_STYLE, qk_norm=True, attn_bias="all"), "qwen3", 0),
     "llama, adapters": (
         replace(LLAMA_STYLE, lora={"attn.1": LoraSpec(2, 3.0), "lm_head": LoraSpec(4, 4.0), "wte": LoraSpec(3, 7.0)}),
         "llama",
         1,
     ),
     "qwen3": (replace(LLAMA_STYLE, qk_norm=True, head_size=12), "qwen3", 0),
+    "LayerNorm, rotary": (replace(ROTARY, n_kv_head=2, rotary_scale=3.0), "starcoder2", 0),
+    "LayerNorm, rotary, biases": (replace(ROTARY, bias=True, head_size=6, activation="relu2"), "starcoder2", 0),
+    "RMSNorm, no gate": (replace(ROTARY, norm="rmsnorm", activation="relu2", head_size=6), "arcee", 0),
+    "RMSNorm, no gate, biases": (replace(ROTARY, norm="rmsnorm", bias=True, rotary_scale=2.0), "arcee", 0),
 }
 
 
@@ -126,7 +143,7 @@ def test_what_nothing_holds_is_refused_by_the_nearest(changes, message, options)
 
 def test_shards_and_their_index(tmp_path):
     """Files of at most so many bytes, every tensor in one of them, and the mode that any other file has."""
-    ours = shaken(LLAMA_STYLE)
+    ours = shaken(replace(LLAMA_STYLE, bias=True))
     old = os.umask(0o022)
     try:
         forms.write_hugging_face(forms.form_of(ours), tmp_path, shard_bytes=20_000)
@@ -267,6 +284,43 @@ def test_a_run_as_a_folder_for_transformers(run, tmp_path, capsys):
 
     with torch.no_grad():
         assert (model.eval()(x).logits - load(str(tmp_path / "theirs")).eval().logits(x)).abs().max() <= 1e-5
+
+
+def test_the_tokenizer_goes_along(run, data, tmp_path):
+    from transformers import AutoTokenizer, pipeline
+
+    from orchestrate.data.stream import read_meta
+    from orchestrate.data.tokenizer import CharTokenizer
+
+    assert export.main([str(run), "--to", "hf", str(tmp_path / "hf")]) == 0
+    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), CharTokenizer(read_meta(data).itos)
+    text = "To be, or not to be"
+    assert tokenizer.encode(text) == ours.encode(text) and tokenizer.decode(ours.encode(text)) == text
+    written = pipeline("text-generation", model=str(tmp_path / "hf"), device="cpu")(
+        text[:8], max_new_tokens=5, do_sample=False
+    )[0]["generated_text"]
+    assert written.startswith(text[:8]) and len(written) == 13
+    # Out of an export with a chat template and its own end of a text: both are kept.
+    config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    config |= {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}", "eos_token": "T"}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert export.main([str(tmp_path / "hf"), "--to", "hf", str(tmp_path / "again")]) == 0
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.apply_chat_template([{"role": "user", "content": text}], tokenize=False) == text
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / file).read_text())["eos_token_id"] == ours.encode("T")[0]
+
+
+def test_why_no_tokenizer_goes_along_is_said(data, tmp_path, capsys, tiny):
+    import numpy as np
+
+    size = json.loads((data / "meta.json").read_text())["vocab_size"]
+    np.save(tmp_path / "r.npy", np.minimum(np.arange(size), 9))
+    tiny(shrunken_vocab_size=10, vocab_remapping_file=tmp_path / "r.npy", max_iters=2)
+    assert export.main([str(tiny.folder("run")), "--to", "hf", str(tmp_path / "hf")]) == 0
+    said = "there is no tokenizer in it: the run's vocabulary is a remapped one"
+    assert said in capsys.readouterr().out and said in (tmp_path / "hf" / "README.md").read_text()
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
 
 
 def test_the_model_card(run, tmp_path):

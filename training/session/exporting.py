@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrate.data import keeping
+from orchestrate.data.stream import Meta
+from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.export import (
     SHARD_BYTES,
@@ -86,12 +89,41 @@ def to_hugging_face(
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        write_hugging_face(form, folder, DTYPES[dtype], shard_bytes)
+        special = _write_tokenizer(source, form, folder, notes)
+        write_hugging_face(form, folder, DTYPES[dtype], shard_bytes, special)
         text = card(form, dtype, notes, source.state, source.record)
         (folder / "README.md").write_text(text, "utf-8")
 
     _whole_or_absent(path, write)
     return Exported(path, form, tuple(notes), tuple(sorted(os.listdir(path))))
+
+
+def _write_tokenizer(source: Source, form: Form, folder: Path, notes: list[str]) -> dict[str, int | None]:
+    """The tokenizer as AutoTokenizer reads it; its special ids. Where it cannot be had, that is noted."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer, size = _tokenizer(source), form.model.config.vocab_size
+        if tokenizer.vocab_size > size:
+            raise ValueError(f"it has {tokenizer.vocab_size} tokens and the model {size}")
+        keeping.save(tokenizer, folder)
+    except ValueError as error:
+        notes.append(f"there is no tokenizer in it: {str(error).split('; --dataset')[0]}")
+        return {}
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _tokenizer(source: Source) -> Tokenizer:
+    """Raises ValueError where there is none, or none that can be written."""
+    if source.state is None:
+        if Path(source.name).is_file():
+            raise ValueError("a nanoGPT checkpoint does not say which it is")
+        return HuggingFaceTokenizer(source.name) if Path(source.name).is_dir() else tokenizer_of(Meta())
+    meta = source.state.tokenizer
+    if source.state.config.shrunken_vocab_size or source.state.settings.vocabulary_map:
+        raise ValueError("the run's vocabulary is a remapped one, which tokenizer.json cannot say")
+    return tokenizer_of(meta, keeping.kept_with_run(source.name, meta))
 
 
 def to_nanogpt(source: Source, target: str, *, dtype: str = "float32", overwrite: bool = False) -> Exported:
