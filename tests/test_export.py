@@ -471,3 +471,71 @@ def test_the_command(run, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     done = command(str(run), "--to", "hf", str(tmp_path / "hf"))
     assert (done.returncode, done.stderr) == (0, "") and str(tmp_path / "hf") in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- every family
+
+SHAPE = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=40, max_position_embeddings=32,
+)  # fmt: skip
+GROWN = [
+    {"name": "stack_layers", "value": {"n_layer": 3, "how": "identity"}, "at_iter": 1},
+    {"name": "widen_mlp", "value": 64, "at_iter": 1},
+    {"name": "add_heads", "value": 8, "at_iter": 2},
+    {"name": "resize_vocabulary", "value": {"size": 47, "init": "mean", "noise": 0.1}, "at_iter": 2},
+    {"name": "extend_context", "value": 32, "at_iter": 3},
+    {"name": "set_attn_lora_rank", "value": 2, "at_iter": 3},
+]
+
+
+@pytest.mark.parametrize(
+    "kind, keys, family",
+    [
+        ("GPT2", dict(n_embd=32, n_layer=2, n_head=4, n_inner=48, n_positions=32, vocab_size=40), "gpt2"),
+        ("Llama", SHAPE, "llama"),
+        ("Llama", {**SHAPE, "tie_word_embeddings": True, "attention_bias": True}, "llama"),
+        ("Mistral", {**SHAPE, "head_dim": 6}, "mistral"),
+        ("Qwen2", {**SHAPE, "num_key_value_heads": 4}, "qwen2"),
+        ("Qwen3", {**SHAPE, "head_dim": 12, "tie_word_embeddings": True}, "qwen3"),
+        ("Starcoder2", SHAPE, "starcoder2"),
+        ("Arcee", {**SHAPE, "hidden_act": "relu2", "mlp_bias": True}, "arcee"),
+    ],
+)
+def test_in_trained_out_and_in_again(kind, keys, family, tmp_path, tiny):
+    """Each family: grown and adapted in a run, exported, continued by transformers, and read back."""
+    import transformers
+
+    from orchestrate.model.hugging_face import load
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**keys)
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    made.save_pretrained(tmp_path / "in")
+    code, out = tiny(GROWN, init_from=tmp_path / "in", max_iters=5, eval_interval=5, n_head=4, n_embd=32)
+    assert code == 0 and export.main([str(out), "--to", "hf", str(tmp_path / "out")]) == 0
+    ours, model = exporting.open_source(str(out)).model.eval(), theirs(tmp_path / "out")
+    c = ours.config
+    assert (c.n_layer, c.n_hidden, c.n_head, c.vocab_size, c.block_size) == (3, (64, 64, 64), 8, 47, 32) and c.lora
+    assert model.config.model_type == family
+    x = torch.randint(0, 47, (2, 32))
+    with torch.no_grad():
+        logits = ours.logits(x)
+        assert (model(x).logits - logits).abs().max() <= 1e-5 and logits.std() > 0.1
+        assert (load(str(tmp_path / "out")).eval().logits(x) - logits).abs().max() <= 1e-5
+    # Greedy, by their cache and by ours.
+    from orchestrate.model.generate import generate
+
+    written = model.generate(x[:1, :5], max_new_tokens=10, do_sample=False)
+    assert torch.equal(written, generate(ours, x[:1, :5], 10, temperature=0.0))
+    loss = model.train()(x, labels=x).loss
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+    assert model(x, labels=x).loss < loss
+    model.save_pretrained(tmp_path / "continued")
+    with torch.no_grad():
+        again = load(str(tmp_path / "continued")).eval().logits(x)
+        assert (model.eval()(x).logits - again).abs().max() <= 1e-5 and not torch.allclose(again, logits)

@@ -7,6 +7,7 @@ the operation of the run that made it so. How a model is brought into a format's
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from orchestrate.model.export import (
     write_hugging_face,
     write_nanogpt,
 )
+from orchestrate.model.families import FAMILIES, Family
 from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.training.run.device import DTYPES
 from orchestrate.training.session.model_card import card, fired
@@ -84,7 +86,7 @@ def to_hugging_face(
 ) -> Exported:
     """A folder for transformers: configuration, weights, tokenizer, model card. Raises Refused and Stopped."""
     path = _target(source, target, overwrite, is_folder=True)
-    form = _form(source, form_of)
+    form = _form(source, lambda model: form_of(model, _families(source)))
     notes: list[str] = []
 
     def write(folder: Path) -> None:
@@ -157,6 +159,17 @@ def export(source: Source, to: str, target: str, **options: Any) -> Exported:
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be held
+
+
+def _families(source: Source) -> list[Family]:
+    """All of them, first the one that the weights came from, where that can still be seen."""
+    begun = source.name
+    if source.record is not None:
+        begun = next((e["config"].get("init_from", "") for e in source.record.events if e["kind"] == "start"), "")
+    kind = ""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        kind = json.loads((Path(begun) / "config.json").read_text("utf-8"))["model_type"]
+    return sorted(FAMILIES.values(), key=lambda family: family.name != kind)
 
 
 def _form(source: Source, make: Callable[[GPT], Form]) -> Form:
