@@ -224,6 +224,7 @@ def write_hugging_face(
             raise OSError(str(error)) from error
         # safetensors makes files that only their owner can read, whatever the umask.
         (folder / file).chmod((folder / "config.json").stat().st_mode & 0o777)
+        del shard  # before the next one is made
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")

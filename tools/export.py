@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from orchestrate.tools.main import called
+from orchestrate.tools.main import called, script
 from orchestrate.training.run.device import DTYPES
 from orchestrate.training.session.exporting import FORMATS, export, open_source
 from orchestrate.training.session.stopping import SignalWatch
@@ -49,3 +49,7 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
     for line in (*done.form.steps, *done.notes):
         print(f"- {line}")
     return 0
+
+
+if __name__ == "__main__":
+    script("export", sys.argv[1:])
