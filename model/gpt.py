@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from orchestrate.model.adapters import attach, init_adapters, tied_logits
 from orchestrate.model.config import Fade, LoraSpec, ModelConfig
@@ -284,7 +285,8 @@ class GPT(nn.Module):
     """A decoder-only transformer language model; `config` says all there is to know about its shape.
 
     Attributes: `dropout` and `fading`, numbers that may change at any time (set_dropout, set_fading). A new model has
-    no dropout and fades nothing in.
+    no dropout and fades nothing in. With `checkpointing` a block keeps only its input for the backward pass and
+    computes the rest again there, with the same dropout (activation checkpointing, Chen et al. 2016, arXiv:1604.06174).
     """
 
     WEIGHTS: ClassVar = {
@@ -300,6 +302,7 @@ class GPT(nn.Module):
         self.embed, self.measure = _embed, _measure
         self.dropout = 0.0
         self.fading: dict[str, Fade] = {}
+        self.checkpointing = False
         parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.n_embd)}
         if config.position == "learned":
             parts["wpe"] = _embedding(config.block_size, config.n_embd)
@@ -362,8 +365,10 @@ class GPT(nn.Module):
     def _hidden(self, idx: Tensor) -> Tensor:
         """The residual stream (batch, time, n_embd) after the last block."""
         x, rope = self._start(idx, 0)
+        # Around a compiled block and not in it: switching recompiles nothing, and dropout breaks no more graphs.
+        again = self.checkpointing and torch.is_grad_enabled()
         for block in self.transformer["h"]:
-            x = block(x, rope)
+            x = checkpoint(block, x, rope, use_reentrant=False) if again else block(x, rope)
         return x
 
     def _head(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ EXAMPLES = {
     "set_eval_interval": 3,
     "set_eval_iters": 2,
     "set_log_interval": 2,
+    "set_activation_checkpointing": True,
     "freeze_layer": ["attn.0", "wte"],
     "unfreeze_layer": "mlp.1",
     "set_layer_lora_rank": [["attn.0", "mlp.*"], 3],

@@ -253,13 +253,14 @@ def activation_bytes(s: Settings, width: int) -> int:
 
     Per block and token: input and output of both norms, queries, keys and values (queries and keys twice where they
     are normed), the heads' output twice, the inner MLP tensors (two, with a gate four); then the logits with their
-    softmax and its gradient.
+    softmax and its gradient. With activation checkpointing only the input of each block, and the inside of one.
     """
     c, tokens = s.model, s.batch_size * s.sequence_length
     heads = (c.n_head + 2 * c.n_kv_head) * c.head_size + 2 * c.n_head * c.head_size
     heads += (c.n_head + c.n_kv_head) * c.head_size if c.qk_norm else 0
     inner = 4 if c.activation == "swiglu" else 2
-    blocks = sum(4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden)
+    inside = [4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden]
+    blocks = c.n_layer * c.n_embd + max(inside) if s.activation_checkpointing else sum(inside)
     return tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)
 
 

@@ -177,6 +177,7 @@ def _wrap(run: Run, change: Change) -> nn.Module:
         set_dropout(model, settings.dropout)
     if settings.fading != model.fading:
         model.set_fading(settings.fading)
+    model.checkpointing = settings.activation_checkpointing
     return run.ranks.wrap(model, run.device) if change.rewraps else run.wrapped
 
 

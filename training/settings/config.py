@@ -163,6 +163,10 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     early_stopping_metric: MetricName = _key(
         VAL_LOSS, "the metric that must go down; of another than val_loss, patience counts logged values"
     )
+    # memory
+    activation_checkpointing: bool = _key(
+        False, "keep only the input of each block for the backward pass and compute its inside again there"
+    )
     # when something goes wrong
     on_sick_step: Literal["skip", "rollback", "stop"] = _key(
         "skip", "a non-finite or spiking step never updates weights; then: skip it | rollback to a checkpoint | stop"

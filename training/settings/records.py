@@ -66,6 +66,8 @@ class Settings:
     lora_alpha: PositiveFloat
     """Alpha given to adapters that are added from now on."""
     dropout: Fraction = 0.0
+    activation_checkpointing: bool = False
+    """Whether the backward pass computes the inside of each block again instead of keeping it."""
     optimizer: OptimizerName = "adamw"
     momentum: Fraction = 0.9
     sequence_length: NonNegativeInt = 0
