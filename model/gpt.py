@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrate.model.adapters import attach, init_adapters, tied_logits
 from orchestrate.model.config import Fade, LoraSpec, ModelConfig
+from orchestrate.model.narrow import Embedding, Linear, linear
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, each (time, head_size)."""
@@ -141,8 +142,8 @@ class Attention(_Fading):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
         self.widths = [config.n_head * config.head_size, *[config.n_kv_head * config.head_size] * 2]
-        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
-        self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.c_proj = Linear(self.widths[0], config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
@@ -208,10 +209,10 @@ class MLP(_Fading):
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
         super().__init__()
         self.activation = config.activation
-        self.c_fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, n_hidden, bias=config.bias)
         if config.activation == "swiglu":
-            self.c_gate = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
-        self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
+            self.c_gate = Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.c_proj = Linear(n_hidden, config.n_embd, bias=config.bias)
         self.dropout = Dropout()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,11 +250,6 @@ def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return _RMSNorm(config.n_embd, eps=config.norm_eps)
     return _LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
-
-
-def _embedding(rows: int, columns: int) -> nn.Embedding:
-    """Without torch's initial values: every weight is set later, and drawing normals on meta imports the compiler."""
-    return nn.Embedding(rows, columns, _weight=torch.empty(rows, columns))
 
 
 class Block(nn.Module):
@@ -303,15 +299,15 @@ class GPT(nn.Module):
         self.dropout = 0.0
         self.fading: dict[str, Fade] = {}
         self.checkpointing = False
-        parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.n_embd)}
+        parts: dict[str, nn.Module] = {"wte": Embedding(config.vocab_size, config.n_embd)}
         if config.position == "learned":
-            parts["wpe"] = _embedding(config.block_size, config.n_embd)
+            parts["wpe"] = Embedding(config.block_size, config.n_embd)
         parts["drop"] = Dropout()
         parts["h"] = nn.ModuleList(Block(config, n_hidden) for n_hidden in config.n_hidden)
         parts["ln_f"] = _norm(config)
         self.transformer = nn.ModuleDict(parts)
         if not config.tie_weights:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         # Tables made of the configuration alone: not saved, and made again after construction on the meta device.
         self.register_buffer("rope_cos", torch.empty(0), persistent=False)
         self.register_buffer("rope_sin", torch.empty(0), persistent=False)
@@ -379,7 +375,7 @@ class GPT(nn.Module):
         elif "wte" in self.config.lora:
             logits = self.tied_logits(self.transformer["wte"], x)
         else:
-            logits = F.linear(x, self.transformer["wte"].weight)
+            logits = linear(x, self.transformer["wte"].weight)
         return logits if self.fade_logits is None else logits + self.fade_logits
 
     def forward(self, idx: Tensor, targets: Tensor) -> Loss:
