@@ -30,6 +30,7 @@ from orchestrate.training.settings.values import (
     OptimizerName,
     PositiveFloat,
     PositiveInt,
+    WeightsDtype,
     is_large,
     nearest,
     problems_of,
@@ -164,6 +165,14 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     early_stopping_metric: MetricName = _key(
         VAL_LOSS, "the metric that must go down; of another than val_loss, patience counts logged values"
     )
+    # memory
+    activation_checkpointing: bool = _key(
+        False, "keep only the input of each block for the backward pass and compute its inside again there"
+    )
+    weights_dtype: WeightsDtype = _key(
+        "float32", "float32 | bfloat16: matrices that do not train (frozen, or under an adapter) are kept in it"
+    )
+    frozen_layers: str = _key("", "layers that do not train from the start: names and globs with commas, e.g. wte,ln_*")
     # when something goes wrong
     on_sick_step: Literal["skip", "rollback", "stop"] = _key(
         "skip", "a non-finite or spiking step never updates weights; then: skip it | rollback to a checkpoint | stop"
