@@ -20,7 +20,7 @@ from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer
 from orchestrate.model.config import LoraSpec
 from orchestrate.model.generate import Choice, Continuation, draw
 from orchestrate.model.gpt import Cache
-from orchestrate.training.session.sampling import samples
+from orchestrate.training.session.texts import samples
 from orchestrate.training.settings.errors import Refused
 
 # ---------------------------------------------------------------------------------------------- one token
@@ -225,7 +225,7 @@ class Words:
 
 def pieces(monkeypatch, script, tokenizer=None, stop=(), **keys):
     """What is told of scripted texts that begin with x, a list of pieces each."""
-    monkeypatch.setattr("orchestrate.training.session.sampling.Continuation", Scripted)
+    monkeypatch.setattr("orchestrate.training.session.texts.Continuation", Scripted)
     monkeypatch.setattr(Scripted, "script", script)
     told = [[] for _ in script]
     count = max(len(row) for row in script)

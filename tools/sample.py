@@ -24,8 +24,9 @@ from orchestrate.model.generate import Choice
 from orchestrate.model.gpt import compile_blocks
 from orchestrate.tools.main import called
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
-from orchestrate.training.session.sampling import open_foreign, open_run_folder, samples
+from orchestrate.training.session.sampling import open_foreign, open_run_folder
 from orchestrate.training.session.stopping import SignalWatch
+from orchestrate.training.session.texts import samples
 from orchestrate.training.settings.errors import Refused, refusing
 
 
