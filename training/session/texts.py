@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from orchestrate.data.stream import Meta, read_remap
-from orchestrate.data.tokenizer import RemappedTokenizer, Tokenizer, tokenizer_of
+from orchestrate.data.keeping import kept_with_data
+from orchestrate.data.stream import Meta, find_folder, read_remap
+from orchestrate.data.tokenizer import Pieces, RemappedTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model.generate import Choice, Continuation, evaluating
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.run import Run
@@ -119,9 +121,9 @@ class _Text:
     """A text that grows by tokens, and what of it has not been shown yet."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self._stop, self._end_of_text = stop, getattr(tokenizer, "end_of_text", None)
-        self._decoder = _Decoder(tokenizer)
-        self._ready = "".join(self._decoder.add(token) for token in prompt)
+        self._stop, self._end_of_text = stop, tokenizer.end_of_text
+        self._pieces = Pieces(tokenizer)
+        self._ready = "".join(self._pieces.push(token) for token in prompt)
         self._held = ""
         """What may be the beginning of a stop string."""
         self.ended = False
@@ -133,12 +135,12 @@ class _Text:
         if token == self._end_of_text or token < 0:
             self.end()
             return
-        self._look_at(self._decoder.add(token))
+        self._look_at(self._pieces.push(token))
 
     def end(self) -> None:
         """There will be no more of it."""
         if not self.ended:
-            self._look_at(self._decoder.rest())
+            self._look_at(self._pieces.end())
             self._ready, self._held, self.ended = self._ready + self._held, "", True
 
     def take(self) -> str:
@@ -161,31 +163,6 @@ class _Text:
         return any(stop.startswith(text) for stop in self._stop)
 
 
-class _Decoder:
-    """Text from tokens that come one by one: a character whose bytes come with several tokens comes whole."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode, self._ids, self._shown = tokenizer.decode, [], ""
-
-    def add(self, token: int) -> str:
-        """What is certain of the text and new."""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        if text.endswith("\ufffd"):  # the rest of the character is to come
-            return ""
-        new = text[len(self._shown) :]
-        # The last token stays: how the next one reads may depend on there being one before it.
-        self._ids = self._ids[-1:]
-        self._shown = self._decode(self._ids)
-        return new
-
-    def rest(self) -> str:
-        """What is left where no more tokens come."""
-        new = self._decode(self._ids)[len(self._shown) :] if self._ids else ""
-        self._ids, self._shown = [], ""
-        return new
-
-
 def remapped(tokenizer: Tokenizer, config: TrainConfig, vocabulary_map: Sequence[int] | None) -> Tokenizer:
     """A data set's tokenizer as a run of this configuration speaks it, through the map in force. Raises ValueError."""
     if config.shrunken_vocab_size:
@@ -194,12 +171,21 @@ def remapped(tokenizer: Tokenizer, config: TrainConfig, vocabulary_map: Sequence
     return RemappedTokenizer(tokenizer, np.array(vocabulary_map)) if vocabulary_map else tokenizer
 
 
+def _of_run(config: TrainConfig, meta: Meta, settings: Settings) -> Tokenizer:
+    """That of the data set, through the maps of the run. Raises ValueError."""
+    inner = _opened(meta, kept_with_data(find_folder(config.dataset)))
+    return remapped(inner, config, settings.vocabulary_map)
+
+
+_opened = lru_cache(maxsize=1)(tokenizer_of)  # large vocabularies take seconds
+
+
 def check_prompts(config: TrainConfig, meta: Meta, settings: Settings) -> None:
     """Raises Refused where the texts of sample_prompts cannot be read by the run's tokenizer, or by its model."""
     if not config.sample_prompts:
         return
     try:
-        tokenizer = remapped(tokenizer_of(meta), config, settings.vocabulary_map)
+        tokenizer = _of_run(config, meta, settings)
         encoded(tokenizer, config.sample_prompts, settings.model.vocab_size)
     except ValueError as error:
         problems = error.problems if isinstance(error, Refused) else [str(error)]
@@ -215,7 +201,7 @@ def continue_prompts(run: Run) -> list[dict[str, str]]:
     config, prompts = run.config, run.config.sample_prompts
     if not prompts or not (run.ranks.is_first or run.ranks.sharded):
         return []
-    tokenizer = remapped(tokenizer_of(run.data.meta), config, run.settings.vocabulary_map)
+    tokenizer = _of_run(config, run.data.meta, run.settings)
     texts = [{"prompt": prompt, "text": ""} for prompt in prompts]
     try:
         with run.stopwatch.part("eval"):
