@@ -19,6 +19,7 @@ from orchestrate.model.gpt import GPT, crop_block_size, init_weights
 from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
 from orchestrate.training.schedule.stages import Stage
+from orchestrate.training.session.texts import check_prompts
 from orchestrate.training.settings.config import TrainConfig, keys_of, model_values, stands_for_more
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings
@@ -152,7 +153,8 @@ def data_of(config: TrainConfig) -> DataSet:
 
 
 def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
-    """Raises Refused where the data does not fit the models of a run: too few tokens, or ids that a model lacks.
+    """Raises Refused where the data does not fit the models of a run: too few tokens, or ids that a model lacks; and
+    where sample_prompts cannot be read.
 
     Of the files only samples are looked at; a batch is looked at whole before it is used.
     """
@@ -168,6 +170,7 @@ def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
             within(file.sampled(), size, file.path)
         except ValueError as error:
             raise Refused(f"dataset {config.dataset}: {error}") from None
+    check_prompts(config, data.meta, settings)
 
 
 def doubts(data: DataSet, config: TrainConfig, settings: Settings) -> list[str]:
