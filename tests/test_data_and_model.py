@@ -181,10 +181,15 @@ def test_another_tokenizer_than_the_models_is_said(data, tmp_path, capsys):
     llama(vocab_size=64).save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
     given = arguments(data, tmp_path / "run", init_from=tmp_path / "hf", n_head=4, n_embd=32)
-    assert "is written in tokens of char, and" in (notes := planned_notes(given, capsys))
-    assert "speaks LlamaTokenizerFast: a token means something else to it" in notes
-    notes = planned_notes([f"--dataset={data}", "--init_from=gpt2", "--device=cpu", "--block_size=16"], capsys)
+    both_refuse(given, "speaks LlamaTokenizerFast: a token means something else to it; --allow_other_tokenizer=True")
+    notes = planned_notes([*given, "--allow_other_tokenizer=True"], capsys)
+    assert "is written in tokens of char, and" in notes
+    assert "speaks LlamaTokenizerFast: a token means something else to it; going on all the same" in notes
+    given = [f"--dataset={data}", "--init_from=gpt2", "--device=cpu", "--block_size=16", "--allow_other_tokenizer=True"]
+    notes = planned_notes(given, capsys)
     assert "gpt2 speaks gpt2" in notes and "vocabulary is 50257" in notes
+    with pytest.raises(Refused, match="gpt2 speaks gpt2"):
+        train_orchestrated.main([*given[:-1], "--plan"])
 
 
 def test_a_run_within_its_warmup_is_said(data, tmp_path, capsys):

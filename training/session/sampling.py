@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from orchestrate.data.stream import Meta, find_folder, read_meta, read_remap
+from orchestrate.data.keeping import kept_with_run, of_data
+from orchestrate.data.stream import Meta, read_remap
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, RemappedTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.generate import generate
@@ -36,8 +37,8 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
     recorded, settings = loaded.state.config, loaded.state.settings
     with reading(loaded.path):
         model = from_weights(settings.model, loaded.model)
-    meta = read_meta(find_folder(dataset)) if dataset else loaded.state.tokenizer
-    tokenizer = tokenizer_of(meta)
+    meta = loaded.state.tokenizer
+    tokenizer = of_data(dataset) if dataset else tokenizer_of(meta, kept_with_run(out_dir, meta))
     if recorded.shrunken_vocab_size:
         remap = read_remap(recorded.vocab_remapping_file, None, recorded.shrunken_vocab_size)
         tokenizer = RemappedTokenizer(tokenizer, remap)
@@ -48,10 +49,9 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
 
 def open_foreign(source: str, dataset: str = "") -> tuple[GPT, Tokenizer]:
     """The model of a Hugging Face name or folder or of a nanoGPT ckpt.pt, and its tokenizer. Raises ValueError."""
-    meta = read_meta(find_folder(dataset)) if dataset else Meta()
     model = nanogpt.load_checkpoint(source) if Path(source).is_file() else hugging_face.load(source)
     own = Path(source).is_dir() and source not in hugging_face.GPT2_MODELS and not dataset
-    return model, HuggingFaceTokenizer(source) if own else tokenizer_of(meta)
+    return model, HuggingFaceTokenizer(source) if own else of_data(dataset) if dataset else tokenizer_of(Meta())
 
 
 def samples(
