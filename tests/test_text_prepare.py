@@ -168,13 +168,13 @@ def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
 
 def test_the_tokenizer_of_another_data_set(tmp_path):
     lines(tmp_path / "in.jsonl", DOCUMENTS)
-    (tmp_path / "more.txt").write_text("to be, 你好 ünïcode says to be")
+    (tmp_path / "more.txt").write_text("to be, 你好 ünïcode says to be" * 3)
     for name in ("char", "train:300"):
         prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "one", name)
         prepare.prepare([tmp_path / "more.txt"], tmp_path / "two", str(tmp_path / "one"))
         assert read_meta(tmp_path / "two").fingerprint == read_meta(tmp_path / "one").fingerprint
         texts = decoded(tmp_path / "two")
-        assert texts["train"] + texts["val"] == "to be, 你好 ünïcode says to be" + EOT
+        assert texts["train"] + texts["val"] == "to be, 你好 ünïcode says to be" * 3 + EOT
     (tmp_path / "odd.txt").write_text("Q")
     prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "one", "char")
     with pytest.raises(ValueError, match=r"odd.txt: the character 'Q' \(position 0\) is not among"):
