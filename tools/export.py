@@ -45,8 +45,8 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
         for problem in source.passed_over:
             print(f"passed over: {problem}", file=sys.stderr)
         done = export(source, options.to, options.target, dtype=options.dtype, overwrite=options.overwrite)
-    print(f"{done.target}: {done.form.family.title}, {options.dtype}: {', '.join(done.files)}")
-    for line in (*done.form.steps, *done.notes):
+    print(f"{done.target}: {done.what}, {options.dtype}: {', '.join(done.files)}")
+    for line in done.notes:
         print(f"- {line}")
     return 0
 

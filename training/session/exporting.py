@@ -59,9 +59,10 @@ class Exported:
     """What was written, for a person."""
 
     target: Path
-    form: Form
+    what: str
+    """The format, or the family of Hugging Face's."""
     notes: tuple[str, ...]
-    """What was done that is worth a word, and what was left out."""
+    """What was done to the form of the model, and what was left out."""
     files: tuple[str, ...]
 
 
@@ -87,25 +88,29 @@ def to_hugging_face(
     """A folder for transformers: configuration, weights, tokenizer, model card. Raises Refused and Stopped."""
     path = _target(source, target, overwrite, is_folder=True)
     form = _form(source, lambda model: form_of(model, _families(source)))
-    notes: list[str] = []
+    notes = list(form.steps)
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        special = _write_tokenizer(source, form, folder, notes)
+        special = _write_tokenizer(source, form.model.config.vocab_size, folder, notes)
         write_hugging_face(form, folder, DTYPES[dtype], shard_bytes, special)
-        text = card(form, dtype, notes, source.state, source.record)
-        (folder / "README.md").write_text(text, "utf-8")
+        _write_card(source, folder, form.model, {"architecture": form.family.title, "number type": dtype}, notes)
 
     _whole_or_absent(path, write)
-    return Exported(path, form, tuple(notes), tuple(sorted(os.listdir(path))))
+    return Exported(path, form.family.title, tuple(notes), tuple(sorted(os.listdir(path))))
 
 
-def _write_tokenizer(source: Source, form: Form, folder: Path, notes: list[str]) -> dict[str, int | None]:
+def _write_card(source: Source, folder: Path, model: GPT, about: dict[str, str], notes: list[str], **head: str) -> None:
+    text = card(model.config, about, notes, source.state, source.record, **head)
+    (folder / "README.md").write_text(text, "utf-8")
+
+
+def _write_tokenizer(source: Source, size: int, folder: Path, notes: list[str]) -> dict[str, int | None]:
     """The tokenizer as AutoTokenizer reads it; its special ids. Where it cannot be had, that is noted."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer, size = _tokenizer(source), form.model.config.vocab_size
+        tokenizer = _tokenizer(source)
         if tokenizer.vocab_size > size:
             raise ValueError(f"it has {tokenizer.vocab_size} tokens and the model {size}")
         keeping.save(tokenizer, folder)
@@ -132,7 +137,7 @@ def to_nanogpt(source: Source, target: str, *, dtype: str = "float32", overwrite
     """A ckpt.pt for nanoGPT's sample.py, without the optimizer's state. Raises Refused and Stopped."""
     path = _target(source, target, overwrite, is_folder=False)
     form = _form(source, nanogpt_form_of)
-    notes, state = [], source.state
+    notes, state = list(form.steps), source.state
     facts = {"iter_num": 0, "best_val_loss": _NO_BEST, "config": {}}
     if state is not None:
         plain = {k: v for k, v in state.config.model_dump().items() if isinstance(v, str | int | float | bool)}
@@ -147,7 +152,7 @@ def to_nanogpt(source: Source, target: str, *, dtype: str = "float32", overwrite
             "config": plain,
         }
     _whole_or_absent(path, lambda file: write_nanogpt(form, file, DTYPES[dtype], **facts))
-    return Exported(path, form, tuple(notes), (path.name,))
+    return Exported(path, form.family.title, tuple(notes), (path.name,))
 
 
 FORMATS: dict[str, Callable[..., Exported]] = {"hf": to_hugging_face, "nanogpt": to_nanogpt}

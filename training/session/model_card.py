@@ -7,34 +7,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrate.model.export import Form
+from orchestrate.model.config import ModelConfig
+from orchestrate.model.gpt import parameter_count
 from orchestrate.training.store.run_folder import RunRecord
 from orchestrate.training.store.state import State
 
 _LONGEST_CELL = 120
 
 
-def card(form: Form, dtype: str, notes: Iterable[str], state: State | None, record: RunRecord | None) -> str:
-    """The text. Without state and record it is a model that was converted and not trained here."""
-    config = form.model.config
-    parameters = sum(p.numel() for p in form.model.parameters())
-    head = ["license: unknown", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines = ["---", *head, "---", "", "# A language model", ""]
+def card(
+    config: ModelConfig,
+    about: Mapping[str, str],
+    notes: Iterable[str],
+    state: State | None,
+    record: RunRecord | None,
+    library_name: str = "transformers",
+    **head: str,
+) -> str:
+    """The text. Without state and record it is a model that was converted and not trained here.
+
+    Args:
+        about: of the form, for the first table.
+        notes: what export did to the form.
+        head: more lines of the head that Hugging Face reads.
+    """
+    head = {"license": "unknown", "library_name": library_name, "pipeline_tag": "text-generation", **head}
+    lines = ["---", *(f"{key}: {json.dumps(value) if ' ' in value else value}" for key, value in head.items()), "---"]
+    parameters = parameter_count(replace(config, lora={}))
     about = {
-        "architecture": f"{form.family.title} ({form.family.name})",
+        **about,
         "parameters": f"{parameters:,}",
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
         "vocabulary, context": f"{config.vocab_size}, {config.block_size} tokens",
-        "number type": dtype,
         "license": "unknown: it depends on the data and on the weights that training began with",
     }
-    lines += [*_table(["what", "is"], about.items()), ""]
-    if steps := [*form.steps, *notes]:
-        lines += ["What export changed of the form, and not of the function:", ""]
-        lines += [*(f"- {_text(step)}" for step in steps), ""]
+    lines += ["", "# A language model", "", *_table(["what", "is"], about.items()), ""]
+    if notes := list(notes):
+        lines += ["What export did to the form of the model, and not to its function:", ""]
+        lines += [*(f"- {_text(note)}" for note in notes), ""]
     if state is not None and record is not None:
         lines += _training(state, record)
     return "\n".join(lines).rstrip() + "\n"
