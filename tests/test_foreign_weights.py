@@ -109,7 +109,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}
         (qwen3, {"attention_bias": True, "rope_parameters": {**LINEAR, "factor": 3}}, {"attn_bias": "all"}),
         (qwen3, {"rms_norm_eps": 0.1, "tie_word_embeddings": True, "num_key_value_heads": 1}, {"norm_eps": 0.1}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # a function's own text has its address
 )
 def test_logits_equal_transformers(make, keys, ours, tmp_path):
     theirs = shaken(make(**keys))
