@@ -355,7 +355,7 @@ def _named(
             raise ValueError(f"--tokenizer {name}: the size must be a whole number from 257 to {2**20}")
         trained = trained.with_name(f"{trained.name}-{size}")
         if not has_tokenizer(trained):
-            made = _trained(
+            made = trained_tokenizer(
                 int(size), (text.text for unit in units for part in unit for text in corpus.texts(part, key))
             )
             save(made, trained)
@@ -379,7 +379,7 @@ def existing_tokenizer(name: str) -> Tokenizer:
         raise ValueError(f"--tokenizer {name}: no such folder and no data set; {error}") from None
 
 
-def _trained(size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
+def trained_tokenizer(size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
     """Byte pairs of these texts (Sennrich et al. 2016), over all 256 bytes, as GPT-2's are."""
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -224,12 +224,18 @@ def test_killed_and_called_again_gives_the_same_bytes(tmp_path):
     out = tmp_path / "part"
     assert called(tmp_path / "whole", "_encode", 1000) == 0
     shards = []
-    for where, after in (("_trained", 0), ("_encode", 3), ("np.save", 7), ("write_meta", 0), ("os.replace", 1)):
+    for where, after in (
+        ("trained_tokenizer", 0),
+        ("_encode", 3),
+        ("np.save", 7),
+        ("write_meta", 0),
+        ("os.replace", 1),
+    ):
         if where == "os.replace":  # what is there of a data set that was whole is not taken for one
             (out / "train.bin").write_bytes(b"of an earlier call")
         assert called(out, where, after) == -signal.SIGKILL, where
         shards.append(len(list(out.glob("shards/encoded-*/*.npy"))))
-        assert not (out / "train.bin").exists() or where == "_trained"
+        assert not (out / "train.bin").exists() or where == "trained_tokenizer"
     assert shards[:3] == [0, 3, 10] and shards[3] == shards[4] > 20
     assert called(out, "_encode", 1000) == 0
     assert files(out) == files(tmp_path / "whole")
