@@ -35,7 +35,10 @@ _SHAPE = "the checkpoint's weights have this shape; an operation of a schedule c
 # Keys that a resume must not change, and why.
 FIXED = {
     **dict.fromkeys(MODEL_KEYS, _SHAPE),
-    **dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size".split(), _SHAPE),
+    **dict.fromkeys(
+        "attn_lora_rank mlp_lora_rank embedding_rank lora_targets lora_rank shrunken_vocab_size".split(), _SHAPE
+    ),
+    "base_model": "the checkpoint holds the weights of the base",
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
     "seed": "the order of the data follows from it, and samples would repeat or be left out",

@@ -14,7 +14,7 @@ import torch
 from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
 from orchestrate.data.tokenizer import tokenizer_kind
 from orchestrate.model import hugging_face, nanogpt
-from orchestrate.model.config import OPTIONS, LoraSpec, ModelConfig
+from orchestrate.model.config import LoraSpec, ModelConfig, expand_adapters, layer_names, layer_of_adapter
 from orchestrate.model.gpt import GPT, crop_block_size, init_weights
 from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
@@ -32,7 +32,8 @@ IN_SETTINGS = {
         key: key
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
-            "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_iters log_interval"
+            "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_iters log_interval "
+            "use_rslora init_lora_weights lora_dropout"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
@@ -42,23 +43,43 @@ IN_SETTINGS = {
 def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
     """The model that a configuration describes from scratch. Raises Refused."""
     try:
-        adapters = _adapters(config, min(config.n_layer, OPTIONS["n_layer"].limit))
-        return ModelConfig(vocab_size=vocab_size, **model_values(config), lora=adapters)
+        return _adapted(config, ModelConfig(vocab_size=vocab_size, **model_values(config)))
     except ValueError as error:
         raise Refused(str(error).split("; ")) from None
 
 
-def _adapters(config: TrainConfig, n_layer: int) -> dict[str, LoraSpec]:
-    """The adapters that a configuration asks for from the start."""
-    ranks = {f"{kind}.{n}": getattr(config, f"{kind}_lora_rank") for n in range(n_layer) for kind in ("attn", "mlp")}
+def _adapted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+    """A model with the adapters that a configuration asks for from the start. Raises ValueError."""
+    ranks = {
+        f"{kind}.{n}": getattr(config, f"{kind}_lora_rank") for n in range(model.n_layer) for kind in ("attn", "mlp")
+    }
     ranks["wte"] = config.embedding_rank
-    return {name: LoraSpec(rank, config.lora_alpha) for name, rank in ranks.items() if rank}
+    asked = {name: rank for name, rank in ranks.items() if rank}
+    if bool(config.lora_targets) != bool(config.lora_rank):
+        raise ValueError(
+            f"lora_targets and lora_rank go together, got {shown(config.lora_targets)} and {config.lora_rank}"
+        )
+    if config.lora_targets:
+        named = expand_adapters(model, [name.strip() for name in config.lora_targets.split(",")])
+        if twice := [name for name in named if name in asked]:
+            raise ValueError(f"lora_targets: {twice[0]} has a rank from another key already")
+        asked.update(dict.fromkeys(named, config.lora_rank))
+    how = (config.lora_alpha, config.use_rslora, config.init_lora_weights)
+    return replace(model, lora={name: LoraSpec(rank, *how) for name, rank in asked.items()})
+
+
+def _frozen(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
+    """The layers that do not train from the start: with PEFT's targets those without an adapter, as in PEFT."""
+    if not config.lora_targets:
+        return ()
+    adapted = {layer_of_adapter(name) for name in model.lora}
+    return tuple(name for name in layer_names(model) if name not in adapted)
 
 
 def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
     """The settings that a run of this configuration starts with."""
     values = {name: getattr(config, key) for key, name in IN_SETTINGS.items()}
-    return Settings(model=model, lora_alpha=config.lora_alpha, **values)
+    return Settings(model=model, lora_alpha=config.lora_alpha, frozen=_frozen(config, model), **values)
 
 
 def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
@@ -113,8 +134,7 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
             f"block_size {config.block_size} is longer than the {model.block_size} that {config.init_from} was made for"
         )
     try:
-        adapters = _adapters(config, model.n_layer)
-        return replace(model, block_size=config.block_size, lora=adapters)
+        return _adapted(config, replace(model, block_size=config.block_size))
     except ValueError as error:
         raise Refused(str(error).split("; ")) from None
 
