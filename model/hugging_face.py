@@ -53,8 +53,8 @@ def config_from_folder(folder: str | Path) -> ModelConfig:
         )
     if (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(
-            f"init_from {folder}: a PEFT adapter without its base model; merge the two with peft's merge_and_unload, "
-            "save the result, and give that folder"
+            f"init_from {folder}: a PEFT adapter, and a base model is a whole one: merge the two with peft's "
+            "merge_and_unload, save the result, and give that folder"
         )
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"init_from {folder}: a Hugging Face folder has a config.json, and there is none")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
 from orchestrate.data.tokenizer import tokenizer_kind
-from orchestrate.model import hugging_face, nanogpt
+from orchestrate.model import hugging_face, nanogpt, peft_folder
 from orchestrate.model.config import LoraSpec, ModelConfig, expand_adapters, layer_names, layer_of_adapter
 from orchestrate.model.gpt import GPT, crop_block_size, init_weights
 from orchestrate.model.lora import reshape_lora
@@ -69,8 +70,8 @@ def _adapted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
 
 
 def _frozen(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
-    """The layers that do not train from the start: with PEFT's targets those without an adapter, as in PEFT."""
-    if not config.lora_targets:
+    """The layers that do not train from the start: those without an adapter where PEFT's keys or folder say which."""
+    if not config.lora_targets and not peft_folder.is_peft(config.init_from):
         return ()
     adapted = {layer_of_adapter(name) for name in model.lora}
     return tuple(name for name in layer_names(model) if name not in adapted)
@@ -93,11 +94,14 @@ def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
             vocab = DEFAULT_VOCAB
             notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
         return model_config_from(config, vocab), notes
-    return _adjusted(config, _foreign_model(config.init_from)), notes
+    return _adjusted(config, _foreign_model(config)), notes
 
 
-def _foreign_model(init_from: str) -> ModelConfig:
-    """The configuration of weights from elsewhere. Raises ValueError."""
+def _foreign_model(config: TrainConfig) -> ModelConfig:
+    """The configuration of weights from elsewhere, adapters included. Raises ValueError."""
+    init_from = config.init_from
+    if peft_folder.is_peft(init_from):
+        return peft_folder.describe(init_from, config.base_model).model
     if init_from in hugging_face.GPT2_MODELS:
         return hugging_face.gpt2_config(init_from)
     if Path(init_from).is_file():
@@ -110,11 +114,15 @@ def with_foreign_shape(config: TrainConfig) -> TrainConfig:
 
     A key that was given and contradicts the weights is refused. Raises Refused and ValueError.
     """
+    given, peft = config.model_fields_set, peft_folder.is_peft(config.init_from)
+    if config.base_model and not peft:
+        raise Refused(f"base_model {config.base_model}: init_from {config.init_from} is no PEFT folder and has no base")
     if config.init_from in ("scratch", "resume"):
         return config
-    model = _foreign_model(config.init_from)
+    model = _foreign_model(config)
     keys = {key: value for key, value in keys_of(model).items() if key != "block_size"}
-    given = config.model_fields_set
+    if peft:
+        keys |= _peft_keys(config)
     problems = [
         f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {key} {shown(value)}"
         for key, value in keys.items()
@@ -122,9 +130,19 @@ def with_foreign_shape(config: TrainConfig) -> TrainConfig:
     ]
     if problems:
         raise Refused(problems)
+    if peft and "lora_dropout" not in given:  # a number of the training, like dropout
+        keys["lora_dropout"] = peft_folder.describe(config.init_from, config.base_model).dropout
     if "block_size" not in given:
         keys["block_size"] = min(config.block_size, model.block_size)
     return config.model_copy(update=keys)
+
+
+def _peft_keys(config: TrainConfig) -> dict[str, Any]:
+    """What a PEFT folder says of keys on adapters: those that are added start as its own; which there are, it says."""
+    described = peft_folder.describe(config.init_from, config.base_model)
+    how = {name: getattr(described, name) for name in ("lora_alpha", "use_rslora", "init_lora_weights")}
+    ranks = "attn_lora_rank mlp_lora_rank embedding_rank lora_rank"
+    return {**how, **dict.fromkeys(ranks.split(), 0), "lora_targets": ""}
 
 
 def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
@@ -134,7 +152,8 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
             f"block_size {config.block_size} is longer than the {model.block_size} that {config.init_from} was made for"
         )
     try:
-        return _adapted(config, replace(model, block_size=config.block_size))
+        shorter = replace(model, block_size=config.block_size)
+        return shorter if model.lora else _adapted(config, shorter)
     except ValueError as error:
         raise Refused(str(error).split("; ")) from None
 
@@ -145,8 +164,12 @@ def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    load = nanogpt.load_checkpoint if Path(config.init_from).is_file() else hugging_face.load
-    model = crop_block_size(load(config.init_from), config.block_size)
+    if peft_folder.is_peft(config.init_from):
+        model = peft_folder.load(config.init_from, config.base_model)
+    else:
+        load = nanogpt.load_checkpoint if Path(config.init_from).is_file() else hugging_face.load
+        model = load(config.init_from)
+    model = crop_block_size(model, config.block_size)
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model
