@@ -16,6 +16,7 @@ from orchestrate.model.adapters import factor_names, fresh_right, principal
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_of_adapter, layer_of_parameter
 from orchestrate.model.gpt import GPT, adapted_modules, put_parameter
 from orchestrate.model.lineage import Lineage, Origin
+from orchestrate.model.narrow import wide
 
 
 def adapted_base_parameters(model: GPT) -> set[str]:
@@ -119,7 +120,7 @@ def _change(
     if folded is None:
         yield new_name, (base, Origin(old_name))
     else:
-        value = nn.Parameter(folded.to(base.dtype).contiguous())
+        value = nn.Parameter(folded.to(wide(base.dtype)).contiguous())
         yield new_name, (value, Origin(old_name, note="adapter folded in, or taken out"))
 
 
@@ -144,7 +145,7 @@ def _factors(
     """
     embedding = path == "transformer.wte"
     left_name, right_name = factor_names(path, embedding, part)
-    device, dtype, precise = base.device, base.dtype, _precise(base)
+    device, dtype, precise = base.device, wide(base.dtype), _precise(base)
 
     def made(name: str, value: Tensor, origin: Origin) -> Made:
         value = value.T if embedding else value

@@ -22,29 +22,12 @@ from torch import Tensor
 
 from orchestrate.model import hugging_face
 from orchestrate.model.adapters import ADAPTER, factor_names
-from orchestrate.model.config import LoraSpec, ModelConfig
+from orchestrate.model.config import PROJECTIONS, LoraSpec, ModelConfig
+from orchestrate.model.families import FAMILIES, Family
 from orchestrate.model.gpt import GPT, adapted_modules
 from orchestrate.model.lora import reshape_lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_LLAMA = {
-    **{f"model.layers.{{}}.self_attn.{part}_proj": f"attn.{{}}.{part}" for part in "qkvo"},
-    **{f"model.layers.{{}}.mlp.{part}_proj": f"mlp.{{}}.{part}" for part in ("up", "gate", "down")},
-    "model.embed_tokens": "wte",
-    "lm_head": "lm_head",
-}
-MODULES: dict[str, dict[str, str]] = {
-    "gpt2": {
-        "transformer.h.{}.attn.c_attn": "attn.{}.qkv",
-        "transformer.h.{}.attn.c_proj": "attn.{}.o",
-        "transformer.h.{}.mlp.c_fc": "mlp.{}.up",
-        "transformer.h.{}.mlp.c_proj": "mlp.{}.down",
-        "transformer.wte": "wte",
-        "lm_head": "lm_head",
-    },
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
-}
-"""transformers' model type -> its modules that peft adapts -> our name for such an adapter."""
 
 # Keys of adapter_config.json that say nothing of the function of the adapted model.
 _SILENT = {
@@ -93,17 +76,18 @@ def is_peft(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def modules_of(config: ModelConfig, model_type: str) -> dict[str, str]:
-    """Every module that peft can adapt in a model of this type, by its name there -> our adapter. Raises ValueError."""
-    if model_type not in MODULES:
-        raise ValueError(f"adapters of a model of type {model_type!r} are not known; of {', '.join(MODULES)} they are")
-    found = {}
-    for theirs, ours in MODULES[model_type].items():
-        numbers = range(config.n_layer) if "{}" in theirs else [0]
-        found.update({theirs.format(n): ours.format(n) for n in numbers})
-    if config.tie_weights:
-        del found["lm_head"]  # it is wte
-    return found
+def modules_of(config: ModelConfig, family: Family) -> dict[str, str]:
+    """Every module that peft can adapt in a model of this family, by its name there -> our adapter."""
+    found = {str(family.modules["transformer.wte"]): "wte"}
+    for n in range(config.n_layer):
+        for kind, parts in PROJECTIONS.items():
+            for part, matrix in parts.items():
+                theirs = family.modules.get(f"{kind}.{matrix}", "")
+                # Where they have q, k and v apart there is no module for all of them, and the other way round.
+                apart = {} if isinstance(theirs, str) else dict(zip(config.qkv_rows, theirs, strict=True))
+                if name := apart.get(part) if apart or part in config.qkv_rows else theirs:
+                    found[f"{family.blocks.format(n)}{name}"] = f"{kind}.{n}.{part}"
+    return found if config.tie_weights else {**found, "lm_head": "lm_head"}
 
 
 # ---------------------------------------------------------------------------------------------- in
@@ -129,12 +113,12 @@ def _described(folder: str, base_model: str) -> Described:
     short = base.removeprefix("openai-community/")
     base = short if short in hugging_face.GPT2_MODELS else base
     if base in hugging_face.GPT2_MODELS:
-        config, model_type = hugging_face.gpt2_config(base), "gpt2"
+        config, family = hugging_face.gpt2_config(base), FAMILIES["gpt2"]
     elif not Path(base).is_dir():
         raise ValueError(f"its base model {base} is no folder here: download it, and give its folder as base_model")
     else:
-        config, model_type = hugging_face.config_from_folder(base), _model_type(base)
-    modules = modules_of(config, model_type)
+        config, family = hugging_face.config_from_folder(base), _family(base)
+    modules = modules_of(config, family)
     shapes = _shapes(Path(folder))
     specs = _specs(given, [*modules, *(["lm_head"] if config.tie_weights else [])])
     tensors: dict[str, str] = {}
@@ -210,8 +194,9 @@ def load(folder: str, base_model: str = "") -> GPT:
 _PREFIX = "base_model.model."
 
 
-def _model_type(folder: str) -> str:
-    return str(json.loads((Path(folder) / "config.json").read_text("utf-8"))["model_type"])
+def _family(folder: str) -> Family:
+    """Of a folder that hugging_face has read."""
+    return FAMILIES[json.loads((Path(folder) / "config.json").read_text("utf-8"))["model_type"]]
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -357,8 +342,8 @@ def write(model: GPT, folder: str | Path, base: str, *, lora_dropout: float = 0.
     there = hugging_face.load(base) if Path(base).is_dir() else None
     if there is not None:
         _check_shape(plain, there.config, base)
-    model_type = hugging_face.family_of(plain).name if there is None else _model_type(base)
-    modules = modules_of(plain, model_type)
+    family = hugging_face.family_of(plain) if there is None else _family(base)
+    modules = modules_of(plain, family)
     pairs, told = _pairs(model, modules), []
     if there is not None:
         pairs = _on_base(model, modules, pairs, there, base)
@@ -399,7 +384,7 @@ def write(model: GPT, folder: str | Path, base: str, *, lora_dropout: float = 0.
         target_modules=_targets(list(named), [*modules, *(["lm_head"] if plain.tie_weights else [])]),
         rank_pattern={name: spec.rank for name, spec in named.items() if spec.rank != rank},
         alpha_pattern={name: _whole(value) for name, value in alphas.items() if value != alpha},
-        fan_in_fan_out=model_type == "gpt2",
+        fan_in_fan_out=bool(family.turned),
         ensure_weight_tying=tied,
         inference_mode=True,
     )
@@ -407,6 +392,9 @@ def write(model: GPT, folder: str | Path, base: str, *, lora_dropout: float = 0.
     whole = {_PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     save_file(whole, Path(folder) / WEIGHTS, metadata={"format": "pt"})
     options.save_pretrained(str(folder))
+    said = json.loads((Path(folder) / CONFIG).read_text("utf-8"))
+    said["target_modules"] = sorted(said["target_modules"])  # peft writes a set, in any order
+    (Path(folder) / CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", "utf-8")
     return told
 
 

@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrate.model.adapters import tied_logits
 from orchestrate.model.config import Fade, LoraSpec, ModelConfig, expand_layers, layer_names, layer_of_parameter
-from orchestrate.model.generate import generate
 from orchestrate.model.gpt import (
     GPT,
     WEIGHTS,
@@ -204,24 +203,6 @@ def test_initial_weights_follow_the_seed_alone():
     assert one.transformer["h"][0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 * 24**0.5 / 2, rel=0.1)
     loss = one(tokens(), tokens().roll(1, 1))
     assert loss.count == 48 and loss.sum.item() / 48 == pytest.approx(3.912, abs=0.3)  # ln 50: hardly a preference yet
-
-
-@BOTH
-@pytest.mark.parametrize("length", [1, 5, 16, 20])
-def test_cached_generation_equals_uncached(config, length):
-    model, prompt = trained(config), tokens(2, length)
-    both = [
-        generate(model, prompt, 12, top_k=9, generator=torch.Generator().manual_seed(3), use_cache=cache)
-        for cache in (True, False)
-    ]
-    assert torch.equal(*both) and both[0].shape == (2, length + 12)
-    greedy = generate(model, prompt, 3, temperature=0)
-    assert torch.equal(greedy, generate(model, prompt, 3, temperature=0, use_cache=False))
-    step, cache = model.extend(tokens(2, 7), None)
-    step, _ = model.extend(tokens(2, 9)[:, 7:], cache)
-    torch.testing.assert_close(
-        step, model.logits(torch.cat((tokens(2, 7), tokens(2, 9)[:, 7:]), 1))[:, -1], atol=1e-5, rtol=1e-4
-    )
 
 
 def test_crop_and_from_weights():

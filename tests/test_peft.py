@@ -63,8 +63,8 @@ def adapter(base_folder, folder, **options):
     """A PEFT folder made by peft, nothing in it zero, and its logits."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(loaded(base_folder), LoraConfig(**options)).eval()
     torch.manual_seed(1)
+    model = get_peft_model(loaded(base_folder), LoraConfig(**options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -132,12 +132,12 @@ def test_a_folder_of_peft_in_and_out_again(base, options, tmp_path):
 
 
 @on("llama")
-def test_a_run_goes_on_from_a_folder(base, tiny, tmp_path, resume, capsys):
+def test_a_run_goes_on_from_a_folder(base, data, tiny, tmp_path, resume):
     """--plan, training and a resume; the adapters alone train, so that the result fits the base again."""
     options = dict(r=2, lora_alpha=5, target_modules=["q_proj", "down_proj"], use_rslora=True, lora_dropout=0.125)
     logits = adapter(base, tmp_path / "adapter", **options)
     given = {"init_from": tmp_path / "adapter", "block_size": 12, "max_iters": 6, "eval_interval": 3}
-    assert tiny(out="planned", **given, n_embd=16, n_head=4, eval_iters=1)[0] == 0
+    assert train_orchestrated.main([*arguments(data, tmp_path / "p", **given, n_embd=16, n_head=4), "--plan"]) == 0
     code, out_dir = tiny(schedule=[{"name": "set_layer_lora_rank", "value": ["attn.*.q", 3], "at_iter": 2}], **given,
                          n_embd=16, n_head=4)  # fmt: skip
     assert code == 0

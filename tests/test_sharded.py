@@ -29,6 +29,7 @@ SCHEDULE = [
     {"name": "set_attn_lora_rank", "value": 1, "max_wait_iters": 1, "reevaluate": True},
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 1, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 1, "reevaluate": True},
+    {"name": "set_layer_lora_rank", "value": [["attn.0.q", "attn.*.v", "mlp.1.up"], 2], "reevaluate": True},
     {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "max_wait_iters": 1, "over": 3},
     {"name": "adjust_batch_size", "value": {"target": 1.0, "max_batch_size": 2}, "max_wait_iters": 1},
     {"name": "resize_vocabulary", "value": {"size": 40}, "max_wait_iters": 2, "reevaluate": True},

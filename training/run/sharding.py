@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.model.lineage import State
+from orchestrate.model.narrow import wide
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -28,7 +28,7 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> G
             and gradients are added up in float32. What lies around the blocks (embedding, last norm, head) is gathered
             as it is: the residual stream starts and the logits end in full precision.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     options = {}
     if dtype == torch.bfloat16:
@@ -39,6 +39,8 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> G
     for block in model.transformer["h"]:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh)
+    for module in (*model.transformer["h"], model):
+        register_fsdp_forward_method(module, "extend")  # generating gathers weights as a forward pass does
     return model
 
 
@@ -67,22 +69,20 @@ def unshard(model: GPT, state: State) -> tuple[GPT, State]:
     return from_weights(model.config, weights), moments
 
 
-def empty(config: ModelConfig, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> GPT:
-    """A sharded model without values, which never existed whole anywhere."""
-    with torch.device("meta"):
-        model = GPT(config)
+def empty(model: GPT, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> GPT:
+    """A model on meta as a sharded one without values, which never existed whole anywhere."""
     shard(model, mesh, dtype).to_empty(device=device)
     model.reset_buffers(device)
     return model
 
 
 def empty_state(shape: torch.Size, like: Tensor) -> Tensor:
-    """Zeros of this shape, sharded as the parameter is; a single number is whole, on the CPU."""
+    """Zeros of a moment's shape, sharded as the parameter is; a single number is whole, on the CPU."""
     from torch.distributed.tensor import zeros
 
     if not shape:
         return torch.zeros(())
-    return zeros(shape, dtype=like.dtype, device_mesh=like.device_mesh, placements=like.placements)
+    return zeros(shape, dtype=wide(like.dtype), device_mesh=like.device_mesh, placements=like.placements)
 
 
 def reshard(model: GPT) -> None:

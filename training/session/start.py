@@ -15,11 +15,19 @@ import torch
 from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
 from orchestrate.data.tokenizer import tokenizer_kind
 from orchestrate.model import hugging_face, nanogpt, peft_folder
-from orchestrate.model.config import LoraSpec, ModelConfig, expand_adapters, layer_names, layer_of_adapter
+from orchestrate.model.config import (
+    LoraSpec,
+    ModelConfig,
+    expand_adapters,
+    expand_layers,
+    layer_names,
+    layer_of_adapter,
+)
 from orchestrate.model.gpt import GPT, crop_block_size, init_weights
 from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
 from orchestrate.training.schedule.stages import Stage
+from orchestrate.training.session.texts import check_prompts
 from orchestrate.training.settings.config import TrainConfig, keys_of, model_values, stands_for_more
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings
@@ -34,7 +42,7 @@ IN_SETTINGS = {
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
             "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_iters log_interval "
-            "use_rslora init_lora_weights lora_dropout"
+            "use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
@@ -69,7 +77,7 @@ def _adapted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     return replace(model, lora={name: LoraSpec(rank, *how) for name, rank in asked.items()})
 
 
-def _frozen(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
+def _without_adapters(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
     """The layers that do not train from the start: those without an adapter where PEFT's keys or folder say which."""
     if not config.lora_targets and not peft_folder.is_peft(config.init_from):
         return ()
@@ -78,9 +86,15 @@ def _frozen(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
 
 
 def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
-    """The settings that a run of this configuration starts with."""
+    """The settings that a run of this configuration starts with. Raises Refused."""
     values = {name: getattr(config, key) for key, name in IN_SETTINGS.items()}
-    return Settings(model=model, lora_alpha=config.lora_alpha, frozen=_frozen(config, model), **values)
+    try:
+        named = [name.strip() for name in config.frozen_layers.split(",")] if config.frozen_layers else []
+        frozen = {*expand_layers(model, named), *_without_adapters(config, model)}
+    except ValueError as error:
+        raise Refused(f"frozen_layers: {error}") from None
+    ordered = tuple(name for name in layer_names(model) if name in frozen)
+    return Settings(model=model, lora_alpha=config.lora_alpha, frozen=ordered, **values)
 
 
 def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
@@ -189,7 +203,8 @@ def data_of(config: TrainConfig) -> DataSet:
 
 
 def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
-    """Raises Refused where the data does not fit the models of a run: too few tokens, or ids that a model lacks.
+    """Raises Refused where the data does not fit the models of a run: too few tokens, or ids that a model lacks; and
+    where sample_prompts cannot be read.
 
     Of the files only samples are looked at; a batch is looked at whole before it is used.
     """
@@ -205,6 +220,7 @@ def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
             within(file.sampled(), size, file.path)
         except ValueError as error:
             raise Refused(f"dataset {config.dataset}: {error}") from None
+    check_prompts(config, data.meta, settings)
 
 
 def doubts(data: DataSet, config: TrainConfig, settings: Settings) -> list[str]:

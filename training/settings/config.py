@@ -13,9 +13,9 @@ import operator
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from orchestrate.model.config import DEFAULTS, OPTIONS, ModelConfig
 from orchestrate.training.settings.errors import Refused
@@ -30,12 +30,23 @@ from orchestrate.training.settings.values import (
     OptimizerName,
     PositiveFloat,
     PositiveInt,
+    WeightsDtype,
     is_large,
     nearest,
     problems_of,
     read_at_most,
     shown,
 )
+
+
+def _listed(value: Any) -> Any:
+    """One text is a list of one, and an empty one a list of none."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    return tuple(value) if isinstance(value, list) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -53,6 +64,8 @@ class _RunKeys(BaseModel):
     eval_iters: PositiveInt = _key(200, "batches of one evaluation, the same fixed windows each time")
     eval_batch_size: NonNegativeInt = _key(0, "sequences in a batch of an evaluation; 0: batch_size at the start")
     eval_only: bool = _key(False, "evaluate once, write nothing, exit")
+    sample_prompts: Texts = _key((), "prompts that are continued at every evaluation, a list of texts; (): none")
+    sample_tokens: PositiveInt = _key(64, "tokens of each continuation of sample_prompts")
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
     keep_last: PositiveInt = _key(2, "how many of the latest checkpoints are kept")
@@ -117,8 +130,9 @@ def model_values(config: TrainConfig) -> dict[str, Any]:
 def keys_of(model: ModelConfig) -> dict[str, Any]:
     """The inverse of model_values: what each key says of a model. Of MLPs of several widths it says the first."""
     keys = {}
+    in_effect = {"attn_bias": model.attention_biases, "mlp_bias": model.mlp_biases}
     for key, name in MODEL_KEYS.items():
-        value = getattr(model, name)
+        value = in_effect.get(name, getattr(model, name))
         keys[key] = value == OPTIONS[name].on if OPTIONS[name].on else value[0] if name == "n_hidden" else value
     return keys
 
@@ -174,6 +188,14 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     early_stopping_metric: MetricName = _key(
         VAL_LOSS, "the metric that must go down; of another than val_loss, patience counts logged values"
     )
+    # memory
+    activation_checkpointing: bool = _key(
+        False, "keep only the input of each block for the backward pass and compute its inside again there"
+    )
+    weights_dtype: WeightsDtype = _key(
+        "float32", "float32 | bfloat16: matrices that do not train (frozen, or under an adapter) are kept in it"
+    )
+    frozen_layers: str = _key("", "layers that do not train from the start: names and globs with commas, e.g. wte,ln_*")
     # when something goes wrong
     on_sick_step: Literal["skip", "rollback", "stop"] = _key(
         "skip", "a non-finite or spiking step never updates weights; then: skip it | rollback to a checkpoint | stop"
@@ -262,6 +284,8 @@ def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
         raise ValueError(f"a whole number of {value.bit_length()} bits is not a setting")
     if isinstance(value, str) and len(value) > _LONGEST_TEXT:
         raise ValueError(f"a text of {len(value)} characters is not a setting (at most {_LONGEST_TEXT})")
+    if isinstance(value, list) and (len(value) > 100 or any(isinstance(item, list) for item in value)):
+        raise ValueError("a list has at most 100 values, and no lists among them")
     return value
 
 
@@ -273,6 +297,8 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
             return names[name]
         case ast.Name(id=name):
             raise ValueError(f"the name {name} is not assigned above{nearest(name, names)}")
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            return [_evaluate(element, names) for element in elements]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
             return _UNARY[type(op)](_evaluate(operand, names))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
@@ -366,7 +392,8 @@ def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
         problems += errors
     for key, text in command_line:
         key = ALIASES.get(key, key)
-        is_text = key in KEYS and TrainConfig.model_fields[key].annotation is str
+        kind = TrainConfig.model_fields[key].annotation if key in KEYS else None
+        is_text = kind is str or (kind == tuple[str, ...] and text[:1] not in "[(")
         given[key] = (text if is_text else parse_text(text), f"--{key}")
 
     for i, key in enumerate([key for key in given if key not in KEYS]):

@@ -98,6 +98,17 @@ class Eval(_Metrics):
 # ---------------------------------------------------------------------------------------------- events
 
 
+class _Cast(TypedDict):
+    """Frozen weights that changed their number type."""
+
+    rounded: int
+    """How many were rounded to bfloat16."""
+    error: _Real
+    """Root mean square of what that changed, as a share of that of the weights."""
+    widened: int
+    """How many are float32 again, with the values that they had."""
+
+
 class _Event(TypedDict):
     """What every line of events.jsonl has."""
 
@@ -106,7 +117,7 @@ class _Event(TypedDict):
     time: _Real
     """Seconds since 1970, UTC."""
     void: NotRequired[bool]
-    """True: the run went back to before this decision, operation or rollback."""
+    """True: the run went back to before this decision, operation, these samples or rollback."""
 
 
 class _Begins(_Event):
@@ -118,13 +129,15 @@ class _Begins(_Event):
     """Processes."""
     device: str
     dtype: str
-    """Of the forward pass; weights and moments are float32."""
+    """Of the forward pass; weights that train and moments are float32."""
     torch: str
     python: str
     """Versions."""
     parameters_total: int
     parameters_trainable: int
     tokens_per_iter: int
+    cast: NotRequired[_Cast]
+    """Where weights changed their number type at the start."""
     operations: NotRequired[list[dict[str, str]]]
     """Files of the user's own operations: "file", its name, and "sha256"."""
 
@@ -202,6 +215,23 @@ class Operation(_Event):
     """That the operation took, without evaluations."""
     parameters_total: int
     parameters_trainable: int
+    cast: NotRequired[_Cast]
+    """Where weights changed their number type (weights_dtype)."""
+
+
+class Text(TypedDict):
+    """One of sample_prompts."""
+
+    prompt: str
+    text: str
+    """It and what the model makes of it."""
+
+
+class Samples(_Event):
+    """After an evaluation: how the model continues sample_prompts, with the same random numbers every time."""
+
+    kind: Literal["samples"]
+    texts: list[Text]
 
 
 class Checkpoint(_Event):
@@ -286,12 +316,12 @@ class End(_Event):
 METRICS_KINDS: Mapping[str, Any] = {"train": Train, "eval": Eval}
 EVENT_KINDS: Mapping[str, Any] = {
     "start": Start, "resume": Resume, "override": Override, "decision": Decision, "operation": Operation,
-    "checkpoint": Checkpoint, "emergency": Emergency, "rollback": Rollback, "signal": Signal, "error": Error,
-    "end": End,
+    "samples": Samples, "checkpoint": Checkpoint, "emergency": Emergency, "rollback": Rollback, "signal": Signal,
+    "error": Error, "end": End,
 }  # fmt: skip
 # Events that describe the run's course: after going back to an earlier state they did not happen. The others (signal,
 # error, ...) describe what befell the process, and that stays true.
-COURSE = ("decision", "operation", "rollback")
+COURSE = ("decision", "operation", "samples", "rollback")
 
 
 def event(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
