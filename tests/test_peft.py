@@ -176,6 +176,14 @@ def test_keys_that_contradict_a_folder_are_refused(base, data, tmp_path):
         both_refuse(arguments(data, tmp_path / "run", **{**common, "n_layer": 2, **keys}), said)
 
 
+@on("gpt2")
+def test_an_adapter_without_a_tokenizer_has_its_base_s(base, data, tmp_path):
+    adapter(base, tmp_path / "adapter", r=2, target_modules=["c_attn"])
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    given = arguments(data, tmp_path / "run", init_from=tmp_path / "adapter", n_embd=16, n_head=2, block_size=12)
+    both_refuse(given, "written in tokens of .*char.*and .*adapter speaks gpt2")
+
+
 def rewrite(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

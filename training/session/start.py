@@ -5,15 +5,17 @@ What is wrong with the input is found here, as `Refused` or ValueError, before a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
-from orchestrate.data.tokenizer import tokenizer_kind
+from orchestrate.data.keeping import check_kept, differs, kept_with_data, named
+from orchestrate.data.stream import DataSet, Meta, find_folder, open_data, read_meta, read_remap, within
+from orchestrate.data.tokenizer import has_tokenizer, tells_apart
 from orchestrate.model import hugging_face, nanogpt, peft_folder
 from orchestrate.model.config import (
     LoraSpec,
@@ -97,46 +99,32 @@ def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
     return Settings(model=model, lora_alpha=config.lora_alpha, frozen=ordered, **values)
 
 
-def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
-    """The model's configuration without loading weights or data, and notes on what was assumed. Raises Refused."""
-    notes: list[str] = []
-    if config.init_from == "scratch":
-        vocab = config.shrunken_vocab_size
-        if not vocab:
-            vocab = read_meta(find_folder(config.dataset)).vocab_size
-        if not vocab:
-            vocab = DEFAULT_VOCAB
-            notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
-        return model_config_from(config, vocab), notes
-    return _adjusted(config, _foreign_model(config)), notes
+class Foreign(NamedTuple):
+    """Weights from elsewhere, looked at once: what they are, and what loads them (it raises ValueError)."""
+
+    model: ModelConfig
+    load: Callable[[], GPT]
 
 
-def _foreign_model(config: TrainConfig) -> ModelConfig:
-    """The configuration of weights from elsewhere, adapters included. Raises ValueError."""
-    init_from = config.init_from
-    if peft_folder.is_peft(init_from):
-        return peft_folder.describe(init_from, config.base_model).model
-    if init_from in hugging_face.GPT2_MODELS:
-        return hugging_face.gpt2_config(init_from)
-    if Path(init_from).is_file():
-        return nanogpt.config_from_checkpoint(init_from)
-    return hugging_face.config_from_folder(init_from)
+def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
+    """The weights that a configuration starts from, and its keys of shape as these weights have them.
 
-
-def with_foreign_shape(config: TrainConfig) -> TrainConfig:
-    """A configuration whose keys of shape say what the foreign weights of init_from are; any other as it is.
-
-    A key that was given and contradicts the weights is refused. Raises Refused and ValueError.
+    None, and the configuration as it is, where it starts from no weights of others. A key that was given and
+    contradicts the weights is refused. Raises Refused and ValueError.
     """
     given, peft = config.model_fields_set, peft_folder.is_peft(config.init_from)
     if config.base_model and not peft:
         raise Refused(f"base_model {config.base_model}: init_from {config.init_from} is no PEFT folder and has no base")
     if config.init_from in ("scratch", "resume"):
-        return config
-    model = _foreign_model(config)
-    keys = {key: value for key, value in keys_of(model).items() if key != "block_size"}
+        return config, None
     if peft:
-        keys |= _peft_keys(config)
+        described = peft_folder.describe(config.init_from, config.base_model)
+        foreign = Foreign(described.model, lambda: peft_folder.load(config.init_from, config.base_model))
+        more = _peft_keys(described)
+    else:
+        is_file = Path(config.init_from).is_file()
+        foreign, more = Foreign(*(nanogpt if is_file else hugging_face).open_model(config.init_from)), {}
+    keys = {key: value for key, value in keys_of(foreign.model).items() if key != "block_size"} | more
     problems = [
         f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {key} {shown(value)}"
         for key, value in keys.items()
@@ -145,15 +133,28 @@ def with_foreign_shape(config: TrainConfig) -> TrainConfig:
     if problems:
         raise Refused(problems)
     if peft and "lora_dropout" not in given:  # a number of the training, like dropout
-        keys["lora_dropout"] = peft_folder.describe(config.init_from, config.base_model).dropout
+        keys["lora_dropout"] = described.dropout
     if "block_size" not in given:
-        keys["block_size"] = min(config.block_size, model.block_size)
-    return config.model_copy(update=keys)
+        keys["block_size"] = min(config.block_size, foreign.model.block_size)
+    return config.model_copy(update=keys), foreign
 
 
-def _peft_keys(config: TrainConfig) -> dict[str, Any]:
+def planned_model_config(config: TrainConfig, foreign: Foreign | None = None) -> tuple[ModelConfig, list[str]]:
+    """The model's configuration without loading weights or data, and notes on what was assumed. Raises Refused."""
+    notes: list[str] = []
+    if foreign is not None:
+        return _adjusted(config, foreign.model), notes
+    vocab = config.shrunken_vocab_size
+    if not vocab:
+        vocab = read_meta(find_folder(config.dataset)).vocab_size
+    if not vocab:
+        vocab = DEFAULT_VOCAB
+        notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
+    return model_config_from(config, vocab), notes
+
+
+def _peft_keys(described: peft_folder.Described) -> dict[str, Any]:
     """What a PEFT folder says of keys on adapters: those that are added start as its own; which there are, it says."""
-    described = peft_folder.describe(config.init_from, config.base_model)
     how = {name: getattr(described, name) for name in ("lora_alpha", "use_rslora", "init_lora_weights")}
     ranks = "attn_lora_rank mlp_lora_rank embedding_rank lora_rank"
     return {**how, **dict.fromkeys(ranks.split(), 0), "lora_targets": ""}
@@ -172,18 +173,13 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
         raise Refused(str(error).split("; ")) from None
 
 
-def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
+def initial_model(config: TrainConfig, model_config: ModelConfig, foreign: Foreign | None = None) -> GPT:
     """Fresh or foreign weights in the planned shape. Raises ValueError."""
-    if config.init_from == "scratch":
+    if foreign is None:
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    if peft_folder.is_peft(config.init_from):
-        model = peft_folder.load(config.init_from, config.base_model)
-    else:
-        load = nanogpt.load_checkpoint if Path(config.init_from).is_file() else hugging_face.load
-        model = load(config.init_from)
-    model = crop_block_size(model, config.block_size)
+    model = crop_block_size(foreign.load(), config.block_size)
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model
@@ -203,12 +199,19 @@ def data_of(config: TrainConfig) -> DataSet:
 
 
 def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
-    """Raises Refused where the data does not fit the models of a run: too few tokens, or ids that a model lacks; and
-    where sample_prompts cannot be read.
+    """Raises Refused where the data does not fit the models of a run, or where sample_prompts cannot be read.
+
+    There may be too few tokens, or ids that a model lacks, or ids that mean something else to it.
 
     Of the files only samples are looked at; a batch is looked at whole before it is used.
     """
     check_lengths(stages, data)
+    if not config.allow_other_tokenizer and (problem := other_tokenizer(data, config)):
+        raise Refused(f"{problem}; --allow_other_tokenizer=True goes on all the same")
+    try:
+        check_kept(data.meta, kept_with_data(data.folder))
+    except ValueError as error:
+        raise Refused(f"dataset {config.dataset}: {error}") from None
     settings = stages[0].settings
     known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
     if known and known > size and not settings.vocabulary_map:
@@ -223,19 +226,37 @@ def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
     check_prompts(config, data.meta, settings)
 
 
-def doubts(data: DataSet, config: TrainConfig, settings: Settings) -> list[str]:
-    """What is allowed and likely not meant, one sentence each."""
+def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = None) -> str:
+    """That tokens of the data mean something else to the model, in one sentence; nothing where they do not.
+
+    Args:
+        trained: what the tokens were that a checkpoint was trained on.
+    """
+    if trained is not None:
+        other = named(trained) if tells_apart(data.meta, trained) else ""
+        whose = "the checkpoint was trained on those of"
+    elif config.init_from in ("scratch", "resume") or config.shrunken_vocab_size or Path(config.init_from).is_file():
+        return ""
+    else:
+        source = config.init_from
+        if peft_folder.is_peft(source) and not has_tokenizer(source):
+            source = peft_folder.describe(source, config.base_model).base  # which the adapter was trained on
+        other = differs(data.meta, data.folder, source, source in hugging_face.GPT2_MODELS)
+        whose = f"{config.init_from} speaks"
+    said = f"dataset {config.dataset} is written in tokens of {named(data.meta)}, and {whose} {other}"
+    return f"{said}: a token means something else to it" if other else ""
+
+
+def doubts(data: DataSet, config: TrainConfig, settings: Settings, trained: Meta | None = None) -> list[str]:
+    """What is allowed and likely not meant, one sentence each; `trained` as in `other_tokenizer`."""
     told = []
+    if config.allow_other_tokenizer and (other := other_tokenizer(data, config, trained)):
+        told.append(f"{other}; going on all the same (allow_other_tokenizer)")
+    if data.meta.tokenizer == "huggingface" and not has_tokenizer(kept_with_data(data.folder)):
+        told.append(f"dataset {config.dataset} has not the files of its tokenizer, so the run cannot keep them")
     known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
     if known and not settings.vocabulary_map and size > -(-known // 128) * 128:  # more than padding
         told.append(f"dataset {config.dataset} has {known} tokens, and the model's vocabulary is {size}")
-    foreign = config.init_from not in ("scratch", "resume")
-    theirs = "gpt2" if config.init_from in hugging_face.GPT2_MODELS else tokenizer_kind(config.init_from)
-    if foreign and theirs and theirs != data.meta.tokenizer:
-        told.append(
-            f"dataset {config.dataset} is written in tokens of {data.meta.tokenizer}, and {config.init_from} speaks "
-            f"{theirs}: a token means something else to it"
-        )
     if settings.decay_lr and config.max_iters <= settings.warmup_iters and config.max_iters:
         told.append(
             f"the run ends within its warm-up (max_iters {config.max_iters}, warmup_iters {settings.warmup_iters}): "
