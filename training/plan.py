@@ -33,10 +33,10 @@ from orchestrate.training.session.start import (
     check_data,
     data_of,
     doubts,
+    opened,
     planned_model_config,
     settings_from,
     the_schedule,
-    with_foreign_shape,
 )
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
@@ -131,8 +131,8 @@ def make(
         schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
     else:
-        schedule, config = the_schedule(config), with_foreign_shape(config)
-        model, notes = planned_model_config(config)
+        schedule, (config, foreign) = the_schedule(config), opened(config)
+        model, notes = planned_model_config(config, foreign)
         settings = settings_from(config, model)
     stages, data = plan_stages(schedule, settings, world_size), data_of(config)
     check_data(data, config, stages)

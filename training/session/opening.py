@@ -11,6 +11,7 @@ from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.schedule.stages import plan_stages
 from orchestrate.training.session.resume import Resumed, check_fingerprint, open_model, pending
 from orchestrate.training.session.start import (
+    Foreign,
     check_data,
     data_of,
     initial_model,
@@ -21,7 +22,9 @@ from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.records import Progress
 
 
-def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, ranks: Ranks) -> Run:
+def open_run(
+    config: TrainConfig, resumed: Resumed | None, schedule: Schedule, ranks: Ranks, foreign: Foreign | None = None
+) -> Run:
     """Data, weights and optimizer on this rank's device. Raises Refused or ValueError."""
     device = pick_device(config.device, ranks.local_rank)
     data = data_of(config)
@@ -42,7 +45,8 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             moments,
             state.scaler,
         )
-    model_config, _ = planned_model_config(config)
+    model_config, _ = planned_model_config(config, foreign)
     settings = settings_from(config, model_config)
     check_data(data, config, plan_stages(schedule, settings, ranks.world_size))
-    return Run(config, settings, Progress.start(settings), initial_model(config, model_config), data, ranks, device)
+    model = initial_model(config, model_config, foreign)
+    return Run(config, settings, Progress.start(settings), model, data, ranks, device)

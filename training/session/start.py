@@ -5,8 +5,10 @@ What is wrong with the input is found here, as `Refused` or ValueError, before a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,38 +71,24 @@ def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
     return Settings(model=model, lora_alpha=config.lora_alpha, frozen=frozen, **values)
 
 
-def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
-    """The model's configuration without loading weights or data, and notes on what was assumed. Raises Refused."""
-    notes: list[str] = []
-    if config.init_from == "scratch":
-        vocab = config.shrunken_vocab_size
-        if not vocab:
-            vocab = read_meta(find_folder(config.dataset)).vocab_size
-        if not vocab:
-            vocab = DEFAULT_VOCAB
-            notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
-        return model_config_from(config, vocab), notes
-    return _adjusted(config, _foreign_model(config.init_from)), notes
+class Foreign(NamedTuple):
+    """Weights from elsewhere, looked at once: what they are, and what loads them (it raises ValueError)."""
+
+    model: ModelConfig
+    load: Callable[[], GPT]
 
 
-def _foreign_model(init_from: str) -> ModelConfig:
-    """The configuration of weights from elsewhere. Raises ValueError."""
-    if init_from in hugging_face.GPT2_MODELS:
-        return hugging_face.gpt2_config(init_from)
-    if Path(init_from).is_file():
-        return nanogpt.config_from_checkpoint(init_from)
-    return hugging_face.config_from_folder(init_from)
+def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
+    """The weights that a configuration starts from, and its keys of shape as these weights have them.
 
-
-def with_foreign_shape(config: TrainConfig) -> TrainConfig:
-    """A configuration whose keys of shape say what the foreign weights of init_from are; any other as it is.
-
-    A key that was given and contradicts the weights is refused. Raises Refused and ValueError.
+    None, and the configuration as it is, where it starts from no weights of others. A key that was given and
+    contradicts the weights is refused. Raises Refused and ValueError.
     """
     if config.init_from in ("scratch", "resume"):
-        return config
-    model = _foreign_model(config.init_from)
-    keys = {key: value for key, value in keys_of(model).items() if key != "block_size"}
+        return config, None
+    is_file = Path(config.init_from).is_file()
+    foreign = Foreign(*(nanogpt if is_file else hugging_face).open_model(config.init_from))
+    keys = {key: value for key, value in keys_of(foreign.model).items() if key != "block_size"}
     given = config.model_fields_set
     problems = [
         f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {key} {shown(value)}"
@@ -110,8 +98,22 @@ def with_foreign_shape(config: TrainConfig) -> TrainConfig:
     if problems:
         raise Refused(problems)
     if "block_size" not in given:
-        keys["block_size"] = min(config.block_size, model.block_size)
-    return config.model_copy(update=keys)
+        keys["block_size"] = min(config.block_size, foreign.model.block_size)
+    return config.model_copy(update=keys), foreign
+
+
+def planned_model_config(config: TrainConfig, foreign: Foreign | None = None) -> tuple[ModelConfig, list[str]]:
+    """The model's configuration without loading weights or data, and notes on what was assumed. Raises Refused."""
+    notes: list[str] = []
+    if foreign is not None:
+        return _adjusted(config, foreign.model), notes
+    vocab = config.shrunken_vocab_size
+    if not vocab:
+        vocab = read_meta(find_folder(config.dataset)).vocab_size
+    if not vocab:
+        vocab = DEFAULT_VOCAB
+        notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
+    return model_config_from(config, vocab), notes
 
 
 def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
@@ -127,14 +129,13 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
         raise Refused(str(error).split("; ")) from None
 
 
-def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
+def initial_model(config: TrainConfig, model_config: ModelConfig, foreign: Foreign | None = None) -> GPT:
     """Fresh or foreign weights in the planned shape. Raises ValueError."""
-    if config.init_from == "scratch":
+    if foreign is None:
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    load = nanogpt.load_checkpoint if Path(config.init_from).is_file() else hugging_face.load
-    model = crop_block_size(load(config.init_from), config.block_size)
+    model = crop_block_size(foreign.load(), config.block_size)
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model
