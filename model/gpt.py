@@ -83,6 +83,25 @@ class Dropout(nn.Module):
         return x * mask / self.keep.to(x.dtype)
 
 
+def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+    """The angle by which each pair of features turns from one position to the next, (head_size / 2,) float32 radians.
+
+    rotary_base ** (-2 i / head_size) (Su et al. 2021, arXiv:2104.09864). Llama 3.1 (Grattafiori et al. 2024,
+    arXiv:2407.21783; as in transformers' rope type "llama3") divides those that turn rarely in the length that it was
+    first trained on. All of them are divided by rotary_scale after that: position interpolation (Chen et al. 2023,
+    arXiv:2306.15595), so the two compose.
+    """
+    c = config
+    exponents = torch.arange(0, c.head_size, 2, dtype=torch.float32, device=device) / c.head_size
+    frequencies = 1.0 / c.rotary_base**exponents
+    if c.rotary_llama3_factor != 1.0:
+        turns = c.rotary_original_length * frequencies / (2 * math.pi)
+        low, high = c.rotary_low_freq_factor, c.rotary_high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequencies = kept * frequencies + (1.0 - kept) * frequencies / c.rotary_llama3_factor
+    return frequencies / c.rotary_scale
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as in Hugging Face's Llama."""
     a, b = x.chunk(2, dim=-1)
@@ -142,8 +161,8 @@ class Attention(_Fading):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
         self.widths = [config.n_head * config.head_size, *[config.n_kv_head * config.head_size] * 2]
-        self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.bias)
-        self.c_proj = Linear(self.widths[0], config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.attention_biases != "none")
+        self.c_proj = Linear(self.widths[0], config.n_embd, bias=config.attention_biases == "all")
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
@@ -209,10 +228,10 @@ class MLP(_Fading):
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
         super().__init__()
         self.activation = config.activation
-        self.c_fc = Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, n_hidden, bias=config.mlp_biases)
         if config.activation == "swiglu":
-            self.c_gate = Linear(config.n_embd, n_hidden, bias=config.bias)
-        self.c_proj = Linear(n_hidden, config.n_embd, bias=config.bias)
+            self.c_gate = Linear(config.n_embd, n_hidden, bias=config.mlp_biases)
+        self.c_proj = Linear(n_hidden, config.n_embd, bias=config.mlp_biases)
         self.dropout = Dropout()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -321,11 +340,8 @@ class GPT(nn.Module):
         """Make the buffers (rotary tables, dropout, masks) anew on a device: for a model that was built on meta."""
         config = self.config
         if config.position == "rotary":
-            half = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device) / config.head_size
-            angles = torch.outer(
-                torch.arange(config.block_size, dtype=torch.float32, device=device) / config.rotary_scale,
-                config.rotary_base**-half,
-            ).repeat(1, 2)
+            positions = torch.arange(config.block_size, dtype=torch.float32, device=device)
+            angles = torch.outer(positions, rotary_frequencies(config, device)).repeat(1, 2)
             self.rope_cos, self.rope_sin = angles.cos(), angles.sin()
         else:
             self.rope_cos = self.rope_sin = torch.empty(0, device=device)

@@ -117,8 +117,9 @@ def model_values(config: TrainConfig) -> dict[str, Any]:
 def keys_of(model: ModelConfig) -> dict[str, Any]:
     """The inverse of model_values: what each key says of a model. Of MLPs of several widths it says the first."""
     keys = {}
+    in_effect = {"attn_bias": model.attention_biases, "mlp_bias": model.mlp_biases}
     for key, name in MODEL_KEYS.items():
-        value = getattr(model, name)
+        value = in_effect.get(name, getattr(model, name))
         keys[key] = value == OPTIONS[name].on if OPTIONS[name].on else value[0] if name == "n_hidden" else value
     return keys
 
