@@ -125,14 +125,21 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
         raise Refused(str(error).split("; ")) from None
 
 
-def initial_model(config: TrainConfig, model_config: ModelConfig) -> GPT:
-    """Fresh or foreign weights in the planned shape. Raises ValueError."""
+def initial_model(config: TrainConfig, model_config: ModelConfig, keep: hugging_face.Keep = hugging_face.as_is) -> GPT:
+    """Fresh or foreign weights in the planned shape. Raises ValueError.
+
+    Args:
+        keep: what becomes of each of a folder's weights while it is read, before any adapter.
+    """
     if config.init_from == "scratch":
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    load = nanogpt.load_checkpoint if Path(config.init_from).is_file() else hugging_face.load
-    model = crop_block_size(load(config.init_from), config.block_size)
+    if Path(config.init_from).is_file():
+        model = nanogpt.load_checkpoint(config.init_from)
+    else:
+        model = hugging_face.load(config.init_from, keep)
+    model = crop_block_size(model, config.block_size)
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model
