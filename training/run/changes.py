@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -128,8 +127,7 @@ def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
         return _placed(run, target, batches, *run.ranks.whole(model, state))
     if reshape is None:
         raise ValueError("the target has another shape and nothing says how to get there")
-    seed = np.random.SeedSequence([run.config.seed, run.progress.iter, 1]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
+    generator = torch.Generator().manual_seed(run.seed(1))
     whole, state = run.ranks.whole(model, state)
     model, lineage = reshape(whole, target.model, generator)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
