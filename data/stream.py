@@ -14,7 +14,8 @@ import io
 import json
 import pickle
 import pickletools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ _LONGEST_META = 4 * 2**20
 _LONGEST_PICKLE = 2 * 2**20
 _LONGEST_MAP = 8 * 2**20
 """Bytes."""
+_TOKENIZERS = r"char|gpt2|huggingface|tiktoken:[\w.-]{1,80}"
 _ROUNDS = 4
 _EVALUATION_KEY = 0x5EED_0F_E7A1
 
@@ -109,8 +111,11 @@ class Meta:
     vocab_size: int | None = None
     dtype: str = "uint16"
     tokenizer: str = "gpt2"
+    """char | gpt2 | tiktoken:NAME | huggingface (then the tokenizer's files are kept, data/keeping.py)."""
     itos: tuple[str, ...] = ()
     """For tokenizer "char": the character of each id."""
+    fingerprint: str = ""
+    """Of the tokenizer (data/tokenizer.py); empty in folders of nanoGPT and of earlier versions."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -119,6 +124,7 @@ class Meta:
             "dtype": self.dtype,
             "tokenizer": self.tokenizer,
             "itos": list(self.itos),
+            "fingerprint": self.fingerprint,
         }
 
     @classmethod
@@ -133,11 +139,25 @@ class Meta:
             )
         if values.get("dtype", "uint16") not in ("uint8", "uint16", "uint32"):
             raise ValueError(f"{place}: dtype must be uint8, uint16 or uint32, got {values.get('dtype')!r}")
-        if values.get("tokenizer") not in ("char", "gpt2"):
-            raise ValueError(f"{place}: tokenizer must be char or gpt2, got {values.get('tokenizer')!r}")
-        if not isinstance(itos, list) or not all(isinstance(c, str) for c in itos):
+        tokenizer, fingerprint = values.get("tokenizer"), values.get("fingerprint", "")
+        if not isinstance(tokenizer, str) or not re.fullmatch(_TOKENIZERS, tokenizer):
+            raise ValueError(
+                f"{place}: tokenizer must be char, gpt2, tiktoken:NAME or huggingface, got {tokenizer!r:.80}"
+            )
+        if not isinstance(itos, list) or not _are_texts(itos):
             raise ValueError(f"{place}: itos must be a list of texts")
-        return cls(vocab_size, values.get("dtype", "uint16"), values["tokenizer"], tuple(itos))
+        if not isinstance(fingerprint, str) or not re.fullmatch("([0-9a-f]{64})?", fingerprint):
+            raise ValueError(f"{place}: fingerprint must be 64 hexadecimal digits, got {fingerprint!r:.80}")
+        return cls(vocab_size, values.get("dtype", "uint16"), tokenizer, tuple(itos), fingerprint)
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    """Whether all can be written as UTF-8: half a surrogate pair is no text."""
+    try:
+        "".join(values).encode("utf-8")
+    except (TypeError, UnicodeEncodeError):
+        return False
+    return True
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -170,7 +190,7 @@ def _unpickled(content: bytes) -> Any:
     return _PlainUnpickler(io.BytesIO(content)).load()
 
 
-def _read(path: Path, limit: int) -> bytes:
+def read_file(path: Path, limit: int) -> bytes:
     """Raises ValueError for a file of more than `limit` bytes."""
     with open(path, "rb") as file:
         content = file.read(limit + 1)
@@ -183,7 +203,7 @@ def read_meta(folder: Path) -> Meta:
     """meta.json, else nanoGPT's meta.pkl (read without running anything in it), else GPT-2 BPE. Raises ValueError."""
     path = folder / "meta.json"
     if path.exists():
-        content = _read(path, _LONGEST_META)
+        content = read_file(path, _LONGEST_META)
         try:
             values = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -192,7 +212,7 @@ def read_meta(folder: Path) -> Meta:
     path = folder / "meta.pkl"
     if not path.exists():
         return Meta()
-    content = _read(path, _LONGEST_PICKLE)
+    content = read_file(path, _LONGEST_PICKLE)
     try:
         values = _unpickled(content)
     except Exception as error:  # a broken pickle can raise nearly anything
@@ -203,7 +223,7 @@ def read_meta(folder: Path) -> Meta:
     itos = values.get("itos")
     if not isinstance(itos, dict):
         return Meta(size)
-    if not all(isinstance(text, str) for text in itos.values()):
+    if not _are_texts(itos.values()):
         raise ValueError(f"{path}: itos must hold texts")
     return Meta(size, tokenizer="char", itos=tuple(itos.get(i, "\ufffd") for i in range(size)))
 
@@ -217,6 +237,10 @@ class DataSet:
     meta: Meta
     name: str = ""
 
+    @property
+    def folder(self) -> Path:
+        return self.train.path.parent
+
     def fingerprint(self) -> dict[str, str]:
         return {"train": self.train.fingerprint(), "val": self.val.fingerprint()}
 
@@ -226,6 +250,9 @@ class DataSet:
             return self
 
         def through(file: TokenFile) -> TokenFile:
+            if file.remap is not None and file.remap.max() >= len(new_ids):
+                last = f"{len(new_ids)} entries of the vocabulary map"
+                raise ValueError(f"{file.path}: token id {file.remap.max()} is beyond the {last}")
             remap = new_ids if file.remap is None else new_ids[file.remap]
             return TokenFile(file.path, file.dtype.name, remap)
 
@@ -266,7 +293,7 @@ def read_remap(path: str | Path, old_size: int | None, new_size: int) -> np.ndar
     """A vocabulary remapping: .npy or .json array of new ids by old id, all in [0, new_size). Raises ValueError."""
     try:
         if str(path).endswith(".json"):
-            array = np.array(json.loads(_read(Path(path), _LONGEST_MAP)))
+            array = np.array(json.loads(read_file(Path(path), _LONGEST_MAP)))
         else:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a broken .npy can raise nearly anything

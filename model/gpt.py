@@ -24,8 +24,55 @@ from orchestrate.model.narrow import Embedding, Linear, WithoutDrawing, linear
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, each (time, head_size)."""
-Cache = list[tuple[Tensor, Tensor]]
-"""Keys and values of the positions seen, one pair a block, each (batch, n_kv_head, positions, head_size)."""
+
+
+class Cache:
+    """Keys and values of the tokens that each row of a batch has so far. Its room is made once and written in place.
+
+    Rows may have unequal numbers of tokens. Those of a row stand in its columns from 0 on, and nothing sees what stands
+    after them.
+
+    Args:
+        capacity: tokens that a row may have, at most block_size.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int) -> None:
+        assert capacity <= config.block_size, f"{capacity} positions in a model of block_size {config.block_size}"
+        self.shape = (rows, capacity, config.n_kv_head, config.head_size)
+        self.lengths = [0] * rows
+        """How many tokens each row has."""
+        self.mask: Tensor | None = None
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def place(self, time: int, counts: Sequence[int], device: torch.device) -> Tensor:
+        """Take up so many tokens of each row (of `time` given, the first ones); their positions, (batch, time)."""
+        begun, columns = any(self.lengths), torch.arange(max(self.lengths) + time, device=device)
+        assert len(columns) <= self.shape[1], f"{len(columns)} tokens in a cache of {self.shape[1]}"
+        self._at = torch.tensor(self.lengths, device=device)[:, None] + columns[:time]
+        # A new token sees its row up to itself. Without anything before, that is plain causal attention.
+        self.mask = (columns <= self._at[:, :, None])[:, None] if begun else None
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        return self._at
+
+    def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's keys and values, each (batch, n_kv_head, time, head_size), where they were placed.
+
+        Returns what there is of the layer, likewise, as far as the mask goes.
+        """
+        if layer == len(self._layers):
+            self._layers.append((k.new_zeros(self.shape), v.new_zeros(self.shape)))
+        rows = torch.arange(len(self._at), device=k.device)[:, None]
+        for room, new in zip(self._layers[layer], (k, v), strict=True):
+            room[rows, self._at] = new.transpose(1, 2)
+        if self.mask is None:
+            return k, v
+        kept_k, kept_v = (room[:, : self.mask.shape[3]].transpose(1, 2) for room in self._layers[layer])
+        return kept_k, kept_v
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        self.shape, self.lengths = (len(rows), *self.shape[1:]), [self.lengths[row] for row in rows]
+        self._layers = [(k[list(rows)], v[list(rows)]) for k, v in self._layers]
 
 
 class Loss(NamedTuple):
@@ -180,19 +227,14 @@ class Attention(_Fading):
             return self._out(self.attend_with_dropout(self, q, k, v, gqa))
         return self._out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa))
 
-    def extend(
-        self, x: Tensor, rope: Rope | None, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What `forward` makes of positions that follow those of `past`, and keys and values so far."""
+    def extend(self, x: Tensor, rope: Rope | None, cache: Cache, layer: int) -> Tensor:
+        """What `forward` makes of tokens that follow those of the cache, with them in it."""
         q, k, v = self._heads(x, rope)
-        gqa = self.n_head != self.n_kv_head
-        if past is None:
-            return self._out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)), (k, v)
-        time = x.shape[1]
-        k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        # New queries see everything cached and, among themselves, what is before them.
-        mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - time)
-        return self._out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)), (k, v)
+        k, v = cache.add(layer, k, v)
+        gqa, mask = self.n_head != self.n_kv_head, cache.mask
+        return self._out(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        )
 
     def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (batch, heads, time, head_size)."""
@@ -287,13 +329,10 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), rope)
         return x + self.mlp(self.ln_2(x))
 
-    def extend(
-        self, x: Tensor, rope: Rope | None, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What `forward` makes of positions that follow those of `past`, and keys and values so far."""
-        attended, present = self.attn.extend(self.ln_1(x), rope, past)
-        x = x + attended
-        return x + self.mlp(self.ln_2(x)), present
+    def extend(self, x: Tensor, rope: Rope | None, cache: Cache, layer: int) -> Tensor:
+        """What `forward` makes of tokens that follow those of the cache, with them in it."""
+        x = x + self.attn.extend(self.ln_1(x), rope, cache, layer)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -367,16 +406,24 @@ class GPT(nn.Module):
             self.fade_logits = torch.zeros(self.config.vocab_size, device=device)
             self.fade_logits[fade.known :] = math.log(max(fade.share, 1e-13))
 
-    def _start(self, idx: Tensor, start: int) -> tuple[Tensor, Rope | None]:
-        """The residual stream (batch, time, n_embd) before the first block, of tokens at positions from `start` on."""
-        end = start + idx.shape[1]
-        assert end <= self.config.block_size, f"{end} positions in a model of block_size {self.config.block_size}"
-        rotary = self.config.position == "rotary"
-        return self.embed(self, idx, start), (self.rope_cos[start:end], self.rope_sin[start:end]) if rotary else None
+    def _start(self, idx: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Rope | None]:
+        """The residual stream (batch, time, n_embd) before the first block, and the rotary tables of these positions.
+
+        Args:
+            positions: of each token, (batch, time); None where every row begins at 0.
+        """
+        time = idx.shape[1]
+        assert time <= self.config.block_size, f"{time} positions in a model of block_size {self.config.block_size}"
+        x = self.embed(self, idx, positions)
+        if self.config.position != "rotary":
+            return x, None
+        if positions is None:
+            return x, (self.rope_cos[:time], self.rope_sin[:time])
+        return x, (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])  # the same for all heads
 
     def _hidden(self, idx: Tensor) -> Tensor:
         """The residual stream (batch, time, n_embd) after the last block."""
-        x, rope = self._start(idx, 0)
+        x, rope = self._start(idx)
         # Around a compiled block and not in it: switching recompiles nothing, and dropout breaks no more graphs.
         again = self.checkpointing and torch.is_grad_enabled()
         for block in self.transformer["h"]:
@@ -407,21 +454,31 @@ class GPT(nn.Module):
         """Logits of every position, (batch, time, vocab)."""
         return self._head(self._hidden(idx))
 
-    def extend(self, idx: Tensor, past: Cache | None) -> tuple[Tensor, Cache]:
-        """Logits of the last of some new tokens, (batch, vocab), and the cache with them in it."""
-        x, rope = self._start(idx, past[0][0].shape[2] if past else 0)
-        present: Cache = []
-        for i, block in enumerate(self.transformer["h"]):
-            x, keys_values = block.extend(x, rope, past[i] if past else None)
-            present.append(keys_values)
-        return self._head(x[:, -1]), present
+    def extend(self, idx: Tensor, counts: Sequence[int], cache: Cache | None = None) -> Tensor:
+        """Logits after the last of some new tokens, (batch, vocab).
+
+        Args:
+            idx: new tokens, (batch, time). What stands after a row's count fills the table up, and nothing sees it.
+            counts: how many new tokens each row has, 1 or more.
+            cache: the tokens before them, and from now on the new ones too; None where there are none before.
+        """
+        if cache is None:
+            x = self._hidden(idx)
+        else:
+            x, rope = self._start(idx, cache.place(idx.shape[1], counts, idx.device))
+            for layer, block in enumerate(self.transformer["h"]):
+                x = block.extend(x, rope, cache, layer)
+        last = torch.tensor(counts, device=idx.device) - 1
+        return self._head(x[torch.arange(len(x), device=idx.device), last])
 
 
-def _embed(model: GPT, idx: Tensor, start: int) -> Tensor:
-    """What comes before the blocks: the embedding of tokens at positions from `start` on, (batch, time, n_embd)."""
+def _embed(model: GPT, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+    """What comes before the blocks: the embedding of tokens at these positions (from 0 on), (batch, time, n_embd)."""
     x = model.transformer["wte"](idx)
     if "wpe" in model.transformer:
-        x = x + model.transformer["wpe"](torch.arange(start, start + idx.shape[1], device=idx.device))
+        x = x + model.transformer["wpe"](
+            torch.arange(idx.shape[1], device=idx.device) if positions is None else positions
+        )
     return model.transformer["drop"](x)
 
 

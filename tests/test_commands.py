@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -169,11 +170,55 @@ def test_samples_differ_from_each_other(trained, capsys):
     assert {len(text) for text in three} == {35}, "the prompt and 30 characters"
 
 
+def test_samples_of_several_prompts(trained, capsys, tmp_path, monkeypatch):
+    """Of a file or of standard input, in any batch; each as of its prompt alone."""
+    args = [f"--out_dir={trained}", "--num_samples=2", "--max_new_tokens=20", "--device=cpu", "--top_p=0.8",
+            "--repetition_penalty=1.1"]  # fmt: skip
+
+    def told(*more: str) -> str:
+        assert sample.main([*args, *more]) == 0
+        return capsys.readouterr().out
+
+    (tmp_path / "p.txt").write_text("To be\r\n\nor not\n", newline="")
+    alone = told("--start=To be") + told("--start=or not")
+    assert alone.count("---------------\n") == 4 and alone != told("--start=To be", "--top_p=0.1")
+    assert told(f"--prompts={tmp_path / 'p.txt'}") == told(f"--prompts={tmp_path / 'p.txt'}", "--batch_size=3") == alone
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"or not\nTo be")))
+    assert told("--prompts=-") == told("--start=or not") + told("--start=To be")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"be\nTo")))
+    assert told("--start=-").startswith("be\nTo")
+
+
+def test_a_stop_string_ends_a_sample_and_pieces_are_flushed(trained, capsys, monkeypatch):
+    args = [f"--out_dir={trained}", "--num_samples=1", "--max_new_tokens=40", "--start=To be", "--device=cpu"]
+    assert sample.main(args) == 0
+    whole = capsys.readouterr().out
+    stop = whole[15:18]
+    assert sample.main([*args, f"--stop={stop}", "--stop=\\n\\n\\t"]) == 0
+    assert capsys.readouterr().out == whole[: whole.index(stop, 5)] + "\n---------------\n"
+    flushed = []
+    monkeypatch.setattr("builtins.print", lambda text, end, flush: flushed.append((text, end, flush)))
+    assert sample.main([*args, "--stream"]) == 0
+    assert "".join(text + end for text, end, _ in flushed) == whole
+    assert len(flushed) == 40 and all(flush for *_, flush in flushed)
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--start=§"], "character '§'"),
         (["--num_samples=0"], "num_samples: must be at least 1"),
+        (["--temperature=nan"], "temperature: must be at least 0"),
+        (["--top_p=0"], "--top_p: must be above 0 and at most 1, got 0.0"),
+        (["--top_p=1.01"], "--top_p: must be above 0 and at most 1, got 1.01"),
+        (["--repetition_penalty=-1"], "--repetition_penalty: must be positive and finite, got -1.0"),
+        (["--stop="], "--stop: the text is empty"),
+        (["--batch_size=0"], "--batch_size: must be at least 1"),
+        (["--start=a", "--prompts=b"], "--start and --prompts: give one of them"),
+        (["--prompts=nowhere.txt"], "--prompts: nowhere.txt cannot be read"),
+        ([f"--prompts={os.devnull}"], "--prompts: there is no line that is not empty"),
+        ([f"--start=FILE:{sys.executable}"], "is not UTF-8"),
+        ([f"--prompts={__file__}"], "prompt 1: the character"),
         (["--start="], "prompt is empty"),
         (["--out_dir=nowhere"], "no complete checkpoint"),
         (["--init_from=nothing"], "nothing"),

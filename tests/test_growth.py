@@ -34,6 +34,8 @@ STYLES = {
     "gpt2 with adapters": replace(GPT2, lora=LORA),
     "llama with adapters": replace(LLAMA, lora=LORA),
     "gpt2 with qk_norm": replace(GPT2, qk_norm=True, head_size=6, norm_eps=0.1),
+    "llama3": replace(LLAMA, rotary_llama3_factor=8.0, rotary_original_length=16, rotary_base=100.0),
+    "qwen2": replace(LLAMA, attn_bias="qkv", tie_weights=True, lora=LORA, rotary_scale=1.5),
     "llama with qk_norm": replace(LLAMA, qk_norm=True, head_size=6, norm_eps=0.1, lora=LORA),
 }
 # Operations that keep the function, and whether all moments have an exact image.
@@ -326,7 +328,7 @@ def test_impossible_vocabularies(value, message):
 
 def test_longer_contexts():
     idx = torch.arange(12)[None] % 19
-    for config in (GPT2, LLAMA, STYLES["llama with qk_norm"]):
+    for config in (GPT2, LLAMA, STYLES["llama3"], STYLES["llama with qk_norm"]):
         model = shaken(config)
         _, grown, _ = grow(model, "extend_context", 24)
         with torch.no_grad():
@@ -339,6 +341,13 @@ def test_longer_contexts():
     assert new.shape == (24, 8) and not lineage["transformer.wpe.weight"].exact
     _, grown, _ = grow(shaken(LLAMA), "extend_context", {"block_size": 24, "how": "interpolate", "rotary_base": 5e4})
     assert grown.config.rotary_scale == 2.0 and grown.config.rotary_base == 5e4
+    # Over a model with Llama 3's scaling, and over one that was interpolated already.
+    model = shaken(replace(STYLES["llama3"], rotary_scale=1.5))
+    _, grown, _ = grow(model, "extend_context", {"block_size": 30, "how": "interpolate"})
+    assert grown.config == replace(model.config, block_size=30, rotary_scale=1.5 * 2.5)
+    for table in ("rope_cos", "rope_sin"):  # position 5 i is where position 2 i was
+        new, old = getattr(grown, table)[::5], getattr(model, table)[::2]
+        torch.testing.assert_close(new, old.float(), atol=1e-6, rtol=0)
     planned = make("extend_context", {"value": 24}).plan(settings_of(GPT2))
     assert planned.sequence_length == 24
     planned = make("extend_context", {"value": 24}).plan(replace(settings_of(GPT2), sequence_length=6))
@@ -363,7 +372,7 @@ def test_sequences_of_another_length_are_the_same_stream(data):
 # ---------------------------------------------------------------------------------------------- masked growth
 
 
-@pytest.mark.parametrize("style", ["gpt2", "llama", "gpt2 with adapters", "llama with qk_norm"])
+@pytest.mark.parametrize("style", ["gpt2", "llama", "gpt2 with adapters", "llama3", "qwen2", "llama with qk_norm"])
 @pytest.mark.parametrize(
     "name, value",
     [

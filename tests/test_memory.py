@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_orchestrated
 from orchestrate.model.config import LoraSpec
-from orchestrate.model.gpt import GPT, compile_blocks, set_dropout
+from orchestrate.model.gpt import GPT, Cache, compile_blocks, set_dropout
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training import plan
 from orchestrate.training.operations import make
@@ -270,7 +270,7 @@ def test_it_computes_what_float32_computes_with_those_numbers(style):
         assert others[name].dtype == torch.float32
         torch.testing.assert_close(others[name], grad, atol=1e-5, rtol=1e-4)
     prompt = tokens(2, 3)
-    cached, _ = narrow.extend(prompt, None)
+    cached = narrow.extend(prompt, [3, 3], Cache(config, 2, 3))
     torch.testing.assert_close(cached, narrow.logits(prompt)[:, -1], atol=1e-5, rtol=1e-5)
 
 

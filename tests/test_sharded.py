@@ -258,6 +258,19 @@ def _offsets(text):
     return change
 
 
+def _starts(forge):
+    """Every part of a shard says that it begins elsewhere in its tensor."""
+
+    def change(folder):
+        with checkpoint.safe_open(folder / SHARD, framework="pt") as file:
+            parts = json.loads(file.metadata()[checkpoint._SHARDS])
+        for part in parts.values():
+            part[checkpoint._OFFSETS] = forge(part[checkpoint._OFFSETS])
+        _offsets(json.dumps(parts))(folder)
+
+    return change
+
+
 def _listed(name):
     def change(folder):
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -265,6 +278,15 @@ def _listed(name):
         write_manifest(folder, manifest)
 
     return change
+
+
+def test_weights_and_moments_of_a_rank_lie_in_files_of_their_own(sharded):
+    """Who samples need not read the moments."""
+    for rank in (1, 2):
+        for kind in (1, 2):
+            name = f"shard-{rank:05d}-model-{kind:05d}-of-00002.safetensors"
+            tensors = load_file(sharded / "checkpoints" / "iter_000000004" / name)
+            assert tensors and {"|" in key for key in tensors} == {kind == 2}
 
 
 @pytest.mark.parametrize(
@@ -277,6 +299,9 @@ def _listed(name):
         (_offsets("[]"), "not readable"),
         (_offsets("{}"), "not readable"),
         (_offsets("nonsense"), "not readable"),
+        (_starts(lambda start: [*start, 0]), "starts at"),
+        (_starts(lambda start: [-1] * len(start)), "starts at"),
+        (_starts(lambda start: [0.0] * len(start)), "starts at"),
         (_listed("../../state.json"), "the manifest names '../../state.json'"),
         (_listed("/etc/passwd"), "the manifest names '/etc/passwd'"),
         (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),

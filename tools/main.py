@@ -33,6 +33,7 @@ def called(name: str) -> str:
 
 def script(name: str, arguments: Sequence[str]) -> NoReturn:
     """Run a subcommand and end the process with its exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what the terminal's encoding does not have
     code = run(name, arguments)
     # torchrun ends the other ranks as soon as one has ended, while they may be about to: their exit code is decided.
     for number in SIGNALS:

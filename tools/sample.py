@@ -1,24 +1,32 @@
 """Generate text: from a run folder, a Hugging Face model or folder, or a nanoGPT ckpt.pt.
 
     python sample.py --out_dir=RUN --start="ROMEO:" [--num_samples --max_new_tokens --temperature --top_k --seed]
-    python sample.py --init_from=gpt2 --start=FILE:prompt.txt
+    python sample.py --init_from=gpt2 --start=FILE:prompt.txt --top_p=0.9 --stop="\\n\\n" --stream
+    python sample.py --out_dir=RUN --prompts=FILE --num_samples=1
 
 `orchestrate sample` is the same command. A run folder carries its tokenizer, and so does a Hugging Face folder; the
-others speak GPT-2's, or that of --dataset.
+others speak GPT-2's, or that of --dataset. A text follows from the model, its prompt, --seed and its number among the
+texts of that prompt: it is the same alone and beside others, but for the rounding of larger matrix products.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
+from orchestrate.model.generate import Choice
 from orchestrate.model.gpt import compile_blocks
 from orchestrate.tools.main import called
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
-from orchestrate.training.session.sampling import open_foreign, open_run_folder, samples
+from orchestrate.training.session.sampling import open_foreign, open_run_folder
 from orchestrate.training.session.stopping import SignalWatch
+from orchestrate.training.session.texts import samples
 from orchestrate.training.settings.errors import Refused, refusing
 
 
@@ -36,11 +44,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--init_from", default="resume", help="resume (a run folder) | gpt2* | folder | ckpt.pt")
     parser.add_argument("--out_dir", default="out", help="the run folder (default out)")
     parser.add_argument("--checkpoint", default="latest", help="latest | best | a folder's name (default latest)")
-    parser.add_argument("--start", default="\n", help="the prompt, or FILE:path of one")
-    parser.add_argument("--num_samples", type=int, default=10)
-    parser.add_argument("--max_new_tokens", type=int, default=500)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=int, default=200, help="draw among the k likeliest; 0: among all")
+    parser.add_argument("--start", help='the prompt, FILE:path of one, or - for standard input (default "\\n")')
+    parser.add_argument("--prompts", help="a file with a prompt on each line that is not empty; -: standard input")
+    parser.add_argument("--num_samples", type=int, default=10, help="texts of each prompt (default 10)")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="of each text (default 500)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
+    parser.add_argument("--top_k", type=int, default=200, help="draw among the k likeliest; 0: among all (default 200)")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw among the fewest likeliest that have this probability together"
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0,
+        help="above 1: what is there already, the prompt included, becomes less likely (CTRL's; default 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end a text before this, which is not printed (repeatable); \\n and \\t stand for a newline and a tab",
+    )  # fmt: skip
+    parser.add_argument("--stream", action="store_true", help="print each piece of a text as it comes")
+    parser.add_argument("--batch_size", type=int, default=16, help="texts that are generated together (default 16)")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N | mps")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
@@ -49,17 +71,44 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     problems = [
         f"--{name}: must be at least {least}, got {getattr(options, name)}"
-        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0))
-        if not getattr(options, name) >= least
-    ]
+        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0),
+                            ("batch_size", 1))
+        if not least <= getattr(options, name) < math.inf
+    ]  # fmt: skip
+    if not 0 < options.top_p <= 1:
+        problems.append(f"--top_p: must be above 0 and at most 1, got {options.top_p}")
+    if not 0 < options.repetition_penalty < math.inf:
+        problems.append(f"--repetition_penalty: must be positive and finite, got {options.repetition_penalty}")
+    options.stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.stop]
+    if "" in options.stop:
+        problems.append("--stop: the text is empty")
+    if options.start is not None and options.prompts is not None:
+        problems.append("--start and --prompts: give one of them")
     if problems:
         raise Refused(problems)
-    if options.start.startswith("FILE:"):
-        try:
-            options.start = Path(options.start[5:]).read_text("utf-8")
-        except OSError as error:
-            raise Refused(f"--start: {options.start[5:]} cannot be read ({error.strerror})") from None
+    if options.prompts is not None:
+        options.prompts = [line for line in _text("--prompts", options.prompts).split("\n") if line]
+        if not options.prompts:
+            raise Refused("--prompts: there is no line that is not empty")
+    elif options.start == "-":
+        options.prompts = [_text("--start", "-")]
+    elif options.start is not None and options.start.startswith("FILE:"):
+        options.prompts = [_text("--start", options.start.removeprefix("FILE:"))]
+    else:
+        options.prompts = ["\n" if options.start is None else options.start]
     return options
+
+
+def _text(option: str, path: str) -> str:
+    """What a file says, or standard input. Raises Refused."""
+    where = "standard input" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except OSError as error:
+        raise Refused(f"{option}: {where} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise Refused(f"{option}: {where} is not UTF-8 (byte {error.start})") from None
 
 
 def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
@@ -77,18 +126,19 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
         model.reset_buffers(device)
         if options.compile:
             compile_blocks(model)
-        texts = samples(
+        dtype = DTYPES[pick_dtype(options.dtype, device)]
+        pieces = samples(
             model,
             tokenizer,
-            options.start,
+            options.prompts,
             options.num_samples,
             options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k or None,
+            choice=Choice(options.repetition_penalty, options.temperature, options.top_k, options.top_p),
             seed=options.seed,
-            dtype=DTYPES[pick_dtype(options.dtype, device)],
+            stop=options.stop,
+            batch_size=options.batch_size,
+            autocast=nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype),
         )
-        for text in texts:
-            print(text)
-            print("---------------")
+        for piece in pieces:
+            print(piece.text, end="\n---------------\n" if piece.last else "", flush=options.stream)
     return 0

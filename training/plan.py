@@ -32,10 +32,10 @@ from orchestrate.training.session.start import (
     check_data,
     data_of,
     doubts,
+    opened,
     planned_model_config,
     settings_from,
     the_schedule,
-    with_foreign_shape,
 )
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
@@ -130,14 +130,14 @@ def make(
         schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
     else:
-        schedule, config = the_schedule(config), with_foreign_shape(config)
-        model, notes = planned_model_config(config)
+        schedule, (config, foreign) = the_schedule(config), opened(config)
+        model, notes = planned_model_config(config, foreign)
         settings = settings_from(config, model)
     stages, data = plan_stages(schedule, settings, world_size), data_of(config)
     check_data(data, config, stages)
     if config.init_from == "resume":
         check_fingerprint(config, resumed.loaded.state, data)
-    notes += doubts(data, config, settings)
+    notes += doubts(data, config, settings, resumed.loaded.state.tokenizer if config.init_from == "resume" else None)
     share = world_size if config.parallel == "fsdp" else 1
     rows = _rows(stages, config, schedule.source, share)
     if config.parallel == "fsdp":

@@ -28,7 +28,7 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> G
             and gradients are added up in float32. What lies around the blocks (embedding, last norm, head) is gathered
             as it is: the residual stream starts and the logits end in full precision.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     options = {}
     if dtype == torch.bfloat16:
@@ -39,6 +39,8 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> G
     for block in model.transformer["h"]:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh)
+    for module in (*model.transformer["h"], model):
+        register_fsdp_forward_method(module, "extend")  # generating gathers weights as a forward pass does
     return model
 
 

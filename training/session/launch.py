@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from orchestrate.data.keeping import keep
 from orchestrate.training.run import out_of_memory
 from orchestrate.training.run.casting import in_words
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
@@ -24,7 +25,7 @@ from orchestrate.training.session.lock import FolderLock
 from orchestrate.training.session.opening import open_run
 from orchestrate.training.session.resume import Resumed, resume
 from orchestrate.training.session.session import Session
-from orchestrate.training.session.start import doubts, the_schedule, with_foreign_shape
+from orchestrate.training.session.start import doubts, opened, the_schedule
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
@@ -90,13 +91,13 @@ def prepare(
     config: TrainConfig, given: dict[str, str], operations: Sequence[OwnFile], meeting: Meeting
 ) -> tuple[Resumed | None, Orchestrator]:
     """Everything that can be refused without the run folder being written to."""
-    resumed = None
+    resumed = foreign = None
     config, given = resume_after_restart(config, given)
     if config.init_from == "resume":
         resumed = resume(config, given, operations, meeting.from_first)
         config, schedule = resumed.config, resumed.schedule
     else:
-        schedule, config = the_schedule(config), with_foreign_shape(config)
+        schedule, (config, foreign) = the_schedule(config), opened(config)
         if not config.eval_only:
             refuse_to_overwrite(config.out_dir)
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -107,7 +108,7 @@ def prepare(
     ranks = Ranks(device.type, config.backend, config.parallel, dtype, meeting)
     if len(set(ranks.gather(tuple((file.path.name, file.sha256) for file in operations)))) > 1:
         raise Refused("--operations: the ranks have files of different names or contents")
-    run = open_run(config, resumed, schedule, ranks)
+    run = open_run(config, resumed, schedule, ranks, foreign)
     run.check_ranks_agree("the start")
     orchestrator = Orchestrator(schedule, run)
     if resumed is not None:
@@ -144,11 +145,13 @@ def make_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLoc
     rewind(out_dir, resumed.loaded.state.log_sizes if resumed is not None else {})
     out_of_memory.forget(out_dir)  # every rank has heeded it
     write_start(out_dir, config.model_dump(), orchestrator.schedule.text)
+    keep(orchestrator.run.data.meta, orchestrator.run.data.folder, out_dir)
 
 
 def restore_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLock) -> str:
     """Make again what a start writes, after somebody removed the run folder; returns what is wrong, or nothing."""
     write_start(Path(config.out_dir), config.model_dump(), orchestrator.schedule.text)
+    keep(orchestrator.run.data.meta, orchestrator.run.data.folder, config.out_dir)
     return lock.renew()
 
 
@@ -220,7 +223,8 @@ def announce(session: Session, resumed: Resumed | None) -> None:
         session.reporter.say(f"note: {in_words(run.cast.to_json())}")
     if run.optimizer.note:
         session.reporter.say(f"note: {run.optimizer.note}")
-    for doubt in doubts(run.batches.opened, config, run.settings):
+    trained = resumed.loaded.state.tokenizer if resumed is not None else None
+    for doubt in doubts(run.batches.opened, config, run.settings, trained):
         session.reporter.say(f"warning: {doubt}")
     if config.parallel == "fsdp" and not run.ranks.sharded:
         session.reporter.say("parallel=fsdp shards nothing on one process")

@@ -12,6 +12,7 @@ from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.schedule.stages import plan_stages
 from orchestrate.training.session.resume import Resumed, check_fingerprint, open_model, pending
 from orchestrate.training.session.start import (
+    Foreign,
     check_data,
     data_of,
     initial_model,
@@ -22,7 +23,9 @@ from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.records import Progress
 
 
-def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, ranks: Ranks) -> Run:
+def open_run(
+    config: TrainConfig, resumed: Resumed | None, schedule: Schedule, ranks: Ranks, foreign: Foreign | None = None
+) -> Run:
     """Data, weights and optimizer on this rank's device. Raises Refused or ValueError."""
     device = pick_device(config.device, ranks.local_rank)
     data = data_of(config)
@@ -43,11 +46,11 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             moments,
             state.scaler,
         )
-    model_config, _ = planned_model_config(config)
+    model_config, _ = planned_model_config(config, foreign)
     settings = settings_from(config, model_config)
     check_data(data, config, plan_stages(schedule, settings, ranks.world_size))
     casting = Casting.at_start(settings)
-    model = initial_model(config, model_config, casting)
+    model = initial_model(config, model_config, foreign, casting)
     run = Run(config, settings, Progress.start(settings), model, data, ranks, device)
     run.cast += casting.cast
     return run

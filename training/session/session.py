@@ -20,8 +20,9 @@ from orchestrate.training.session import healing
 from orchestrate.training.session.resume import open_model
 from orchestrate.training.session.saving import Saver
 from orchestrate.training.session.stopping import NoSignals, SignalWatch
+from orchestrate.training.session.texts import continue_prompts
 from orchestrate.training.settings.config import TrainConfig
-from orchestrate.training.settings.errors import Stopped
+from orchestrate.training.settings.errors import Refused, Stopped
 from orchestrate.training.settings.metrics import LOGGED, ON_FIRST_RANK, PARTS, VAL_LOSS, finite, numbers
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store import checkpoint
@@ -91,6 +92,9 @@ class Session:
             self.reporter.say(
                 f"[{number}] {fields['name']}{desc}: {moved or 'no change'}{over} [{fields['reason']}]{losses}"
             )
+        elif kind == "samples":
+            for sample in fields["texts"]:
+                self.reporter.say(f"step {self.run.progress.iter}: a text from {sample['prompt']!r}:\n{sample['text']}")
         elif kind == "rollback":
             told = f"back to iteration {self.run.progress.iter} from {fields['from_iter']}: {fields['reason']}"
             if "entry" in fields:
@@ -206,6 +210,12 @@ class Session:
             self._look_for_gain(VAL_LOSS, loss)
         self.metrics("eval", val_loss=loss, best_val_loss=p.best_val_loss)
         self.reporter.say(f"step {p.iter}: val loss {loss:.4f}" + (" (best)" if p.best_iter == p.iter else ""))
+        if self.config.sample_prompts:
+            try:
+                self.event("samples", texts=continue_prompts(self.run))
+            except Refused as error:
+                self.reporter.say(f"warning: sample_prompts: {error}")
+            self.tick()
         return loss
 
     def _look_for_gain(self, metric: str, value: float) -> None:

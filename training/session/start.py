@@ -5,20 +5,24 @@ What is wrong with the input is found here, as `Refused` or ValueError, before a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
-from orchestrate.data.tokenizer import tokenizer_kind
+from orchestrate.data.keeping import check_kept, differs, kept_with_data, named
+from orchestrate.data.stream import DataSet, Meta, find_folder, open_data, read_meta, read_remap, within
+from orchestrate.data.tokenizer import has_tokenizer, tells_apart
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.config import OPTIONS, LoraSpec, ModelConfig, expand_layers
 from orchestrate.model.gpt import GPT, crop_block_size, init_weights
 from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
 from orchestrate.training.schedule.stages import Stage
+from orchestrate.training.session.texts import check_prompts
 from orchestrate.training.settings.config import TrainConfig, keys_of, model_values, stands_for_more
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings
@@ -67,38 +71,26 @@ def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
     return Settings(model=model, lora_alpha=config.lora_alpha, frozen=frozen, **values)
 
 
-def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:
-    """The model's configuration without loading weights or data, and notes on what was assumed. Raises Refused."""
-    notes: list[str] = []
-    if config.init_from == "scratch":
-        vocab = config.shrunken_vocab_size
-        if not vocab:
-            vocab = read_meta(find_folder(config.dataset)).vocab_size
-        if not vocab:
-            vocab = DEFAULT_VOCAB
-            notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
-        return model_config_from(config, vocab), notes
-    return _adjusted(config, _foreign_model(config.init_from)), notes
+class Foreign(NamedTuple):
+    """Weights from elsewhere, looked at once: what they are, and what loads them (it raises ValueError)."""
+
+    model: ModelConfig
+    load: Callable[[hugging_face.Keep], GPT]
 
 
-def _foreign_model(init_from: str) -> ModelConfig:
-    """The configuration of weights from elsewhere. Raises ValueError."""
-    if init_from in hugging_face.GPT2_MODELS:
-        return hugging_face.gpt2_config(init_from)
-    if Path(init_from).is_file():
-        return nanogpt.config_from_checkpoint(init_from)
-    return hugging_face.config_from_folder(init_from)
+def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
+    """The weights that a configuration starts from, and its keys of shape as these weights have them.
 
-
-def with_foreign_shape(config: TrainConfig) -> TrainConfig:
-    """A configuration whose keys of shape say what the foreign weights of init_from are; any other as it is.
-
-    A key that was given and contradicts the weights is refused. Raises Refused and ValueError.
+    None, and the configuration as it is, where it starts from no weights of others. A key that was given and
+    contradicts the weights is refused. Raises Refused and ValueError.
     """
     if config.init_from in ("scratch", "resume"):
-        return config
-    model = _foreign_model(config.init_from)
-    keys = {key: value for key, value in keys_of(model).items() if key != "block_size"}
+        return config, None
+    is_file = Path(config.init_from).is_file()
+    shape, load = (nanogpt if is_file else hugging_face).open_model(config.init_from)
+    # A ckpt.pt is mapped into memory: what is rounded of it is when the run is opened.
+    foreign = Foreign(shape, (lambda keep: load()) if is_file else load)
+    keys = {key: value for key, value in keys_of(foreign.model).items() if key != "block_size"}
     given = config.model_fields_set
     problems = [
         f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {key} {shown(value)}"
@@ -108,8 +100,22 @@ def with_foreign_shape(config: TrainConfig) -> TrainConfig:
     if problems:
         raise Refused(problems)
     if "block_size" not in given:
-        keys["block_size"] = min(config.block_size, model.block_size)
-    return config.model_copy(update=keys)
+        keys["block_size"] = min(config.block_size, foreign.model.block_size)
+    return config.model_copy(update=keys), foreign
+
+
+def planned_model_config(config: TrainConfig, foreign: Foreign | None = None) -> tuple[ModelConfig, list[str]]:
+    """The model's configuration without loading weights or data, and notes on what was assumed. Raises Refused."""
+    notes: list[str] = []
+    if foreign is not None:
+        return _adjusted(config, foreign.model), notes
+    vocab = config.shrunken_vocab_size
+    if not vocab:
+        vocab = read_meta(find_folder(config.dataset)).vocab_size
+    if not vocab:
+        vocab = DEFAULT_VOCAB
+        notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
+    return model_config_from(config, vocab), notes
 
 
 def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
@@ -125,21 +131,22 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
         raise Refused(str(error).split("; ")) from None
 
 
-def initial_model(config: TrainConfig, model_config: ModelConfig, keep: hugging_face.Keep = hugging_face.as_is) -> GPT:
+def initial_model(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    foreign: Foreign | None = None,
+    keep: hugging_face.Keep = hugging_face.as_is,
+) -> GPT:
     """Fresh or foreign weights in the planned shape. Raises ValueError.
 
     Args:
-        keep: what becomes of each of a folder's weights while it is read, before any adapter.
+        keep: what becomes of each foreign weight once it is read, before there are adapters.
     """
-    if config.init_from == "scratch":
+    if foreign is None:
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    if Path(config.init_from).is_file():
-        model = nanogpt.load_checkpoint(config.init_from)
-    else:
-        model = hugging_face.load(config.init_from, keep)
-    model = crop_block_size(model, config.block_size)
+    model = crop_block_size(foreign.load(keep), config.block_size)
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model
@@ -159,11 +166,19 @@ def data_of(config: TrainConfig) -> DataSet:
 
 
 def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
-    """Raises Refused where the data does not fit the models of a run: too few tokens, or ids that a model lacks.
+    """Raises Refused where the data does not fit the models of a run, or where sample_prompts cannot be read.
+
+    There may be too few tokens, or ids that a model lacks, or ids that mean something else to it.
 
     Of the files only samples are looked at; a batch is looked at whole before it is used.
     """
     check_lengths(stages, data)
+    if not config.allow_other_tokenizer and (problem := other_tokenizer(data, config)):
+        raise Refused(f"{problem}; --allow_other_tokenizer=True goes on all the same")
+    try:
+        check_kept(data.meta, kept_with_data(data.folder))
+    except ValueError as error:
+        raise Refused(f"dataset {config.dataset}: {error}") from None
     settings = stages[0].settings
     known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
     if known and known > size and not settings.vocabulary_map:
@@ -175,21 +190,37 @@ def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
             within(file.sampled(), size, file.path)
         except ValueError as error:
             raise Refused(f"dataset {config.dataset}: {error}") from None
+    check_prompts(config, data.meta, settings)
 
 
-def doubts(data: DataSet, config: TrainConfig, settings: Settings) -> list[str]:
-    """What is allowed and likely not meant, one sentence each."""
+def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = None) -> str:
+    """That tokens of the data mean something else to the model, in one sentence; nothing where they do not.
+
+    Args:
+        trained: what the tokens were that a checkpoint was trained on.
+    """
+    if trained is not None:
+        other = named(trained) if tells_apart(data.meta, trained) else ""
+        whose = "the checkpoint was trained on those of"
+    elif config.init_from in ("scratch", "resume") or config.shrunken_vocab_size or Path(config.init_from).is_file():
+        return ""
+    else:
+        other = differs(data.meta, data.folder, config.init_from, config.init_from in hugging_face.GPT2_MODELS)
+        whose = f"{config.init_from} speaks"
+    said = f"dataset {config.dataset} is written in tokens of {named(data.meta)}, and {whose} {other}"
+    return f"{said}: a token means something else to it" if other else ""
+
+
+def doubts(data: DataSet, config: TrainConfig, settings: Settings, trained: Meta | None = None) -> list[str]:
+    """What is allowed and likely not meant, one sentence each; `trained` as in `other_tokenizer`."""
     told = []
+    if config.allow_other_tokenizer and (other := other_tokenizer(data, config, trained)):
+        told.append(f"{other}; going on all the same (allow_other_tokenizer)")
+    if data.meta.tokenizer == "huggingface" and not has_tokenizer(kept_with_data(data.folder)):
+        told.append(f"dataset {config.dataset} has not the files of its tokenizer, so the run cannot keep them")
     known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
     if known and not settings.vocabulary_map and size > -(-known // 128) * 128:  # more than padding
         told.append(f"dataset {config.dataset} has {known} tokens, and the model's vocabulary is {size}")
-    foreign = config.init_from not in ("scratch", "resume")
-    theirs = "gpt2" if config.init_from in hugging_face.GPT2_MODELS else tokenizer_kind(config.init_from)
-    if foreign and theirs and theirs != data.meta.tokenizer:
-        told.append(
-            f"dataset {config.dataset} is written in tokens of {data.meta.tokenizer}, and {config.init_from} speaks "
-            f"{theirs}: a token means something else to it"
-        )
     if settings.decay_lr and config.max_iters <= settings.warmup_iters and config.max_iters:
         told.append(
             f"the run ends within its warm-up (max_iters {config.max_iters}, warmup_iters {settings.warmup_iters}): "

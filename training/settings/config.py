@@ -13,9 +13,9 @@ import operator
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from orchestrate.model.config import DEFAULTS, OPTIONS, ModelConfig
 from orchestrate.training.settings.errors import Refused
@@ -39,6 +39,16 @@ from orchestrate.training.settings.values import (
 )
 
 
+def _listed(value: Any) -> Any:
+    """One text is a list of one, and an empty one a list of none."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    return tuple(value) if isinstance(value, list) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
 def _key(default: Any, meaning: str) -> Any:
     return Field(default=default, description=meaning)
 
@@ -54,6 +64,8 @@ class _RunKeys(BaseModel):
     eval_iters: PositiveInt = _key(200, "batches of one evaluation, the same fixed windows each time")
     eval_batch_size: NonNegativeInt = _key(0, "sequences in a batch of an evaluation; 0: batch_size at the start")
     eval_only: bool = _key(False, "evaluate once, write nothing, exit")
+    sample_prompts: Texts = _key((), "prompts that are continued at every evaluation, a list of texts; (): none")
+    sample_tokens: PositiveInt = _key(64, "tokens of each continuation of sample_prompts")
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
     keep_last: PositiveInt = _key(2, "how many of the latest checkpoints are kept")
@@ -74,6 +86,9 @@ class _RunKeys(BaseModel):
     # data
     dataset: str = _key("openwebtext", "a folder under data/, or a path to one, with train.bin and val.bin")
     allow_changed_data: bool = _key(False, "on resume: go on although train.bin or val.bin is not what it was")
+    allow_other_tokenizer: bool = _key(
+        False, "go on although the data is in tokens of another tokenizer than the model's"
+    )
     gradient_accumulation_steps: PositiveInt = _key(40, "micro-steps in one iteration, over all ranks together")
     batch_size: PositiveInt = _key(12, "sequences in one micro-step on one rank")
     shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
@@ -261,6 +276,8 @@ def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
         raise ValueError(f"a whole number of {value.bit_length()} bits is not a setting")
     if isinstance(value, str) and len(value) > _LONGEST_TEXT:
         raise ValueError(f"a text of {len(value)} characters is not a setting (at most {_LONGEST_TEXT})")
+    if isinstance(value, list) and (len(value) > 100 or any(isinstance(item, list) for item in value)):
+        raise ValueError("a list has at most 100 values, and no lists among them")
     return value
 
 
@@ -272,6 +289,8 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
             return names[name]
         case ast.Name(id=name):
             raise ValueError(f"the name {name} is not assigned above{nearest(name, names)}")
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            return [_evaluate(element, names) for element in elements]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
             return _UNARY[type(op)](_evaluate(operand, names))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
@@ -365,7 +384,8 @@ def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
         problems += errors
     for key, text in command_line:
         key = ALIASES.get(key, key)
-        is_text = key in KEYS and TrainConfig.model_fields[key].annotation is str
+        kind = TrainConfig.model_fields[key].annotation if key in KEYS else None
+        is_text = kind is str or (kind == tuple[str, ...] and text[:1] not in "[(")
         given[key] = (text if is_text else parse_text(text), f"--{key}")
 
     for i, key in enumerate([key for key in given if key not in KEYS]):

@@ -89,6 +89,12 @@ class Reporter(Silent):
             shown = {f"operation/{name}": value for name, value in fields["settings_after"].items()}
             self._wandb.log({name: v for name, v in shown.items() if isinstance(v, int | float)}, step=fields["iter"])
 
+        if self._wandb is not None and kind == "samples":
+            import wandb
+
+            rows = [[fields["iter"], sample["prompt"], sample["text"]] for sample in fields["texts"]]
+            self._wandb.log({"samples": wandb.Table(["iter", "prompt", "text"], rows)}, step=fields["iter"])
+
     def metrics(self, kind: str, **fields: Any) -> None:
         self._iter = fields["iter"]
         self._write(METRICS, {"kind": kind, **fields})

@@ -117,7 +117,7 @@ class _Event(TypedDict):
     time: _Real
     """Seconds since 1970, UTC."""
     void: NotRequired[bool]
-    """True: the run went back to before this decision, operation or rollback."""
+    """True: the run went back to before this decision, operation, these samples or rollback."""
 
 
 class _Begins(_Event):
@@ -219,6 +219,21 @@ class Operation(_Event):
     """Where weights changed their number type (weights_dtype)."""
 
 
+class Text(TypedDict):
+    """One of sample_prompts."""
+
+    prompt: str
+    text: str
+    """It and what the model makes of it."""
+
+
+class Samples(_Event):
+    """After an evaluation: how the model continues sample_prompts, with the same random numbers every time."""
+
+    kind: Literal["samples"]
+    texts: list[Text]
+
+
 class Checkpoint(_Event):
     """A checkpoint was written."""
 
@@ -301,12 +316,12 @@ class End(_Event):
 METRICS_KINDS: Mapping[str, Any] = {"train": Train, "eval": Eval}
 EVENT_KINDS: Mapping[str, Any] = {
     "start": Start, "resume": Resume, "override": Override, "decision": Decision, "operation": Operation,
-    "checkpoint": Checkpoint, "emergency": Emergency, "rollback": Rollback, "signal": Signal, "error": Error,
-    "end": End,
+    "samples": Samples, "checkpoint": Checkpoint, "emergency": Emergency, "rollback": Rollback, "signal": Signal,
+    "error": Error, "end": End,
 }  # fmt: skip
 # Events that describe the run's course: after going back to an earlier state they did not happen. The others (signal,
 # error, ...) describe what befell the process, and that stays true.
-COURSE = ("decision", "operation", "rollback")
+COURSE = ("decision", "operation", "samples", "rollback")
 
 
 def event(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,313 @@
+"""Generation: tokens as transformers chooses them, cached as uncached, in a batch as alone, and text in pieces."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_model import BOTH, GPT2, LLAMA, QK_NORM, tokens, trained
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer
+from orchestrate.model.config import LoraSpec
+from orchestrate.model.generate import Choice, Continuation, draw
+from orchestrate.model.gpt import Cache
+from orchestrate.training.session.texts import samples
+from orchestrate.training.settings.errors import Refused
+
+# ---------------------------------------------------------------------------------------------- one token
+
+
+def logits(rows: int = 5, vocab: int = 40) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2)) * 3
+
+
+def seen_of(history: torch.Tensor, vocab: int) -> torch.Tensor:
+    return torch.zeros(len(history), vocab, dtype=torch.bool).scatter_(1, history, True)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 2.5])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (7, 1.0), (99, 1.0), (0, 0.9), (0, 1e-6), (7, 0.55)])
+def test_logits_are_filtered_as_transformers_does(penalty, temperature, top_k, top_p):
+    """In its order: penalty, temperature, top_k, top_p; to the bit."""
+    scores, history = logits(), torch.randint(0, 40, (5, 12), generator=torch.Generator().manual_seed(4))
+    ours = Choice(penalty, temperature, top_k, top_p).filtered(scores, seen_of(history, 40))
+    theirs = scores
+    if penalty != 1:
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)(history, theirs)
+    theirs = TemperatureLogitsWarper(temperature)(history, theirs)
+    if top_k:
+        theirs = TopKLogitsWarper(top_k)(history, theirs)
+    if top_p < 1:
+        theirs = TopPLogitsWarper(top_p)(history, theirs)
+    assert torch.equal(ours, theirs)
+
+
+def test_filters_by_hand():
+    chances = torch.tensor([[0.5, 0.05, 0.25, 0.2]])
+
+    def kept(**choice) -> list[float]:
+        return [round(p, 4) for p in Choice(**choice).filtered(chances.log(), None).softmax(-1)[0].tolist()]
+
+    assert kept(top_p=0.6) == [0.6667, 0.0, 0.3333, 0.0], "0.5 are not enough, 0.75 are"
+    assert kept(top_p=0.45) == [1.0, 0.0, 0.0, 0.0], "the likeliest is always there"
+    assert kept(top_k=3) == [0.5263, 0.0, 0.2632, 0.2105]
+    assert kept(temperature=0.5) == [0.7042, 0.007, 0.1761, 0.1127], "squares over 0.355"
+    two = torch.tensor([[2.0, -1.0, 3.0]])
+    seen = torch.tensor([[True, True, False]])
+    assert Choice(repetition_penalty=2.0, temperature=0).filtered(two, seen).tolist() == [[1.0, -2.0, 3.0]]
+    tied = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    assert Choice(top_k=2).filtered(tied, None).isfinite().tolist() == [[True, True, False, True]]
+
+
+def test_a_token_is_drawn_by_the_distribution_function():
+    scores = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).log()
+    for uniform, token in [(0.0, 0), (0.2499, 0), (0.2501, 2), (0.7499, 2), (0.7501, 3), (math.nextafter(1, 0), 3)]:
+        assert draw(scores, [uniform]).tolist() == [token], uniform
+    assert draw(torch.tensor([[-torch.inf, 1.0], [2.0, -torch.inf]]), [0.0, math.nextafter(1, 0)]).tolist() == [1, 0]
+    assert draw(torch.tensor([[0.0, torch.nan], [0.0, 1.0], [torch.inf, 0.0]]), [0.5] * 3).tolist() == [-1, 1, -1]
+    many, random = logits(1), np.random.default_rng(0)
+    drawn = torch.bincount(draw(many.expand(20000, -1), random.random(20000).tolist()), minlength=40) / 20000
+    assert (drawn - many.softmax(-1)[0]).abs().max() < 0.015
+
+
+# ---------------------------------------------------------------------------------------------- many tokens
+
+SAMPLED = Choice(repetition_penalty=1.2, temperature=0.9, top_k=20, top_p=0.9)
+GREEDY = Choice(temperature=0)
+
+
+def continued(model, prompts, count, choice=SAMPLED, seed=3, use_cache=True, end=lambda row, token: False):
+    """The sequences after so many steps; the numbers are those of samples 0, 1, ..."""
+    rows = Continuation(model, prompts, choice, [(seed, n) for n in range(len(prompts))], count, use_cache)
+    for _ in range(count):
+        for row, token in rows.step().items():
+            if end(row, token):
+                rows.end(row)
+    return rows.tokens
+
+
+def by_hand(model, prompt, count, choice, random):
+    """The same for one sequence, from whole forward passes over its last block_size tokens."""
+    text = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            scores = model.logits(torch.tensor([text[-model.config.block_size :]]))[:, -1]
+        scores = choice.filtered(scores, seen_of(torch.tensor([text]), model.config.vocab_size))
+        text.append(int(draw(scores, [random.random()]) if choice.temperature else scores.argmax()))
+    return text
+
+
+MIXED = [[7], list(range(5)), list(range(3, 19)), list(range(40)), [11, 2, 40], list(range(20, 35))]
+ADAPTED = replace(LLAMA, lora={"attn.0": LoraSpec(4, 8.0), "mlp.1": LoraSpec(2, 8.0)})
+
+
+@pytest.mark.parametrize("choice", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, QK_NORM, ADAPTED], ids=["gpt2", "llama", "qk_norm", "lora"])
+def test_a_row_of_a_batch_says_what_it_says_alone(config, choice):
+    """Prompts of 1 to 40 tokens in a window of 16, for 20 tokens: each begins to slide at a step of its own."""
+    model = trained(config)
+    together = continued(model, MIXED, 20, choice)
+    assert together == continued(model, MIXED, 20, choice, use_cache=False)
+    for n, prompt in enumerate(MIXED):
+        assert together[n] == by_hand(model, prompt, 20, choice, np.random.default_rng([3, n])), n
+    assert len({tuple(row[-10:]) for row in together}) > 3, "they do not all say the same"
+
+
+@BOTH
+def test_rows_that_end_leave_the_others_as_they_are(config):
+    model = trained(config)
+    whole = continued(model, MIXED, 20)
+    ends = {0: 3, 2: 1, 5: 9, 3: 2}
+    steps = dict.fromkeys(range(len(MIXED)), 0)
+
+    def end(row, token):
+        steps[row] += 1
+        return steps[row] == ends.get(row)
+
+    cut = continued(model, MIXED, 20, end=end)
+    assert cut == [
+        row[: len(prompt) + ends.get(n, 20)] for n, (row, prompt) in enumerate(zip(whole, MIXED, strict=True))
+    ]
+
+
+@BOTH
+def test_equal_prompts_differ_by_their_number_and_the_seed(config):
+    model = trained(config)
+    one, other = continued(model, [[5, 6]] * 2, 10)
+    assert one != other and [one] == continued(model, [[5, 6]], 10)
+    assert one != continued(model, [[5, 6]], 10, seed=4)[0]
+
+
+@BOTH
+def test_logits_of_the_cache_are_those_of_whole_passes(config):
+    """Several tokens at a time, a different number in each row, with rubbish where a row has none."""
+    model, x, cache = trained(config), tokens(3, 16), Cache(config, 3, 14)
+    have = [0, 0, 0]
+    for counts in ([3, 1, 2], [1, 1, 1], [4, 2, 1], [1, 5, 3]):
+        new = torch.full((3, max(counts)), 49)
+        for row, count in enumerate(counts):
+            new[row, :count] = x[row, have[row] : have[row] + count]
+        have = [h + c for h, c in zip(have, counts, strict=True)]
+        with torch.no_grad():
+            step = model.extend(new, counts, cache)
+            for row in range(3):
+                whole = model.logits(x[row : row + 1, : have[row]])[0, -1]
+                torch.testing.assert_close(step[row], whole, atol=1e-5, rtol=1e-4)
+    assert cache.lengths == have == [9, 9, 7]
+    cache.keep([2])
+    with torch.no_grad():
+        step = model.extend(x[2:, 7:9], [2], cache)
+        torch.testing.assert_close(step, model.logits(x[2:, :9])[:, -1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(AssertionError, match="15 tokens in a cache of 14"):
+        model.extend(x[2:, :6], [6], cache)
+
+
+def test_the_cache_is_made_once():
+    model = trained(GPT2)
+    rows = Continuation(model, [[1, 2], [3]], GREEDY, [(0,), (0,)], 9)
+    places = set()
+    for _ in range(9):
+        rows.step()
+        places.add(tuple(part.data_ptr() for pair in rows._cache._layers for part in pair))
+        assert rows._cache.shape == (2, 11, 4, 8)
+    assert len(places) == 1
+
+
+def test_numbers_that_are_none_are_told():
+    model = trained(GPT2)
+    with torch.no_grad():
+        model.transformer["ln_f"].weight[0] = torch.nan
+    for choice in (SAMPLED, GREEDY):
+        assert Continuation(model, [[1], [2, 3]], choice, [(0,), (0,)], 1).step() == {0: -1, 1: -1}
+    with pytest.raises(Refused, match="not finite"):
+        list(samples(model, CharTokenizer(LETTERS), ["ab"], 1, 4, choice=SAMPLED, seed=0))
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX"  # 50, as many as the models have
+
+
+class Scripted(Continuation):
+    """Says what it is told, whatever the model."""
+
+    script: tuple[list[int], ...] = ()
+
+    def step(self):
+        found = {row: self.script[row][len(self.tokens[row]) - 1] for row in self.live}
+        for row, token in found.items():
+            self.tokens[row].append(token)
+        return found
+
+
+class Words:
+    """Tokens of several characters, and one that ends a text."""
+
+    end_of_text = 9
+    words = ("", "ab", "cd", "\n\n", "x", "Us", "er", ":", "bc", "<end>")
+
+    def encode(self, text):
+        return [4] * len(text)
+
+    def bytes_of(self, token):
+        return None
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids)
+
+
+def pieces(monkeypatch, script, tokenizer=None, stop=(), **keys):
+    """What is told of scripted texts that begin with x, a list of pieces each."""
+    monkeypatch.setattr("orchestrate.training.session.texts.Continuation", Scripted)
+    monkeypatch.setattr(Scripted, "script", script)
+    told = [[] for _ in script]
+    count = max(len(row) for row in script)
+    model = trained(replace(GPT2, vocab_size=300))
+    for piece in samples(model, tokenizer or Words(), ["x"], len(script), count, choice=GREEDY, seed=0,
+                         stop=stop, **keys):  # fmt: skip
+        told[piece.sample].append(piece.text)
+        assert piece.prompt == 0
+    return told
+
+
+@pytest.mark.parametrize(
+    "script, stop, text",
+    [
+        ([1, 2, 1], [], "xabcdab"),
+        ([1, 2, 1], ["cd"], "xab"),
+        ([1, 2, 1], ["bc"], "xa"),  # over a border
+        ([1, 2, 1], ["zz", "dab", "bcda"], "xa"),  # the one that is whole first
+        ([1, 2, 1], ["cdb"], "xabcdab"),  # begins and does not go on
+        ([1, 2, 1], ["xa"], "xabcdab"),  # not in the prompt
+        ([2, 5, 6, 7, 1], ["User:"], "xcd"),  # three tokens
+        ([2, 5, 5, 6, 7, 1], ["User:"], "xcdUs"),
+        ([1, 1, 2], ["ababab", "cd"], "xabab"),
+        ([1, 9, 2], [], "xab"),  # the end of text is not shown
+        ([1, 9, 2], ["<end>"], "xab"),
+        ([5, 9, 2], ["User:"], "xUs"),  # what was held back comes
+        ([2, 5, 6], ["User:"], "xcdUser"),
+        ([8, 8, 8], ["bcc"], "xbcbcbc"),
+    ],
+)
+@pytest.mark.parametrize("in_step", [False, True])
+def test_where_a_text_ends(monkeypatch, script, stop, text, in_step):
+    assert "".join(pieces(monkeypatch, (script,), stop=stop, in_step=in_step)[0]) == text
+
+
+def test_pieces_come_as_soon_as_they_are_certain(monkeypatch):
+    assert pieces(monkeypatch, ([1, 2, 5, 1, 3],), stop=["User:"]) == [["xab", "cd", "Usab", "\n\n"]]
+    first, second = pieces(monkeypatch, ([1, 2, 1, 4], [2, 9, 1, 1]))
+    assert first == ["xab", "cd", "ab", "x"] and second == ["xcd"], "the texts follow each other"
+
+
+def test_a_character_of_several_tokens_comes_whole(monkeypatch):
+    import tiktoken
+
+    one_byte = tiktoken.Encoding(
+        "bytes", pat_str=r"(?s).", mergeable_ranks={bytes([n]): n for n in range(256)}, special_tokens={"<|eot|>": 256}
+    )
+    script = list("é€a😀b".encode())
+    (told,) = pieces(monkeypatch, ([*script, 0xE2, 0x82],), BpeTokenizer(one_byte))
+    assert told == ["x", "é", "€", "a", "😀", "b", "\ufffd"]
+    assert "".join(pieces(monkeypatch, (script,), BpeTokenizer(one_byte), stop=["€"])[0]) == "xé"
+
+
+@BOTH
+def test_texts_are_the_same_in_any_batch(config):
+    model, tokenizer = trained(config), CharTokenizer(LETTERS)
+    prompts = ["a", "bcdefgh", "The", LETTERS]
+
+    def texts(some, **keys):
+        found = {}
+        last = (-1, -1)
+        for piece in samples(model, tokenizer, some, 3, 14, choice=SAMPLED, seed=5, **keys):
+            where = (some[piece.prompt], piece.sample)
+            found[where] = found.get(where, "") + piece.text
+            assert (piece.prompt, piece.sample) >= last
+            last = (piece.prompt, piece.sample)
+        return found
+
+    whole = texts(prompts, batch_size=99)
+    assert len(set(whole.values())) == 12 and all(len(text) == len(p) + 14 for (p, _), text in whole.items())
+    for keys in ({"batch_size": 1}, {"batch_size": 5}, {"in_step": True}):
+        assert texts(prompts, **keys) == whole
+    assert {key: text for prompt in prompts for key, text in texts([prompt]).items()} == whole
+
+
+def test_generating_leaves_the_model_as_it_was():
+    model = trained(GPT2).train()
+    before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.random.get_rng_state()
+    list(samples(model, CharTokenizer(LETTERS), ["ab"], 2, 20, choice=SAMPLED, seed=0))
+    assert model.training and all(module.training for module in model.modules())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
