@@ -75,7 +75,7 @@ class Foreign(NamedTuple):
     """Weights from elsewhere, looked at once: what they are, and what loads them (it raises ValueError)."""
 
     model: ModelConfig
-    load: Callable[[], GPT]
+    load: Callable[[hugging_face.Keep], GPT]
 
 
 def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
@@ -87,7 +87,9 @@ def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
     if config.init_from in ("scratch", "resume"):
         return config, None
     is_file = Path(config.init_from).is_file()
-    foreign = Foreign(*(nanogpt if is_file else hugging_face).open_model(config.init_from))
+    shape, load = (nanogpt if is_file else hugging_face).open_model(config.init_from)
+    # A ckpt.pt is mapped into memory: what is rounded of it is when the run is opened.
+    foreign = Foreign(shape, (lambda keep: load()) if is_file else load)
     keys = {key: value for key, value in keys_of(foreign.model).items() if key != "block_size"}
     given = config.model_fields_set
     problems = [
@@ -129,13 +131,22 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
         raise Refused(str(error).split("; ")) from None
 
 
-def initial_model(config: TrainConfig, model_config: ModelConfig, foreign: Foreign | None = None) -> GPT:
-    """Fresh or foreign weights in the planned shape. Raises ValueError."""
+def initial_model(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    foreign: Foreign | None = None,
+    keep: hugging_face.Keep = hugging_face.as_is,
+) -> GPT:
+    """Fresh or foreign weights in the planned shape. Raises ValueError.
+
+    Args:
+        keep: what becomes of each foreign weight once it is read, before there are adapters.
+    """
     if foreign is None:
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    model = crop_block_size(foreign.load(), config.block_size)
+    model = crop_block_size(foreign.load(keep), config.block_size)
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model
