@@ -51,6 +51,7 @@ SCHEDULE = [
     {"name": "set_lr", "value": 3e-3, "over": 4, "trigger": {"metric": "loss", "below": 99.0}},
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 4, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 2},
+    {"name": "set_activation_checkpointing", "value": True, "max_wait_iters": 1},
     {"name": "set_grad_accum", "value": 4, "max_wait_iters": 2},
     {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "max_wait_iters": 1, "over": 3},
     {"name": "freeze_layer", "value": "block.0", "max_wait_iters": 4,

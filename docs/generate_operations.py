@@ -41,6 +41,7 @@ ROOMS = {
     "freezing": "Freezing",
     "lora": "LoRA adapters",
     "growth": "Growth",
+    "memory": "Memory",
     "control": "The run's rhythm",
 }
 

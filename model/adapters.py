@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrate.model.config import LoraSpec
+from orchestrate.model.narrow import linear
 
 ADAPTER = "default"
 
@@ -70,4 +71,4 @@ def init_adapters(model: nn.Module, adapted: Mapping[str, LoraSpec], generator: 
 def tied_logits(wte: nn.Module, x: Tensor) -> Tensor:
     """Logits of a head tied to an adapted embedding (peft's Embedding): x @ (W + s * L @ R).T, sharing the factors."""
     left, right = wte.lora_embedding_A[ADAPTER].T, wte.lora_embedding_B[ADAPTER].T
-    return F.linear(x, wte.base_layer.weight) + F.linear(F.linear(x, right), left) * wte.scaling[ADAPTER]
+    return linear(x, wte.base_layer.weight) + F.linear(F.linear(x, right), left) * wte.scaling[ADAPTER]

@@ -19,6 +19,10 @@ from typing import Any
 
 # Fields that ModelConfig had in checkpoints of older versions; they are Settings' now.
 ONCE_SHAPE = ("dropout", "fading")
+# The options of Llama 3.1's rotary scaling; without the first the others mean nothing.
+LLAMA3_OPTIONS = (
+    "rotary_llama3_factor", "rotary_low_freq_factor", "rotary_high_freq_factor", "rotary_original_length",
+)  # fmt: skip
 # Leaf layers of one block in the order of the model, and the suffix of the module that holds each.
 BLOCK_LAYERS = ("ln_1", "attn", "ln_2", "mlp")
 
@@ -60,6 +64,7 @@ class Option:
             then; any other number may be 0.
         key, on: where the key is a switch of another name: that name, and the value that the switch stands for.
         shapes_blocks: whether a block looks different under another value (a compiled block is one graph for each).
+        by_operation: whether an operation of a schedule can change it.
     """
 
     meaning: str = ""
@@ -69,6 +74,7 @@ class Option:
     key: str = ""
     on: str = ""
     shapes_blocks: bool = True
+    by_operation: bool = False
 
 
 def option(default: Any, meaning: str = "", **more: Any) -> Any:
@@ -85,22 +91,31 @@ class ModelConfig:
     with everything that is impossible about the shape.
     """
 
-    block_size: int = option(1024, "tokens in one sequence", limit=2**24, shapes_blocks=False)
-    vocab_size: int = option(50304, limit=2**24, shapes_blocks=False)
-    n_layer: int = option(12, "transformer blocks", limit=2**12, shapes_blocks=False)
-    n_head: int = option(12, "query heads", limit=2**14)
-    n_kv_head: int = option(None, "key and value heads (grouped-query attention); 0: n_head", limit=2**14, zero=True)
+    block_size: int = option(1024, "tokens in one sequence", limit=2**24, shapes_blocks=False, by_operation=True)
+    vocab_size: int = option(50304, limit=2**24, shapes_blocks=False, by_operation=True)
+    n_layer: int = option(12, "transformer blocks", limit=2**12, shapes_blocks=False, by_operation=True)
+    n_head: int = option(12, "query heads", limit=2**14, by_operation=True)
+    n_kv_head: int = option(
+        None, "key and value heads (grouped-query attention); 0: n_head", limit=2**14, zero=True, by_operation=True
+    )
     n_embd: int = option(
         768,
         "width of the residual stream; weights start with std 0.02 * sqrt(768 / n_embd), nanoGPT's 0.02 at 768",
         limit=2**20,
+        by_operation=True,
     )
-    head_size: int = option(None, "features of one head; 0: n_embd / n_head", limit=2**20, zero=True)
+    head_size: int = option(None, "features of one head; 0: n_embd / n_head", limit=2**20, zero=True, by_operation=True)
     n_hidden: tuple[int, ...] = option(
-        None, "hidden width of the MLPs; 0: 4 * n_embd (SwiGLU: 8/3)", limit=2**22, zero=True, shapes_blocks=False
-    )
+        None, "hidden width of the MLPs; 0: 4 * n_embd (SwiGLU: 8/3)", limit=2**22, zero=True, shapes_blocks=False,
+        by_operation=True,
+    )  # fmt: skip
     """Of each block's MLP; one whole number means the same for all."""
-    bias: bool = option(False, "biases in Linear and LayerNorm")
+    bias: bool = option(False, "biases in Linear and LayerNorm, in all of them")
+    attn_bias: str = option(
+        "none", "biases of attention: none | qkv (of queries, keys and values: Qwen2) | all; with bias always all",
+        choices=("none", "qkv", "all"),
+    )  # fmt: skip
+    mlp_bias: bool = option(False, "biases of the MLPs; with bias always")
     norm: str = option("layernorm", "layernorm | rmsnorm", choices=("layernorm", "rmsnorm"))
     norm_eps: float = option(1e-5, "epsilon of the norms")
     qk_norm: bool = option(False, "RMSNorm on the queries and keys of each head, before rotary positions")
@@ -111,10 +126,25 @@ class ModelConfig:
         "learned", "rotary positions (RoPE) instead of learned ones", choices=("learned", "rotary"),
         key="use_rotary_embeddings", on="rotary",
     )  # fmt: skip
-    rotary_base: float = option(10000.0, "base of the rotary frequencies", shapes_blocks=False)
-    rotary_scale: float = option(1.0, shapes_blocks=False)
-    """Rotary positions are divided by it (position interpolation, Chen et al. 2023, arXiv:2306.15595)."""
-    tie_weights: bool = option(True, "token embedding and output head are one matrix", shapes_blocks=False)
+    rotary_base: float = option(10000.0, "base of the rotary frequencies", shapes_blocks=False, by_operation=True)
+    rotary_scale: float = option(
+        1.0, "rotary positions are divided by it (position interpolation)", shapes_blocks=False, by_operation=True
+    )
+    rotary_llama3_factor: float = option(
+        1.0, "rotary frequencies that are low are divided by it, as in Llama 3.1; 1: none are", shapes_blocks=False
+    )
+    rotary_low_freq_factor: float = option(
+        1.0, "those are low that turn at most so often in rotary_original_length", shapes_blocks=False
+    )
+    rotary_high_freq_factor: float = option(
+        4.0, "those stay that turn at least so often; in between the divisor is blended", shapes_blocks=False
+    )
+    rotary_original_length: int = option(
+        8192, "tokens in one sequence before the context was extended so", limit=2**24, shapes_blocks=False
+    )
+    tie_weights: bool = option(
+        True, "token embedding and output head are one matrix", shapes_blocks=False, by_operation=True
+    )
     lora: dict[str, LoraSpec] = field(default_factory=dict)
     """Leaf layer name -> adapter, for attn.N, mlp.N, wte and (untied) lm_head."""
 
@@ -129,6 +159,9 @@ class ModelConfig:
             problems += dict.fromkeys(found for one in numbers if (found := _problem(name, one)))
         if problems:
             raise ValueError("; ".join(problems))
+        for name, default in DEFAULTS.items():
+            if isinstance(default, float):
+                put(name, float(getattr(self, name)))
         if self.n_kv_head is None:
             put("n_kv_head", self.n_head)
         if self.head_size is None:
@@ -148,6 +181,12 @@ class ModelConfig:
             problems.append(f"n_hidden has {len(self.n_hidden)} widths for {self.n_layer} layers")
         if self.n_head % self.n_kv_head:
             problems.append(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.bias or (self.norm == "rmsnorm" and self.attn_bias == "all" and self.mlp_bias):
+            # One way to say it: `bias` has the finer ones, and RMSNorm has no bias that they would lack.
+            put("bias", True)
+            put("attn_bias", "none")
+            put("mlp_bias", False)
+        problems += self._rotary_problems()
         if self.position == "rotary" and self.head_size % 2:
             problems.append(f"rotary positions need an even head size, got {self.head_size}")
         put("lora", {name: self.lora[name] for name in layer_names(self) if name in self.lora} | self.lora)
@@ -161,6 +200,30 @@ class ModelConfig:
                 problems.append(f"LoRA alpha of {name} must be positive and finite, got {spec.alpha}")
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def attention_biases(self) -> str:
+        """Which biases attention has, those of `bias` among them: none, qkv or all."""
+        return "all" if self.bias else self.attn_bias
+
+    @property
+    def mlp_biases(self) -> bool:
+        """Whether the MLPs have biases, by `bias` or by their own option."""
+        return self.bias or self.mlp_bias
+
+    def _rotary_problems(self) -> list[str]:
+        """Values of the rotary options that are impossible, or mean nothing, beside the others."""
+        problems = []
+        for name in ("rotary_scale", "rotary_llama3_factor"):
+            if self.position != "rotary" and getattr(self, name) != 1:
+                problems.append(f"{name} {getattr(self, name)} needs rotary positions")
+        for name in LLAMA3_OPTIONS[1:]:
+            if self.rotary_llama3_factor == 1 and getattr(self, name) != DEFAULTS[name]:
+                problems.append(f"{name} {getattr(self, name)} means nothing where rotary_llama3_factor is 1")
+        low, high = self.rotary_low_freq_factor, self.rotary_high_freq_factor
+        if self.rotary_llama3_factor != 1 and low >= high:
+            problems.append(f"rotary_low_freq_factor {low} must be below rotary_high_freq_factor {high}")
+        return problems
 
     def _largest_rank(self, name: str) -> int:
         """The full rank of the layer's smallest matrix; 0 for a layer that takes no adapter or does not exist."""

@@ -16,9 +16,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from orchestrate.model.adapters import attach, init_adapters, tied_logits
 from orchestrate.model.config import Fade, LoraSpec, ModelConfig
+from orchestrate.model.narrow import Embedding, Linear, linear
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, each (time, head_size)."""
@@ -128,6 +130,25 @@ class Dropout(nn.Module):
         return x * mask / self.keep.to(x.dtype)
 
 
+def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+    """The angle by which each pair of features turns from one position to the next, (head_size / 2,) float32 radians.
+
+    rotary_base ** (-2 i / head_size) (Su et al. 2021, arXiv:2104.09864). Llama 3.1 (Grattafiori et al. 2024,
+    arXiv:2407.21783; as in transformers' rope type "llama3") divides those that turn rarely in the length that it was
+    first trained on. All of them are divided by rotary_scale after that: position interpolation (Chen et al. 2023,
+    arXiv:2306.15595), so the two compose.
+    """
+    c = config
+    exponents = torch.arange(0, c.head_size, 2, dtype=torch.float32, device=device) / c.head_size
+    frequencies = 1.0 / c.rotary_base**exponents
+    if c.rotary_llama3_factor != 1.0:
+        turns = c.rotary_original_length * frequencies / (2 * math.pi)
+        low, high = c.rotary_low_freq_factor, c.rotary_high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequencies = kept * frequencies + (1.0 - kept) * frequencies / c.rotary_llama3_factor
+    return frequencies / c.rotary_scale
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as in Hugging Face's Llama."""
     a, b = x.chunk(2, dim=-1)
@@ -187,8 +208,8 @@ class Attention(_Fading):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
         self.widths = [config.n_head * config.head_size, *[config.n_kv_head * config.head_size] * 2]
-        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
-        self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.attention_biases != "none")
+        self.c_proj = Linear(self.widths[0], config.n_embd, bias=config.attention_biases == "all")
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
@@ -249,10 +270,10 @@ class MLP(_Fading):
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
         super().__init__()
         self.activation = config.activation
-        self.c_fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, n_hidden, bias=config.mlp_biases)
         if config.activation == "swiglu":
-            self.c_gate = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
-        self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
+            self.c_gate = Linear(config.n_embd, n_hidden, bias=config.mlp_biases)
+        self.c_proj = Linear(n_hidden, config.n_embd, bias=config.mlp_biases)
         self.dropout = Dropout()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -292,11 +313,6 @@ def _norm(config: ModelConfig) -> nn.Module:
     return _LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def _embedding(rows: int, columns: int) -> nn.Embedding:
-    """Without torch's initial values: every weight is set later, and drawing normals on meta imports the compiler."""
-    return nn.Embedding(rows, columns, _weight=torch.empty(rows, columns))
-
-
 class Block(nn.Module):
     """One transformer block, normed before each half."""
 
@@ -323,7 +339,8 @@ class GPT(nn.Module):
     """A decoder-only transformer language model; `config` says all there is to know about its shape.
 
     Attributes: `dropout` and `fading`, numbers that may change at any time (set_dropout, set_fading). A new model has
-    no dropout and fades nothing in.
+    no dropout and fades nothing in. With `checkpointing` a block keeps only its input for the backward pass and
+    computes the rest again there, with the same dropout (activation checkpointing, Chen et al. 2016, arXiv:1604.06174).
     """
 
     WEIGHTS: ClassVar = {
@@ -339,15 +356,16 @@ class GPT(nn.Module):
         self.embed, self.measure = _embed, _measure
         self.dropout = 0.0
         self.fading: dict[str, Fade] = {}
-        parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.n_embd)}
+        self.checkpointing = False
+        parts: dict[str, nn.Module] = {"wte": Embedding(config.vocab_size, config.n_embd)}
         if config.position == "learned":
-            parts["wpe"] = _embedding(config.block_size, config.n_embd)
+            parts["wpe"] = Embedding(config.block_size, config.n_embd)
         parts["drop"] = Dropout()
         parts["h"] = nn.ModuleList(Block(config, n_hidden) for n_hidden in config.n_hidden)
         parts["ln_f"] = _norm(config)
         self.transformer = nn.ModuleDict(parts)
         if not config.tie_weights:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         # Tables made of the configuration alone: not saved, and made again after construction on the meta device.
         self.register_buffer("rope_cos", torch.empty(0), persistent=False)
         self.register_buffer("rope_sin", torch.empty(0), persistent=False)
@@ -361,11 +379,8 @@ class GPT(nn.Module):
         """Make the buffers (rotary tables, dropout, masks) anew on a device: for a model that was built on meta."""
         config = self.config
         if config.position == "rotary":
-            half = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device) / config.head_size
-            angles = torch.outer(
-                torch.arange(config.block_size, dtype=torch.float32, device=device) / config.rotary_scale,
-                config.rotary_base**-half,
-            ).repeat(1, 2)
+            positions = torch.arange(config.block_size, dtype=torch.float32, device=device)
+            angles = torch.outer(positions, rotary_frequencies(config, device)).repeat(1, 2)
             self.rope_cos, self.rope_sin = angles.cos(), angles.sin()
         else:
             self.rope_cos = self.rope_sin = torch.empty(0, device=device)
@@ -409,8 +424,10 @@ class GPT(nn.Module):
     def _hidden(self, idx: Tensor) -> Tensor:
         """The residual stream (batch, time, n_embd) after the last block."""
         x, rope = self._start(idx)
+        # Around a compiled block and not in it: switching recompiles nothing, and dropout breaks no more graphs.
+        again = self.checkpointing and torch.is_grad_enabled()
         for block in self.transformer["h"]:
-            x = block(x, rope)
+            x = checkpoint(block, x, rope, use_reentrant=False) if again else block(x, rope)
         return x
 
     def _head(self, x: Tensor) -> Tensor:
@@ -421,7 +438,7 @@ class GPT(nn.Module):
         elif "wte" in self.config.lora:
             logits = self.tied_logits(self.transformer["wte"], x)
         else:
-            logits = F.linear(x, self.transformer["wte"].weight)
+            logits = linear(x, self.transformer["wte"].weight)
         return logits if self.fade_logits is None else logits + self.fade_logits
 
     def forward(self, idx: Tensor, targets: Tensor) -> Loss:

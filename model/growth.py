@@ -21,6 +21,7 @@ from orchestrate.model.config import BLOCK_LAYERS, Fade, ModelConfig
 from orchestrate.model.gpt import GPT, initial_value, put_parameter, weights_of
 from orchestrate.model.lineage import Lineage, Origin, follow, known
 from orchestrate.model.lora import reshape_lora
+from orchestrate.model.narrow import wide
 
 Grown = tuple[GPT, Lineage]
 
@@ -122,8 +123,8 @@ def transform(
         if isinstance(source, New):
             kin = next((n for n in (f"{source.kin}.{leaf}", f"{source.kin}.base_layer.{leaf}") if n in old), None)
             origin = Origin(None, prior=kin, note="new")
-            device, dtype = next(iter(old.values())).device, next(iter(old.values())).dtype
-            value = initial_value(name, parameter.shape, target, generator, device).to(dtype)
+            like = next(iter(old.values()))
+            value = initial_value(name, parameter.shape, target, generator, like.device).to(wide(like.dtype))
             value = _or(fresh(name, value, origin), value)
         else:
             roles = _roles(path, leaf, parameter.dim(), axes)
@@ -141,7 +142,7 @@ def transform(
                 lineage[name] = origin
                 put_parameter(grown, name, before)
                 continue
-            value = follow(before.detach(), origin, parameter.shape, origin.weight_scale)
+            value = follow(before.detach().to(wide(before.dtype)), origin, parameter.shape, origin.weight_scale)
             mask = known(origin, value.device)
             if mask is not None and "lora_" not in leaf:
                 drawn = fresh(name, value, origin)
@@ -480,6 +481,7 @@ def resize_vocabulary(
     def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
         assert origin.name is not None
         old = dict(model.named_parameters())[origin.name].detach()
+        old = old.to(wide(old.dtype))
         row = torch.zeros_like(old[0])
         if init == "mean":
             row = old.mean(0)
@@ -515,7 +517,7 @@ def extend_context(model: GPT, target: ModelConfig, how: str, generator: torch.G
     grown, lineage = transform(model, target, generator, {"positions": rows})
     table = model.get_parameter(f"{path}.weight").detach()
     stretched = nn.functional.interpolate(table.T[None].float(), size=after, mode="linear", align_corners=True)
-    put_parameter(grown, f"{path}.weight", nn.Parameter(stretched[0].T.to(table.dtype).contiguous()))
+    put_parameter(grown, f"{path}.weight", nn.Parameter(stretched[0].T.to(wide(table.dtype)).contiguous()))
     return grown, lineage
 
 
@@ -530,7 +532,7 @@ def untie(model: GPT, target: ModelConfig, generator: torch.Generator) -> Grown:
     grown, lineage = transform(
         model, target, generator, renamed=lambda path: path, origins={**origins, "lm_head.weight": carried}
     )
-    value = old[weight].detach().clone()
+    value = old[weight].detach().to(wide(old[weight].dtype), copy=True)
     if adapted:
         spec = model.config.lora["wte"]
         left = old[f"transformer.wte.lora_embedding_A.{ADAPTER}"].detach()

@@ -16,6 +16,7 @@ from orchestrate.model.adapters import factor_names, fresh_right
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_of_parameter
 from orchestrate.model.gpt import GPT, adapted_modules, put_parameter
 from orchestrate.model.lineage import Lineage, Origin
+from orchestrate.model.narrow import wide
 
 
 def adapted_base_parameters(model: GPT) -> set[str]:
@@ -96,7 +97,7 @@ def _change(
     new_weight_name = f"{path}.base_layer.weight" if after else f"{path}.weight"
     base = old[old_weight_name]
     rows, cols = base.shape
-    device, dtype = base.device, base.dtype
+    device, dtype = base.device, wide(base.dtype)
 
     def parameter(value: Tensor, transposed: bool = False) -> nn.Parameter:
         value = value.T if transposed else value

@@ -68,7 +68,14 @@ JSON = st.recursive(
 MODELS = [
     {},
     {"qk_norm": True, "head_size": 6, "use_rotary_embeddings": True, "n_kv_head": 1, "tie_weights": False},
-    {"qk_norm": True, "bias": True, "attn_lora_rank": 2, "activation": "swiglu", "norm": "rmsnorm"},
+    {
+        "qk_norm": True,
+        "bias": True,
+        "attn_lora_rank": 2,
+        "activation": "swiglu",
+        "norm": "rmsnorm",
+        "activation_checkpointing": True,
+    },
 ]
 FIELDS = {
     "reevaluate": True,

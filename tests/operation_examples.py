@@ -23,6 +23,8 @@ EXAMPLES = {
     "set_eval_interval": 3,
     "set_eval_iters": 2,
     "set_log_interval": 2,
+    "set_activation_checkpointing": True,
+    "set_weights_dtype": "bfloat16",
     "freeze_layer": ["attn.0", "wte"],
     "unfreeze_layer": "mlp.1",
     "set_layer_lora_rank": [["attn.0", "mlp.*"], 3],
@@ -49,6 +51,7 @@ EXAMPLES = {
 ONLY_WITH = {"set_betas": ("adamw",), "set_momentum": ("sgd",)}
 # What must be there before, for the operations that need something to act on.
 BEFORE = {
+    "set_weights_dtype": [("freeze_layer", ["block.1"]), ("set_layer_lora_rank", ["attn.0", 2])],
     "unfreeze_layer": [("freeze_layer", ["block.1"])],
     "set_lora_alpha": [("set_attn_lora_rank", 2)],
     "merge_lora_weights": [("set_attn_lora_rank", 2)],

@@ -23,3 +23,12 @@ def test_step(monkeypatch, capsys):
 def test_save(monkeypatch, capsys):
     run(monkeypatch, "save.py", "--rounds=1", "--megabytes=4")
     assert "ratio" in capsys.readouterr().out
+
+
+def test_memory(monkeypatch, capsys):
+    shape = ["--n_layer=4", "--n_embd=32", "--n_head=2", "--block_size=64", "--vocab_size=64", "--rank=2"]
+    run(monkeypatch, "memory.py", "--dtype=float32", *shape)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    peaks = {row[0].strip(): float(row[5]) for row in rows}
+    kept, again = peaks["all weights train"], peaks["... activation_checkpointing"]
+    assert len(rows) >= 4 and again < 0.6 * kept

@@ -1,30 +1,39 @@
-"""Weights from elsewhere: Hugging Face GPT-2 and Llama, nanoGPT's ckpt.pt; and what cannot be represented."""
+"""Weights from elsewhere: Hugging Face's families, nanoGPT's ckpt.pt; what cannot be represented, what is damaged."""
 
 from __future__ import annotations
 
+import json
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from orchestrate.model.config import LoraSpec, ModelConfig
+from orchestrate.model.families import FAMILIES
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.hugging_face import (
     GPT2_MODELS,
     config_from_folder,
     config_to_hf,
     family_of,
-    from_hf,
     gpt2_config,
     load,
     to_hf,
@@ -36,15 +45,26 @@ def gpt2(**keys):
     return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=32, n_embd=32, n_layer=2, n_head=4, **keys))
 
 
+SHAPE = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=60,
+    max_position_embeddings=32, num_key_value_heads=2,
+)  # fmt: skip
+
+
 def llama(**keys):
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
-    return LlamaForCausalLM(LlamaConfig(**{**shape, "max_position_embeddings": 32, "num_key_value_heads": 2, **keys}))
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **keys}))
+
+
+def mistral(**keys):
+    return MistralForCausalLM(MistralConfig(**{**SHAPE, "sliding_window": None, **keys}))
+
+
+def qwen2(**keys):
+    return Qwen2ForCausalLM(Qwen2Config(**{**SHAPE, **keys}))
 
 
 def qwen3(**keys):
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
-    more = {"head_dim": 12, "max_position_embeddings": 32, "num_key_value_heads": 2, **keys}
-    return Qwen3ForCausalLM(Qwen3Config(**shape, **more))
+    return Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, "head_dim": 12, **keys}))
 
 
 def shaken(model):
@@ -55,42 +75,229 @@ def shaken(model):
     return model.eval()
 
 
+# Positions 5 to 31 turn through high, blended and low frequencies of this one.
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}
+
+
 @pytest.mark.parametrize(
-    "make, keys",
+    "make, keys, ours",
     [
-        (gpt2, {}),
-        (gpt2, {"activation_function": "gelu", "n_inner": 40}),
-        (llama, {}),
-        (llama, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-        (llama, {"rope_theta": 500000.0, "head_dim": 16, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
-        (qwen3, {}),
-        (qwen3, {"rms_norm_eps": 0.1, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+        (gpt2, {}, {"bias": True, "activation": "gelu_tanh"}),
+        (gpt2, {"activation_function": "gelu", "n_inner": 40, "tie_word_embeddings": False}, {"tie_weights": False}),
+        (llama, {}, {"attn_bias": "none", "rotary_llama3_factor": 1.0, "n_kv_head": 2}),
+        (llama, {"tie_word_embeddings": True, "num_key_value_heads": 4}, {"tie_weights": True}),
+        (llama, {"rope_theta": 5e5, "head_dim": 16, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}, {"head_size": 16}),
+        (llama, {"rope_parameters": LLAMA3}, {"rotary_llama3_factor": 8.0, "rotary_original_length": 16}),
+        (llama, {"rope_parameters": {**LLAMA3, "factor": 1}}, {"rotary_llama3_factor": 1, "rotary_base": 100.0}),
+        (llama, {"rope_parameters": LINEAR}, {"rotary_scale": 2.5, "rotary_llama3_factor": 1.0}),
+        (llama, {"attention_bias": True}, {"attn_bias": "all", "mlp_bias": False, "bias": False}),
+        (llama, {"mlp_bias": True}, {"attn_bias": "none", "mlp_bias": True, "bias": False}),
+        (
+            llama,
+            {"attention_bias": True, "mlp_bias": True},
+            {"bias": True, "attention_biases": "all", "mlp_biases": True},
+        ),
+        (mistral, {"head_dim": 10}, {"head_size": 10}),
+        (mistral, {"sliding_window": 32, "num_key_value_heads": 4}, {"tie_weights": False}),
+        (qwen2, {"sliding_window": 8}, {"attn_bias": "qkv"}),  # and use_sliding_window is false
+        (qwen2, {"tie_word_embeddings": True, "use_sliding_window": True, "max_window_layers": 2}, {"bias": False}),
+        (qwen3, {}, {"qk_norm": True, "head_size": 12}),
+        (qwen3, {"attention_bias": True, "rope_parameters": {**LINEAR, "factor": 3}}, {"attn_bias": "all"}),
+        (qwen3, {"rms_norm_eps": 0.1, "tie_word_embeddings": True, "num_key_value_heads": 1}, {"norm_eps": 0.1}),
     ],
+    ids=str,
 )
-def test_logits_equal_transformers(make, keys, tmp_path):
+def test_logits_equal_transformers(make, keys, ours, tmp_path):
     theirs = shaken(make(**keys))
     theirs.save_pretrained(tmp_path)
-    ours = load(str(tmp_path)).eval()
-    assert ours.config == config_from_folder(tmp_path)
+    model = load(str(tmp_path)).eval()
+    assert model.config == config_from_folder(tmp_path)
+    assert {name: getattr(model.config, name) for name in ours} == ours
     x = torch.randint(0, 60, (3, 32))
     with torch.no_grad():
-        difference = (ours.logits(x) - theirs(x).logits).abs().max().item()
-    assert difference <= 1e-4
-    back = to_hf(ours)
+        torch.testing.assert_close(model.logits(x), theirs(x).logits, atol=1e-5, rtol=0)
+    back = FAMILIES[theirs.config.model_type].to_hf(model.config, model.state_dict())
+    assert set(back) == set(theirs.state_dict())
     for name, value in theirs.state_dict().items():
         assert torch.equal(back[name], value), name
-    again = from_hf(ours.config, back)
-    assert all(torch.equal(again[name], value) for name, value in ours.named_parameters())
+    again = FAMILIES[theirs.config.model_type].from_hf(model.config, back)
+    assert all(torch.equal(again[name], value) for name, value in model.named_parameters())
+    held = family_of(model.config)
+    assert not held.lacks(model.config) and held.config_to_hf(model.config)["model_type"] in FAMILIES
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [gpt2, llama, mistral, qwen2, qwen3])
+def test_files_of_any_number_type_sharded_or_not(make, kind, tmp_path):
+    theirs = shaken(make()).to(kind)
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    whole, sharded = load(str(tmp_path / "whole")), load(str(tmp_path / "sharded"))
+    exact = FAMILIES[theirs.config.model_type].from_hf(whole.config, dict(theirs.state_dict()))
+    for name, value in whole.named_parameters():
+        assert value.dtype == torch.float32 and torch.equal(value, exact[name].float()), name
+        assert torch.equal(value, sharded.get_parameter(name)), name
+
+
+def test_gpt2_without_biases(tmp_path):
+    theirs = shaken(gpt2())
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if name.endswith("bias"):
+                value.zero_()
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32), "transformer.h.0.attn.masked_bias": torch.ones(1)}
+    save_file({**{n: v for n, v in tensors.items() if not n.endswith("bias")}, **mask}, tmp_path / "model.safetensors")
+    ours, x = load(str(tmp_path)), torch.randint(0, 60, (3, 32))
+    assert not ours.config.bias and ours.config.attention_biases == "none"
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(x), theirs(x).logits, atol=1e-5, rtol=0)
+    back = to_hf(ours)
+    assert all(torch.equal(back[name], value) for name, value in theirs.state_dict().items())
+
+
+def test_files_of_the_model_without_its_head(tmp_path):
+    """The released GPT-2 is such a file: its names lack their first part."""
+    theirs = shaken(gpt2())
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({n.removeprefix("transformer."): v for n, v in tensors.items()}, tmp_path / "model.safetensors")
+    ours = load(str(tmp_path))
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in to_hf(ours).items())
+    shaken(llama()).model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match="missing lm_head.weight"):
+        load(str(tmp_path / "headless"))
+
+
+def changed(path, change):
+    """The file with other tensors."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+DAMAGE = {
+    "missing": (lambda t: t.pop("model.norm.weight"), "weights do not fit the model: missing model.norm.weight"),
+    "superfluous": (lambda t: t.update(x=torch.ones(2)), "weights do not fit the model: unexpected x"),
+    "shape": (
+        lambda t: t.update({"model.norm.weight": torch.ones(31)}),
+        r"model.norm.weight has shape \(31,\), expected \(32,\)",
+    ),
+    "type": (
+        lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+        "model.norm.weight holds numbers of type I8; allowed are F32, BF16, F16",
+    ),
+    "untied": (
+        lambda t: t.update({"lm_head.weight": torch.ones(60, 32)}),
+        "ties the head to the embedding, and lm_head.weight is another matrix",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_tensors_that_do_not_fit(kind, tmp_path):
+    change, message = DAMAGE[kind]
+    shaken(llama(tie_word_embeddings=True)).save_pretrained(tmp_path)
+    changed(tmp_path / "model.safetensors", change)
+    with pytest.raises(ValueError, match=f"^init_from {tmp_path}: .*{message}"):
+        load(str(tmp_path))
+    if kind != "untied":  # that takes values
+        with pytest.raises(ValueError, match=message):
+            config_from_folder(tmp_path)
+
+
+def test_a_head_that_is_tied_and_stored_twice(tmp_path):
+    theirs = shaken(llama(tie_word_embeddings=True))
+    theirs.save_pretrained(tmp_path)
+    changed(tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 0}))
+    assert torch.equal(load(str(tmp_path)).transformer["wte"].weight, theirs.model.embed_tokens.weight)
+
+
+def test_damaged_and_missing_files(tmp_path):
+    shaken(llama()).save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    shards, listed = sorted(tmp_path.glob("*.safetensors")), json.loads(index.read_text())
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message) as error:
+            config_from_folder(tmp_path)
+        assert str(error.value).startswith(f"init_from {tmp_path}: ") and "\n" not in str(error.value)
+
+    whole = shards[1].read_bytes()
+    for damage in (whole[: len(whole) // 2], whole[:4], b"", b"\xff" * 20, b"{}"):
+        shards[1].write_bytes(damage)
+        refused(f"{shards[1].name}: damaged or cut short")
+    shards[1].unlink()
+    refused(f"index.json names {shards[1].name}, and there is no such file")
+    shards[1].write_bytes(whole)
+    names = list(listed["weight_map"])
+    index.write_text(json.dumps({"weight_map": {**listed["weight_map"], names[0]: listed["weight_map"][names[-1]]}}))
+    refused(f"tensors are not in the files .*index.json names: {names[0]}$")
+    for wrong in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": 3}}'):
+        index.write_text(wrong)
+        refused("not an index of safetensors files")
+    index.write_text(json.dumps(listed))
+    save_file({names[0]: torch.ones(2)}, tmp_path / shards[0].name)
+    refused("is also in|tensors are not in the files")
+    for path in (index, *shards):
+        path.unlink()
+    refused("there are no weights; looked for model.safetensors and model.safetensors.index.json")
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(str(tmp_path / "owned"))))
+    refused("pytorch_model.bin is a pickle, .* never read; .*convert it: python -c .*save_pretrained")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_loading_holds_the_weights_once(tmp_path):
+    """Of a model of 100 MB in float32, in one file: the peak of resident memory grows by less than 1.5 times that."""
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 640, "intermediate_size": 1600, "num_hidden_layers": 5,
+                            "vocab_size": 4000, "num_attention_heads": 10})  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert 90e6 < size < 130e6
+    script = """
+import sys, torch, transformers
+from orchestrate.model.hugging_face import open_model
+def memory(key):
+    return 1024 * int(open("/proc/self/status").read().partition(key + ":")[2].split()[0])
+config, load = open_model(sys.argv[1])
+torch.ones(2) @ torch.ones(2)
+before = memory("VmRSS")
+model = load()
+print(memory("VmHWM") - before)
+"""
+    grown = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=100
+    )
+    assert 0.9 * size < int(grown.stdout) < 1.5 * size
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
         (
-            LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-            "rope scaling of type 'linear'",
+            LlamaConfig(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
+            "rope scaling of type 'yarn' .it also scales the attention's logits",
         ),
-        (LlamaConfig(attention_bias=True, mlp_bias=True), "attention_bias, mlp_bias"),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "rope scaling of type 'dynamic' .its frequencies follow from the length",
+        ),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+            "partial_rotary_factor 0.5: rotary positions turn whole heads",
+        ),
+        (MistralConfig(**SHAPE, sliding_window=31), "sliding_window 31 .shorter than max_position_embeddings 32"),
+        (
+            Qwen2Config(**SHAPE, sliding_window=8, use_sliding_window=True, max_window_layers=1),
+            "sliding_window 8 .shorter",
+        ),
+        (LlamaConfig(hidden_act="gelu"), "hidden_act 'gelu'"),
         (GPT2Config(activation_function="relu"), "activation_function 'relu'"),
         (GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
     ],
@@ -105,10 +312,21 @@ def test_missing_and_other_models(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="config.json"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="'bert'; understood are gpt2, llama, qwen3"):
+    with pytest.raises(ValueError, match="'bert'; understood are gpt2, llama, mistral, qwen2, qwen3"):
+        load(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
+    with pytest.raises(ValueError, match="'gpt_neox', which has attention and MLP beside each other, and rotary"):
+        load(str(tmp_path))
+    for wrong in ("{", "[1]", "{}", '{"model_type": ["gpt2"]}', '{"model_type": "llama", "hidden_size": "x"}'):
+        (tmp_path / "config.json").write_text(wrong)
+        with pytest.raises(ValueError, match="config.json cannot be read"):
+            load(str(tmp_path))
+    quantized = {**LlamaConfig(**SHAPE).to_dict(), "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(ValueError, match="its weights are quantized"):
         load(str(tmp_path))
     gpt2().config.save_pretrained(tmp_path / "empty")
-    with pytest.raises(ValueError, match="weights cannot be had"):
+    with pytest.raises(ValueError, match="there are no weights"):
         load(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="Hugging Face form"):
         to_hf(GPT(ModelConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, position="rotary")))
@@ -124,9 +342,15 @@ LLAMA_STYLE = replace(SMALL, norm="rmsnorm", activation="swiglu", position="rota
         SMALL,
         replace(SMALL, bias=True, tie_weights=False, n_hidden=40, activation="gelu_tanh", norm_eps=1e-4),
         replace(LLAMA_STYLE, head_size=6, rotary_base=5e4, norm_eps=1e-4),
+        replace(LLAMA_STYLE, rotary_scale=2.0, mlp_bias=True, tie_weights=False),
+        replace(
+            LLAMA_STYLE, rotary_llama3_factor=8.0, rotary_low_freq_factor=0.5, rotary_original_length=24, bias=True
+        ),
+        replace(LLAMA_STYLE, attn_bias="qkv", head_size=6),
         replace(LLAMA_STYLE, head_size=12, qk_norm=True, tie_weights=False),
+        replace(SMALL, attn_bias="qkv", mlp_bias=True),
     ],
-    ids=["no biases", "gpt2", "llama", "qwen3"],
+    ids=["no biases", "gpt2", "llama", "linear", "llama3", "qwen2", "qwen3", "some biases"],
 )
 def test_transformers_read_what_we_write(config, tmp_path):
     """Configuration and weights, loaded by transformers, compute our logits."""
@@ -169,10 +393,14 @@ def test_what_no_family_can_hold_is_refused_with_each_reason(changes, reasons):
     "changes, reason",
     [
         (
-            {"rotary_scale": 2.0},
-            "Llama cannot hold rotary_scale 2.0; Qwen3 cannot hold qk_norm False, rotary_scale 2.0",
+            {"attn_bias": "qkv", "mlp_bias": True},
+            "Llama cannot hold attn_bias 'qkv'; Mistral cannot hold attn_bias 'qkv', mlp_bias True; "
+            "Qwen2 cannot hold mlp_bias True; Qwen3 cannot hold attn_bias 'qkv'",
         ),
-        ({"bias": True}, "Llama cannot hold bias True; Qwen3 cannot hold bias True, qk_norm False"),
+        (
+            {"rotary_scale": 2.0, "rotary_llama3_factor": 8.0},
+            "Llama cannot hold rotary_scale 2.0 beside rotary_llama3_factor 8.0",
+        ),
         ({"activation": "gelu"}, "Llama cannot hold activation 'gelu'"),
     ],
 )

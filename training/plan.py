@@ -19,6 +19,7 @@ from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
+from orchestrate.model.narrow import kept_as
 from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
@@ -164,6 +165,7 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         model = GPT(stages[0].settings.model)
     trained = trainable_parameters(model, stages[0].settings.frozen)
     kinds: set[str] = set()
+    narrow: set[str] = set()
     batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.dropout > 0
     rows = []
     for i, stage in enumerate(stages):
@@ -179,6 +181,10 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         trained = trained | trainable  # a parameter that ever trained keeps its moments
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
+        types = {name: kept_as(name, p, name in trainable, s.weights_dtype) for name, p in model.named_parameters()}
+        narrow, narrow_before = {name for name, dtype in types.items() if dtype == torch.bfloat16}, narrow
+        rounds = before is not None and not reshapes(before, s) and bool(narrow - narrow_before)
+        weights = sum(size * types[name].itemsize for name, size in sizes.items())
         state_bytes = OPTIMIZERS[s.optimizer].state_bytes
         graphs = _graphs(s)
         recompiles = len(graphs - kinds) if i else 0
@@ -198,12 +204,12 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
                 parameters=sum(sizes.values()),
                 trainable=sum(sizes[name] for name in trainable),
                 flops_per_token=flops_per_token(s.model, sum(sizes.values()), s.sequence_length),
-                model_bytes=4 * (sum(sizes.values()) + sum(sizes[name] for name in trainable)) // share,
+                model_bytes=(weights + 4 * sum(sizes[name] for name in trainable)) // share,
                 optimizer_bytes=sum(state_bytes(name, shapes[name], share) for name in trained),
                 activation_bytes=activation_bytes(s, 4 if config.dtype in ("auto", "float32") else 2),
                 rewraps=int(before is not None and needs_agreement(before, s)),
                 recompiles=recompiles if config.compile else 0,
-                keeps_function=_keeps_function(stage.entry),
+                keeps_function=_keeps_function(stage.entry) and not rounds,
                 changes={name: [old[name], now[name]] for name in now},
             )
         )
@@ -231,7 +237,8 @@ def _graphs(s: Settings) -> set[str]:
     shape = [getattr(c, name) for name, option in OPTIONS.items() if option.shapes_blocks]
 
     def graph(layers: Sequence[str], *more: object) -> str:
-        return repr((shape, more, [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]))
+        adapters, frozen = [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]
+        return repr((shape, more, adapters, frozen, s.weights_dtype if any([*adapters, *frozen]) else ""))
 
     blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n]) for n in range(c.n_layer)}
     before = graph(["wte", "wpe"], "before", c.vocab_size, c.block_size if c.position == "learned" else 0)
@@ -253,13 +260,14 @@ def activation_bytes(s: Settings, width: int) -> int:
 
     Per block and token: input and output of both norms, queries, keys and values (queries and keys twice where they
     are normed), the heads' output twice, the inner MLP tensors (two, with a gate four); then the logits with their
-    softmax and its gradient.
+    softmax and its gradient. With activation checkpointing only the input of each block, and the inside of one.
     """
     c, tokens = s.model, s.batch_size * s.sequence_length
     heads = (c.n_head + 2 * c.n_kv_head) * c.head_size + 2 * c.n_head * c.head_size
     heads += (c.n_head + c.n_kv_head) * c.head_size if c.qk_norm else 0
     inner = 4 if c.activation == "swiglu" else 2
-    blocks = sum(4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden)
+    inside = [4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden]
+    blocks = c.n_layer * c.n_embd + max(inside) if s.activation_checkpointing else sum(inside)
     return tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)
 
 

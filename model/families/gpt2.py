@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from orchestrate.model.families.family import Family
 
-from orchestrate.model.config import ModelConfig
-from orchestrate.model.families.family import Family, Weights
-
-
-def _turned(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Hugging Face keeps GPT-2's matrices as (in, out)."""
-    return value.t().contiguous() if ".c_" in name and name.endswith("weight") else value
-
-
-def _from_hf(config: ModelConfig, weights: Weights) -> Weights:
-    unused = (".attn.bias", ".attn.masked_bias")  # the causal mask in old files
-    return {
-        name: _turned(name, value)
-        for name, value in weights.items()
-        if not name.endswith(unused) and not (name == "lm_head.weight" and config.tie_weights)
-    }
-
-
-def _to_hf(config: ModelConfig, weights: Weights) -> Weights:
-    theirs: Weights = {}
-    for name, value in weights.items():
-        theirs[name] = _turned(name, value)
-        if not config.bias and name.startswith(("transformer.h.", "transformer.ln_f")):
-            theirs[name.removesuffix("weight") + "bias"] = value.new_zeros(len(value))
-    theirs["lm_head.weight"] = weights["transformer.wte.weight" if config.tie_weights else "lm_head.weight"]
-    return theirs
-
+_MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_OUTSIDE = ("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head")
 
 GPT2 = Family(
     name="gpt2",
@@ -47,13 +22,16 @@ GPT2 = Family(
         "activation_function": "activation",
         "tie_word_embeddings": "tie_weights",
     },
+    modules={name: name for name in (*_OUTSIDE, "ln_1", "ln_2", *_MATRICES)},
+    base="transformer.",
+    blocks="transformer.h.{}.",
+    turned=_MATRICES,
+    ignored=r".*\.attn\.(masked_)?bias",  # the causal mask
     values={"activation": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}},
     allowed={
         "scale_attn_by_inverse_layer_idx": (False,),
         "scale_attn_weights": (True,),
         "add_cross_attention": (False,),
     },
-    by_weights=("bias",),  # no bias is a bias of zeros
-    from_hf=_from_hf,
-    to_hf=_to_hf,
+    by_weights=("bias", "attn_bias", "mlp_bias"),
 )

@@ -1,69 +1,93 @@
 """Llama (Touvron et al. 2023, arXiv:2302.13971), and families that differ from it in an option or two.
 
-Rotary positions, RMSNorm, SwiGLU, grouped-query attention, no biases. Hugging Face has queries, keys and values apart.
+Rotary positions, RMSNorm, SwiGLU, grouped-query attention. Hugging Face has queries, keys and values apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import torch
+from orchestrate.model.config import LLAMA3_OPTIONS, ModelConfig
+from orchestrate.model.families.family import Family
 
-from orchestrate.model.config import ModelConfig
-from orchestrate.model.families.family import Family, Weights
-
-# Our name within a block -> theirs, for what maps one to one.
-_BLOCK = {
+_MODULES = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.ln_f": "model.norm",
+    "lm_head": "lm_head",
     "ln_1": "input_layernorm",
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.c_proj": "self_attn.o_proj",
     "ln_2": "post_attention_layernorm",
     "mlp.c_fc": "mlp.up_proj",
     "mlp.c_gate": "mlp.gate_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
+# transformers' names for LLAMA3_OPTIONS, in the same order.
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_OPTIONS = ("rotary_scale", *LLAMA3_OPTIONS)
+# Kinds of rope scaling that are refused, and why.
+_OTHER_SCALING = {
+    "dynamic": "its frequencies follow from the length of each sequence; up to max_position_embeddings the model is "
+    "the same without it, so the entry can be removed from config.json",
+    "yarn": "it also scales the attention's logits, and its ramp is another one than Llama 3's",
+    "longrope": "it has a factor for each frequency, and other ones for short sequences",
+}
 
 
-def _from_hf(block: Mapping[str, str], config: ModelConfig, weights: Weights) -> Weights:
-    ours = {
-        "transformer.wte.weight": weights["model.embed_tokens.weight"],
-        "transformer.ln_f.weight": weights["model.norm.weight"],
-    }
-    if not config.tie_weights:
-        ours["lm_head.weight"] = weights["lm_head.weight"]
-    for n in range(config.n_layer):
-        here, there = f"transformer.h.{n}.", f"model.layers.{n}."
-        qkv = [weights[f"{there}self_attn.{part}_proj.weight"] for part in "qkv"]
-        ours[f"{here}attn.c_attn.weight"] = torch.cat(qkv)
-        for name, theirs in block.items():
-            ours[f"{here}{name}.weight"] = weights[f"{there}{theirs}.weight"]
-    return ours
-
-
-def _to_hf(block: Mapping[str, str], config: ModelConfig, weights: Weights) -> Weights:
-    theirs = {
-        "model.embed_tokens.weight": weights["transformer.wte.weight"],
-        "model.norm.weight": weights["transformer.ln_f.weight"],
-        "lm_head.weight": weights["transformer.wte.weight" if config.tie_weights else "lm_head.weight"],
-    }
-    widths = [config.n_head * config.head_size, *[config.n_kv_head * config.head_size] * 2]
-    for n in range(config.n_layer):
-        here, there = f"transformer.h.{n}.", f"model.layers.{n}."
-        for part, value in zip("qkv", weights[f"{here}attn.c_attn.weight"].split(widths), strict=True):
-            theirs[f"{there}self_attn.{part}_proj.weight"] = value
-        for name, other in block.items():
-            theirs[f"{there}{other}.weight"] = weights[f"{here}{name}.weight"]
-    return theirs
-
-
-def _rope(theirs: Any, ours: dict[str, Any]) -> list[str]:
-    """The base of the rotary frequencies, where the versions of transformers keep it."""
+def _read_rope(theirs: Any, ours: dict[str, Any]) -> list[str]:
+    """The base and the scaling of the rotary frequencies, where the versions of transformers keep them."""
     rope = getattr(theirs, "rope_parameters", None) or getattr(theirs, "rope_scaling", None) or {}
-    ours["rotary_base"] = float(rope.get("rope_theta") or getattr(theirs, "rope_theta", 10000.0))
+    ours["rotary_base"] = rope.get("rope_theta") or getattr(theirs, "rope_theta", 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    return [] if kind == "default" else [f"rope scaling of type {kind!r}"]
+    if (part := rope.get("partial_rotary_factor", 1)) not in (None, 1):
+        return [f"partial_rotary_factor {part}: rotary positions turn whole heads here"]
+    if kind == "linear":
+        ours["rotary_scale"] = rope.get("factor")
+    elif kind == "llama3" and rope.get("factor") != 1:
+        ours.update({name: rope.get(key) for name, key in zip(LLAMA3_OPTIONS, _LLAMA3_KEYS, strict=True)})
+    elif kind not in ("default", "llama3"):
+        why = f" ({_OTHER_SCALING[kind]})" if kind in _OTHER_SCALING else ""
+        return [f"rope scaling of type {kind!r}{why}"]
+    return []
+
+
+def _write_rope(config: ModelConfig) -> dict[str, Any]:
+    """The inverse. Raises ValueError for both kinds of scaling at once."""
+    c = config
+    if c.rotary_llama3_factor == 1:
+        return {"rope_scaling": {"rope_type": "linear", "factor": c.rotary_scale}} if c.rotary_scale != 1 else {}
+    if c.rotary_scale != 1:
+        raise ValueError(f"rotary_scale {c.rotary_scale} beside rotary_llama3_factor {c.rotary_llama3_factor}")
+    numbers = {key: getattr(c, name) for name, key in zip(LLAMA3_OPTIONS, _LLAMA3_KEYS, strict=True)}
+    return {"rope_scaling": {"rope_type": "llama3", **numbers}}
+
+
+def _window(theirs: Any) -> list[str]:
+    """A sliding window is refused, unless no sequence is longer than it."""
+    window, longest = getattr(theirs, "sliding_window", None), theirs.max_position_embeddings
+    slides = "sliding_attention" in (getattr(theirs, "layer_types", None) or ["sliding_attention"])
+    if window is None or not slides or window >= longest:
+        return []
+    return [f"sliding_window {window} (shorter than max_position_embeddings {longest})"]
+
+
+def _read_llama(theirs: Any, ours: dict[str, Any]) -> list[str]:
+    """What `_read_rope` reads, and the biases: of all of attention, and of the MLPs."""
+    ours["attn_bias"] = "all" if theirs.attention_bias else "none"
+    ours["mlp_bias"] = bool(getattr(theirs, "mlp_bias", False))
+    return _read_rope(theirs, ours)
+
+
+def _write_llama(config: ModelConfig) -> dict[str, Any]:
+    """The inverse. Raises ValueError for biases of queries, keys and values alone, too."""
+    if config.attn_bias == "qkv":
+        raise ValueError("attn_bias 'qkv'")
+    return {
+        "attention_bias": config.attention_biases == "all",
+        "mlp_bias": config.mlp_biases,
+        **_write_rope(config),
+    }
 
 
 LLAMA = Family(
@@ -83,20 +107,43 @@ LLAMA = Family(
         "rope_theta": "rotary_base",
         "tie_word_embeddings": "tie_weights",
     },
-    allowed={"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)},
-    read_more=_rope,
-    from_hf=partial(_from_hf, _BLOCK),
-    to_hf=partial(_to_hf, _BLOCK),
+    modules=_MODULES,
+    base="model.",
+    blocks="model.layers.{}.",
+    ignored=r".*\.rotary_emb\.inv_freq",  # follows from the configuration
+    allowed={"hidden_act": ("silu", "swish")},
+    more=("bias", "attn_bias", "mlp_bias", *_ROPE_OPTIONS),
+    read_more=_read_llama,
+    write_more=_write_llama,
 )
 
-_QWEN3_BLOCK = {**_BLOCK, "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
+# Mistral (Jiang et al. 2023, arXiv:2310.06825), whose window slides in some releases.
+MISTRAL = replace(
+    LLAMA,
+    name="mistral",
+    title="Mistral",
+    more=_ROPE_OPTIONS,
+    read_more=lambda theirs, ours: [*_read_rope(theirs, ours), *_window(theirs)],
+    # transformers' own default is a window of 4096.
+    write_more=lambda config: {"sliding_window": None, **_write_rope(config)},
+)
+# Qwen2 (Yang et al. 2024, arXiv:2407.10671) has biases of queries, keys and values.
+QWEN2 = replace(
+    LLAMA,
+    name="qwen2",
+    title="Qwen2",
+    preset={**LLAMA.preset, "attn_bias": "qkv"},
+    more=_ROPE_OPTIONS,
+    read_more=lambda theirs, ours: [*_read_rope(theirs, ours), *_window(theirs)],
+    write_more=_write_rope,
+)
 # Qwen3 (Yang et al. 2025, arXiv:2505.09388) norms queries and keys.
 QWEN3 = replace(
     LLAMA,
     name="qwen3",
     title="Qwen3",
     preset={**LLAMA.preset, "qk_norm": True},
-    allowed={**LLAMA.allowed, "use_sliding_window": (False,)},
-    from_hf=partial(_from_hf, _QWEN3_BLOCK),
-    to_hf=partial(_to_hf, _QWEN3_BLOCK),
+    more=("attn_bias", *_ROPE_OPTIONS),
+    modules={**_MODULES, "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"},
+    read_more=lambda theirs, ours: [*_read_llama(theirs, ours), *_window(theirs)],
 )

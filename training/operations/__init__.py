@@ -1,6 +1,17 @@
 """All operations a schedule can name. Importing this package registers them."""
 
-from orchestrate.training.operations import batch, control, freezing, growth, hyperparameters, lora
+from orchestrate.training.operations import batch, control, freezing, growth, hyperparameters, lora, memory
 from orchestrate.training.operations.base import OPERATIONS, Operation, make
 
-__all__ = ["OPERATIONS", "Operation", "batch", "control", "freezing", "growth", "hyperparameters", "lora", "make"]
+__all__ = [
+    "OPERATIONS",
+    "Operation",
+    "batch",
+    "control",
+    "freezing",
+    "growth",
+    "hyperparameters",
+    "lora",
+    "make",
+    "memory",
+]

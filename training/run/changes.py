@@ -18,6 +18,7 @@ from orchestrate.model.gpt import GPT, compile_blocks, set_dropout
 from orchestrate.model.lineage import Lineage, State, carry
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.run.batches import Batches
+from orchestrate.training.run.casting import Cast, is_kept, kept
 from orchestrate.training.run.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from orchestrate.training.run.sharding import is_sharded
 from orchestrate.training.settings.errors import OperationFailed
@@ -40,10 +41,11 @@ class Change:
     optimizer: Optimizer
     rewraps: bool
     """Whether parameters, or which of them train, differ: then all ranks must agree, and DDP is wrapped anew."""
+    cast: Cast = Cast()
 
 
-def adopt(run: Run, target: Settings, reshape: Reshape | None = None) -> None:
-    """Make the run follow `target`. All or nothing, on all ranks alike.
+def adopt(run: Run, target: Settings, reshape: Reshape | None = None) -> Cast:
+    """Make the run follow `target`. All or nothing, on all ranks alike. Returns which weights changed their type.
 
     Args:
         reshape: makes the new model where the target's shape differs from the present one.
@@ -60,6 +62,7 @@ def adopt(run: Run, target: Settings, reshape: Reshape | None = None) -> None:
     if target.rewarms != before.rewarms:
         p.rewarm_start_iter = p.iter
     p.cursor = p.cursor.cut(target.model.block_size, target.sequence_length)
+    return change.cast
 
 
 def restore(
@@ -76,7 +79,7 @@ def restore(
     """
 
     def prepared() -> Change:
-        return Change(settings, _batches(run, settings), *placed(run, model, optimizer_state, settings), rewraps=True)
+        return _placed(run, settings, _batches(run, settings), model, optimizer_state)
 
     change = _agreed(run, True, prepared)
     _carry_out(run, change)
@@ -87,10 +90,11 @@ def restore(
         run.scaler.load_state_dict(scaler_state)
 
 
-def install(run: Run, model: GPT, optimizer_state: State) -> None:
-    """The first model of a run that has none yet."""
-    change = Change(run.settings, run.batches, *placed(run, model, optimizer_state, run.settings), rewraps=True)
+def install(run: Run, model: GPT, optimizer_state: State) -> Cast:
+    """The first model of a run that has none yet. Returns which weights changed their type."""
+    change = _placed(run, run.settings, run.batches, model, optimizer_state)
     run.model, run.optimizer, run.wrapped = change.model, change.optimizer, _wrap(run, change)
+    return change.cast
 
 
 def _agreed(run: Run, together: bool, work: Callable[[], T]) -> T:
@@ -118,8 +122,10 @@ def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
         return Change(target, batches, run.model, run.optimizer, rewraps=False)
     model, state = run.model, run.optimizer.state_by_name()
     if not reshapes(run.settings, target):
-        optimizer = make_optimizer(target, model, trainable_parameters(model, target.frozen), state)
-        return Change(target, batches, model, optimizer, rewraps=True)
+        trains = trainable_parameters(model, target.frozen)
+        if is_kept(model, trains, target.weights_dtype):
+            return Change(target, batches, model, make_optimizer(target, model, trains, state), rewraps=True)
+        return _placed(run, target, batches, *run.ranks.whole(model, state))
     if reshape is None:
         raise ValueError("the target has another shape and nothing says how to get there")
     seed = np.random.SeedSequence([run.config.seed, run.progress.iter, 1]).generate_state(1, np.uint64)
@@ -130,7 +136,7 @@ def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
     assert list(lineage) == list(shapes), "a lineage must cover every parameter, in model order"
     assert model.config == target.model, "the reshaped model is not the target's"
     state = carry(state, lineage, shapes, OPTIMIZERS[target.optimizer].slots)
-    return Change(target, batches, *placed(run, model, state, target), rewraps=True)
+    return _placed(run, target, batches, model, state)
 
 
 def _batches(run: Run, target: Settings) -> Batches:
@@ -139,12 +145,14 @@ def _batches(run: Run, target: Settings) -> Batches:
     return run.batches.mapped(target.vocabulary_map)
 
 
-def placed(run: Run, model: GPT, state: State, settings: Settings) -> tuple[GPT, Optimizer]:
-    """A model and its optimizer on this rank's device."""
+def _placed(run: Run, settings: Settings, batches: Batches, model: GPT, state: State) -> Change:
+    """With a model and its optimizer on this rank's device, in the number types that the settings ask for."""
+    trains, cast = trainable_parameters(model, settings.frozen), Cast()
     if not any(is_sharded(parameter) for parameter in model.parameters()):
+        model, cast = kept(model, trains, settings.weights_dtype)
         model = run.ranks.place(model, run.device)
     state = run.ranks.place_state(state, model, run.device)
-    return model, make_optimizer(settings, model, trainable_parameters(model, settings.frozen), state)
+    return Change(settings, batches, model, make_optimizer(settings, model, trains, state), rewraps=True, cast=cast)
 
 
 def _carry_out(run: Run, change: Change) -> None:
@@ -177,6 +185,7 @@ def _wrap(run: Run, change: Change) -> nn.Module:
         set_dropout(model, settings.dropout)
     if settings.fading != model.fading:
         model.set_fading(settings.fading)
+    model.checkpointing = settings.activation_checkpointing
     return run.ranks.wrap(model, run.device) if change.rewraps else run.wrapped
 
 
@@ -186,5 +195,6 @@ def reshapes(before: Settings, after: Settings) -> bool:
 
 
 def needs_agreement(before: Settings, after: Settings) -> bool:
-    """Whether parameters, their moments, or which of them train, differ between the two."""
-    return reshapes(before, after) or before.frozen != after.frozen
+    """Whether parameters, their moments, their types, or which of them train, differ between the two."""
+    same = before.frozen == after.frozen and before.weights_dtype == after.weights_dtype
+    return reshapes(before, after) or not same

@@ -20,6 +20,7 @@ from orchestrate.model.lineage import State
 from orchestrate.training.run import changes, step
 from orchestrate.training.run.batch_memory import largest_batch_that_fits
 from orchestrate.training.run.batches import Batches
+from orchestrate.training.run.casting import Cast
 from orchestrate.training.run.changes import Reshape
 from orchestrate.training.run.device import DTYPES, pick_dtype
 from orchestrate.training.run.distributed import Ranks
@@ -45,6 +46,7 @@ class Run:
         optimizer_state: moments by name, e.g. from a checkpoint.
 
     Attributes:
+        cast: what was rounded at the start.
         wrapped: the model as a step calls it: in DDP on several ranks.
         consistent: False only while parameters are being written: nothing saved then would be a state of the run.
     """
@@ -85,7 +87,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
-        changes.install(self, model, optimizer_state or {})
+        self.cast = changes.install(self, model, optimizer_state or {})
 
     @property
     def data(self) -> DataSet:
@@ -101,9 +103,9 @@ class Run:
         """One optimizer step on the next samples of the stream; see `step.step`."""
         return step.step(self)
 
-    def adopt(self, target: Settings, reshape: Reshape | None = None) -> None:
+    def adopt(self, target: Settings, reshape: Reshape | None = None) -> Cast:
         """Make the run follow `target`; see `changes.adopt`."""
-        changes.adopt(self, target, reshape)
+        return changes.adopt(self, target, reshape)
 
     def restore(
         self,

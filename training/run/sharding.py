@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.model.lineage import State
+from orchestrate.model.narrow import wide
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -69,22 +69,20 @@ def unshard(model: GPT, state: State) -> tuple[GPT, State]:
     return from_weights(model.config, weights), moments
 
 
-def empty(config: ModelConfig, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> GPT:
-    """A sharded model without values, which never existed whole anywhere."""
-    with torch.device("meta"):
-        model = GPT(config)
+def empty(model: GPT, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> GPT:
+    """A model on meta as a sharded one without values, which never existed whole anywhere."""
     shard(model, mesh, dtype).to_empty(device=device)
     model.reset_buffers(device)
     return model
 
 
 def empty_state(shape: torch.Size, like: Tensor) -> Tensor:
-    """Zeros of this shape, sharded as the parameter is; a single number is whole, on the CPU."""
+    """Zeros of a moment's shape, sharded as the parameter is; a single number is whole, on the CPU."""
     from torch.distributed.tensor import zeros
 
     if not shape:
         return torch.zeros(())
-    return zeros(shape, dtype=like.dtype, device_mesh=like.device_mesh, placements=like.placements)
+    return zeros(shape, dtype=wide(like.dtype), device_mesh=like.device_mesh, placements=like.placements)
 
 
 def reshard(model: GPT) -> None:

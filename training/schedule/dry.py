@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrate.training.run.casting import Cast
 from orchestrate.training.run.changes import Reshape
 from orchestrate.training.run.stopwatch import Stopwatch
 from orchestrate.training.settings.records import Progress, Settings
@@ -43,8 +44,9 @@ class DryRun:
         self.loss = 0.0
         self.events: list[tuple[int, str, dict[str, Any]]] = []
 
-    def adopt(self, target: Settings, reshape: Reshape | None = None) -> None:
+    def adopt(self, target: Settings, reshape: Reshape | None = None) -> Cast:
         self.settings = target
+        return Cast()
 
     def largest_batch(self, target: float, candidates: Sequence[int]) -> int:
         """The batch in force: what fits more is for a machine to say."""

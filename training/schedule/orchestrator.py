@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, TypeAdapter
 
 from orchestrate.training.operations.base import Machine
+from orchestrate.training.run.casting import Cast
 from orchestrate.training.run.changes import Reshape
 from orchestrate.training.run.stopwatch import Stopwatch
 from orchestrate.training.schedule.file import Entry, Guard, Schedule
@@ -50,7 +51,7 @@ class Steerable(Machine, Protocol):
     @property
     def stopwatch(self) -> Stopwatch: ...
 
-    def adopt(self, target: Settings, reshape: Reshape | None = None) -> None:
+    def adopt(self, target: Settings, reshape: Reshape | None = None) -> Cast:
         """Follow other settings, all or nothing. Raises OperationFailed on every rank."""
 
     def check_ranks_agree(self, what: str) -> None:
@@ -350,7 +351,7 @@ class Orchestrator:
         before, goal, started = run.settings, self._settled(), time.perf_counter()
         try:
             with run.stopwatch.part("operation"):
-                self._apply(entry)
+                cast = self._apply(entry)
         except (ScheduleError, OperationFailed) as error:
             self._failed(entry, error)
             return "next"
@@ -384,6 +385,7 @@ class Orchestrator:
             seconds=seconds,
             parameters_total=total,
             parameters_trainable=trainable,
+            **({"cast": cast.to_json()} if cast else {}),
         )
         # A stop ends the round too: what follows belongs to whoever goes on from here.
         round_ends = entry.reevaluate or run.settings.stops_asked != before.stops_asked
@@ -466,9 +468,9 @@ class Orchestrator:
         )
         self.host.keep(f"entry {watch.entry} reverted")
 
-    def _apply(self, entry: Entry) -> None:
+    def _apply(self, entry: Entry) -> Cast:
         """Plan, check and adopt. Raises ScheduleError or OperationFailed with the run as it was."""
-        run = self.run
+        run, cast = self.run, Cast()
         operation, error = None, None
         try:
             operation = entry.operation.resolve(run)
@@ -484,7 +486,7 @@ class Orchestrator:
         overridden = set(operation.touches)
         if entry.over and operation.fades:
             target = operation.fade(run.settings, target)
-            run.adopt(target, partial(operation.reshape, masked=True))  # type: ignore[call-arg]
+            cast = run.adopt(target, partial(operation.reshape, masked=True))  # type: ignore[call-arg]
             self._drop_from_ramps(overridden)
             self.ramps.append(Ramp.between(entry, run.settings, target, run.progress.iter))
         elif entry.over:
@@ -493,8 +495,9 @@ class Orchestrator:
             self.ramps.append(ramp)
             self._move_ramps()
         else:
-            run.adopt(target, operation.reshape)
+            cast = run.adopt(target, operation.reshape)
             self._drop_from_ramps(overridden)
+        return cast
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         skip = entry.on_error == "skip"

@@ -190,6 +190,7 @@ def announce(session: Session, resumed: Resumed | None) -> None:
         "parameters_total": total,
         "parameters_trainable": trainable,
         "tokens_per_iter": run.settings.tokens_per_iter,
+        **({"cast": run.cast.to_json()} if run.cast else {}),
     }
     if resumed is None:
         session.event("start", **facts)
@@ -214,6 +215,8 @@ def announce(session: Session, resumed: Resumed | None) -> None:
         f"{run.ranks.world_size} process{'es' if run.ranks.world_size > 1 else ''}"
         + (", sharded (fsdp)" if run.ranks.sharded else "")
     )
+    if run.cast:
+        session.reporter.say(f"note: {run.cast}")
     if run.optimizer.note:
         session.reporter.say(f"note: {run.optimizer.note}")
     for doubt in doubts(run.batches.opened, config, run.settings):

@@ -17,7 +17,9 @@ import torch
 from orchestrate.data.stream import DataSet
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
 from orchestrate.model.lineage import State as Moments
+from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.run import out_of_memory, sharding
+from orchestrate.training.run.casting import kept
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
@@ -37,6 +39,7 @@ FIXED = {
     **dict.fromkeys(MODEL_KEYS, _SHAPE),
     **dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size".split(), _SHAPE),
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
+    "frozen_layers": "freeze_layer and unfreeze_layer in a schedule change it",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
     "seed": "the order of the data follows from it, and samples would repeat or be left out",
     "optimizer": "what one optimizer has gathered means nothing to another",
@@ -209,7 +212,8 @@ def open_model(
     """A checkpoint's model and moments; where the ranks are sharded each reads its own parts. Raises Refused."""
     config, optimizer = settings.model, OPTIMIZERS[settings.optimizer]
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+        model = GPT(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     wanted = dict(shapes)
     for name in {key.rpartition("|")[0] for key in loaded.shapes if "|" in key}:
         if name not in shapes:
@@ -222,7 +226,8 @@ def open_model(
     if not ranks.sharded:
         with reading(loaded.path):
             return from_weights(config, loaded.model), loaded.optimizer
-    model = sharding.empty(config, ranks.mesh, device, ranks.dtype)
+    model, _ = kept(model, trainable_parameters(model, settings.frozen), settings.weights_dtype)
+    model = sharding.empty(model, ranks.mesh, device, ranks.dtype)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = {
         key: sharding.empty_state(shape, weights[key.rpartition("|")[0]])

@@ -14,7 +14,7 @@ import torch
 from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
 from orchestrate.data.tokenizer import tokenizer_kind
 from orchestrate.model import hugging_face, nanogpt
-from orchestrate.model.config import OPTIONS, LoraSpec, ModelConfig
+from orchestrate.model.config import OPTIONS, LoraSpec, ModelConfig, expand_layers
 from orchestrate.model.gpt import GPT, crop_block_size, init_weights
 from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
@@ -33,7 +33,8 @@ IN_SETTINGS = {
         key: key
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
-            "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_iters log_interval"
+            "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_iters log_interval "
+            "activation_checkpointing weights_dtype"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
@@ -57,9 +58,14 @@ def _adapters(config: TrainConfig, n_layer: int) -> dict[str, LoraSpec]:
 
 
 def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
-    """The settings that a run of this configuration starts with."""
+    """The settings that a run of this configuration starts with. Raises Refused."""
     values = {name: getattr(config, key) for key, name in IN_SETTINGS.items()}
-    return Settings(model=model, lora_alpha=config.lora_alpha, **values)
+    try:
+        named = [name.strip() for name in config.frozen_layers.split(",")] if config.frozen_layers else []
+        frozen = tuple(expand_layers(model, named))
+    except ValueError as error:
+        raise Refused(f"frozen_layers: {error}") from None
+    return Settings(model=model, lora_alpha=config.lora_alpha, frozen=frozen, **values)
 
 
 def planned_model_config(config: TrainConfig) -> tuple[ModelConfig, list[str]]:

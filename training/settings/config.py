@@ -30,6 +30,7 @@ from orchestrate.training.settings.values import (
     OptimizerName,
     PositiveFloat,
     PositiveInt,
+    WeightsDtype,
     is_large,
     nearest,
     problems_of,
@@ -128,8 +129,9 @@ def model_values(config: TrainConfig) -> dict[str, Any]:
 def keys_of(model: ModelConfig) -> dict[str, Any]:
     """The inverse of model_values: what each key says of a model. Of MLPs of several widths it says the first."""
     keys = {}
+    in_effect = {"attn_bias": model.attention_biases, "mlp_bias": model.mlp_biases}
     for key, name in MODEL_KEYS.items():
-        value = getattr(model, name)
+        value = in_effect.get(name, getattr(model, name))
         keys[key] = value == OPTIONS[name].on if OPTIONS[name].on else value[0] if name == "n_hidden" else value
     return keys
 
@@ -175,6 +177,14 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     early_stopping_metric: MetricName = _key(
         VAL_LOSS, "the metric that must go down; of another than val_loss, patience counts logged values"
     )
+    # memory
+    activation_checkpointing: bool = _key(
+        False, "keep only the input of each block for the backward pass and compute its inside again there"
+    )
+    weights_dtype: WeightsDtype = _key(
+        "float32", "float32 | bfloat16: matrices that do not train (frozen, or under an adapter) are kept in it"
+    )
+    frozen_layers: str = _key("", "layers that do not train from the start: names and globs with commas, e.g. wte,ln_*")
     # when something goes wrong
     on_sick_step: Literal["skip", "rollback", "stop"] = _key(
         "skip", "a non-finite or spiking step never updates weights; then: skip it | rollback to a checkpoint | stop"

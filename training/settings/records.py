@@ -25,6 +25,7 @@ from orchestrate.training.settings.values import (
     OptimizerName,
     PositiveFloat,
     PositiveInt,
+    WeightsDtype,
 )
 
 EXACTLY = ConfigDict(extra="forbid")
@@ -66,6 +67,10 @@ class Settings:
     lora_alpha: PositiveFloat
     """Alpha given to adapters that are added from now on."""
     dropout: Fraction = 0.0
+    activation_checkpointing: bool = False
+    """Whether the backward pass computes the inside of each block again instead of keeping it."""
+    weights_dtype: WeightsDtype = "float32"
+    """The number type in which matrices that do not train are kept; all else is float32."""
     optimizer: OptimizerName = "adamw"
     momentum: Fraction = 0.9
     sequence_length: NonNegativeInt = 0

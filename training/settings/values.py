@@ -32,6 +32,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 OptimizerName = Literal["adamw", "sgd"]
+WeightsDtype = Literal["float32", "bfloat16"]
 OPTIMIZER_NUMBERS: dict[str, tuple[str, ...]] = {"adamw": ("beta1", "beta2"), "sgd": ("momentum",)}
 """The numbers that each optimizer has, beside learning rate and weight decay, as Settings and configurations say."""
 

@@ -191,7 +191,7 @@ def _shapes(path: Path, files: Iterable[str]) -> dict[str, torch.Size]:
             for key in file.keys():  # noqa: SIM118 (it is no dictionary)
                 part = file.get_slice(key)
                 shape = part.get_shape()
-                if part.get_dtype() != "F32":
+                if part.get_dtype() not in (("F32",) if "|" in key else ("F32", "BF16")):
                     raise ValueError(f"{name}: {key} is {part.get_dtype()}, not float32")
                 starts = shards[key][_OFFSETS] if shards else [0] * len(shape)
                 if len(starts) != len(shape) or any(type(start) is not int or start < 0 for start in starts):

@@ -98,6 +98,17 @@ class Eval(_Metrics):
 # ---------------------------------------------------------------------------------------------- events
 
 
+class _Cast(TypedDict):
+    """Frozen weights that changed their number type."""
+
+    rounded: int
+    """How many were rounded to bfloat16."""
+    error: _Real
+    """Root mean square of what that changed, as a share of that of the weights."""
+    widened: int
+    """How many are float32 again, with the values that they had."""
+
+
 class _Event(TypedDict):
     """What every line of events.jsonl has."""
 
@@ -118,13 +129,15 @@ class _Begins(_Event):
     """Processes."""
     device: str
     dtype: str
-    """Of the forward pass; weights and moments are float32."""
+    """Of the forward pass; weights that train and moments are float32."""
     torch: str
     python: str
     """Versions."""
     parameters_total: int
     parameters_trainable: int
     tokens_per_iter: int
+    cast: NotRequired[_Cast]
+    """Where weights changed their number type at the start."""
     operations: NotRequired[list[dict[str, str]]]
     """Files of the user's own operations: "file", its name, and "sha256"."""
 
@@ -202,6 +215,8 @@ class Operation(_Event):
     """That the operation took, without evaluations."""
     parameters_total: int
     parameters_trainable: int
+    cast: NotRequired[_Cast]
+    """Where weights changed their number type (weights_dtype)."""
 
 
 class Text(TypedDict):
