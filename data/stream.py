@@ -237,6 +237,10 @@ class DataSet:
     meta: Meta
     name: str = ""
 
+    @property
+    def folder(self) -> Path:
+        return self.train.path.parent
+
     def fingerprint(self) -> dict[str, str]:
         return {"train": self.train.fingerprint(), "val": self.val.fingerprint()}
 
@@ -246,6 +250,9 @@ class DataSet:
             return self
 
         def through(file: TokenFile) -> TokenFile:
+            if file.remap is not None and file.remap.max() >= len(new_ids):
+                last = f"{len(new_ids)} entries of the vocabulary map"
+                raise ValueError(f"{file.path}: token id {file.remap.max()} is beyond the {last}")
             remap = new_ids if file.remap is None else new_ids[file.remap]
             return TokenFile(file.path, file.dtype.name, remap)
 

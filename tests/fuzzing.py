@@ -8,6 +8,8 @@ be) escapes as an error.
 from __future__ import annotations
 
 import contextlib
+import functools
+import gzip
 import hashlib
 import io
 import json
@@ -32,7 +34,10 @@ from operation_examples import BEFORE, EXAMPLES
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
-from orchestrate.data.stream import read_meta, read_remap
+from orchestrate.data.keeping import as_hugging_face, save
+from orchestrate.data.prepare import prepare, trained_tokenizer
+from orchestrate.data.stream import open_data, read_meta, read_remap
+from orchestrate.data.tokenizer import CharTokenizer, HuggingFaceTokenizer, Pieces
 from orchestrate.model import nanogpt
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT
@@ -589,6 +594,58 @@ def metas(data: st.DataObject, workspace: Workspace) -> str:
         return "accepted"
 
 
+def tokenizer_folders(data: st.DataObject, workspace: Workspace) -> str:
+    """The files of a Hugging Face tokenizer with wrong parts, or with noise in them: what is read works on any text."""
+    with workspace.case() as folder, in_bounds():
+        made = data.draw(st.sampled_from(_tokenizers()))
+        for name, content in as_hugging_face(made).files.items():
+            match data.draw(st.integers(0, 3)):
+                case 0:
+                    content = noisy(data, content)
+                case 1:
+                    content = json.dumps(mutated(data, json.loads(content))).encode()
+            (folder / name).write_bytes(content)
+        try:
+            tokenizer = HuggingFaceTokenizer(folder)
+            assert len(tokenizer.fingerprint) == 64
+            save(tokenizer, folder / "saved")
+            text = data.draw(TEXTS)
+            ids = tokenizer.encode_plain(text)
+        except ValueError:
+            return "refused"
+        assert tokenizer.end_of_text not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
+        pieces = Pieces(tokenizer)
+        shown = [pieces.push(i) for i in [*ids, data.draw(st.integers(0, 2**20))]] + [pieces.end()]
+        assert all(isinstance(piece, str) for piece in shown)
+        return "accepted"
+
+
+@functools.cache
+def _tokenizers() -> list[Any]:
+    return [CharTokenizer.of("to be, or not", several=True), trained_tokenizer(280, ["to be, or not to be"] * 9)]
+
+
+def documents(data: st.DataObject, workspace: Workspace) -> str:
+    """A file of documents with noise in it becomes a data set whose ids the tokenizer has, or is refused."""
+    with workspace.case() as folder, in_bounds():
+        lines = [{"text": data.draw(st.text(max_size=30))} for _ in range(data.draw(st.integers(1, 5)))]
+        if data.draw(st.booleans()):
+            lines = [mutated(data, line) for line in lines]
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        name = data.draw(st.sampled_from(["in.jsonl", "in.txt", "in.jsonl.gz", "in.parquet"]))
+        content = gzip.compress(content) if name.endswith(".gz") else content
+        (folder / name).write_bytes(noisy(data, content) if data.draw(st.booleans()) else content)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                prepare([folder / name], folder / "out", data.draw(st.sampled_from(["char", _tokenizers()[1]])))
+        except ValueError:
+            assert not (folder / "out" / "train.bin").exists()
+            return "refused"
+        made = open_data(str(folder / "out"), 0)
+        assert max(made.train.tokens.max(), made.val.tokens.max()) < made.meta.vocab_size
+        return "accepted"
+
+
 def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
     """A nanoGPT ckpt.pt with wrong parts, or with noise in it, or with something to run."""
     with workspace.case() as folder, in_bounds():
@@ -618,7 +675,8 @@ def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
 TARGETS: dict[str, Callable[[st.DataObject, Workspace], str]] = {
     f.__name__: f
     for f in (schedule_entries, schedule_text, large_schedules, schedule_runs, config_values, config_file,
-              growing_configs, forged_state, forged_tensors, damaged_files, jsonl, metas, foreign_checkpoints)
+              growing_configs, forged_state, forged_tensors, damaged_files, jsonl, metas, tokenizer_folders, documents,
+              foreign_checkpoints)
 }  # fmt: skip
 
 

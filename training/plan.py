@@ -138,7 +138,7 @@ def make(
     check_data(data, config, stages)
     if config.init_from == "resume":
         check_fingerprint(config, resumed.loaded.state, data)
-    notes += doubts(data, config, settings)
+    notes += doubts(data, config, settings, resumed.loaded.state.tokenizer if config.init_from == "resume" else None)
     share = world_size if config.parallel == "fsdp" else 1
     rows = _rows(stages, config, schedule.source, share)
     if config.parallel == "fsdp":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from orchestrate.data.keeping import keep
 from orchestrate.training.run import out_of_memory
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.run.distributed import Meeting, Ranks
@@ -143,11 +144,13 @@ def make_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLoc
     rewind(out_dir, resumed.loaded.state.log_sizes if resumed is not None else {})
     out_of_memory.forget(out_dir)  # every rank has heeded it
     write_start(out_dir, config.model_dump(), orchestrator.schedule.text)
+    keep(orchestrator.run.data.meta, orchestrator.run.data.folder, out_dir)
 
 
 def restore_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLock) -> str:
     """Make again what a start writes, after somebody removed the run folder; returns what is wrong, or nothing."""
     write_start(Path(config.out_dir), config.model_dump(), orchestrator.schedule.text)
+    keep(orchestrator.run.data.meta, orchestrator.run.data.folder, config.out_dir)
     return lock.renew()
 
 
@@ -219,7 +222,8 @@ def announce(session: Session, resumed: Resumed | None) -> None:
         session.reporter.say(f"note: {run.cast}")
     if run.optimizer.note:
         session.reporter.say(f"note: {run.optimizer.note}")
-    for doubt in doubts(run.batches.opened, config, run.settings):
+    trained = resumed.loaded.state.tokenizer if resumed is not None else None
+    for doubt in doubts(run.batches.opened, config, run.settings, trained):
         session.reporter.say(f"warning: {doubt}")
     if config.parallel == "fsdp" and not run.ranks.sharded:
         session.reporter.say("parallel=fsdp shards nothing on one process")

@@ -24,7 +24,7 @@ from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
 from orchestrate.training.schedule.own import OwnFile, compare
-from orchestrate.training.session.start import IN_SETTINGS
+from orchestrate.training.session.start import IN_SETTINGS, other_tokenizer
 from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings, get_field, with_field
@@ -247,12 +247,18 @@ def _only(schedule: Schedule, fired: int) -> Schedule:
 def check_fingerprint(config: TrainConfig, state: State, data: DataSet) -> None:
     """Raises Refused where the data is not what the checkpoint was trained on, whatever its name is."""
     changed = [name for name, print_ in data.fingerprint().items() if state.data.get(name) != print_]
+    problems = []
     if changed and not config.allow_changed_data:
-        raise Refused(
+        problems.append(
             f"dataset {config.dataset}: the content of {' and '.join(f'{name}.bin' for name in changed)} is not what "
             f"the checkpoint was trained on ({state.config.dataset}; fingerprints differ): the stream of samples "
             "would not go on where it stopped; --allow_changed_data=True goes on all the same"
         )
+    other = other_tokenizer(data, config, state.tokenizer)
+    if changed and other and not config.allow_other_tokenizer:
+        problems.append(f"{other}; --allow_other_tokenizer=True goes on all the same")
+    if problems:
+        raise Refused(problems)
 
 
 def pending(schedule: Schedule, fired: int) -> Schedule:

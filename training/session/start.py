@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from orchestrate.data.stream import DataSet, find_folder, open_data, read_meta, read_remap, within
-from orchestrate.data.tokenizer import tokenizer_kind
+from orchestrate.data.keeping import check_kept, differs, kept_with_data, named
+from orchestrate.data.stream import DataSet, Meta, find_folder, open_data, read_meta, read_remap, within
+from orchestrate.data.tokenizer import has_tokenizer, tells_apart
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.config import OPTIONS, LoraSpec, ModelConfig, expand_layers
 from orchestrate.model.gpt import GPT, crop_block_size, init_weights
@@ -153,12 +154,19 @@ def data_of(config: TrainConfig) -> DataSet:
 
 
 def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
-    """Raises Refused where the data does not fit the models of a run: too few tokens, or ids that a model lacks; and
-    where sample_prompts cannot be read.
+    """Raises Refused where the data does not fit the models of a run, or where sample_prompts cannot be read.
+
+    There may be too few tokens, or ids that a model lacks, or ids that mean something else to it.
 
     Of the files only samples are looked at; a batch is looked at whole before it is used.
     """
     check_lengths(stages, data)
+    if not config.allow_other_tokenizer and (problem := other_tokenizer(data, config)):
+        raise Refused(f"{problem}; --allow_other_tokenizer=True goes on all the same")
+    try:
+        check_kept(data.meta, kept_with_data(data.folder))
+    except ValueError as error:
+        raise Refused(f"dataset {config.dataset}: {error}") from None
     settings = stages[0].settings
     known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
     if known and known > size and not settings.vocabulary_map:
@@ -173,19 +181,34 @@ def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
     check_prompts(config, data.meta, settings)
 
 
-def doubts(data: DataSet, config: TrainConfig, settings: Settings) -> list[str]:
-    """What is allowed and likely not meant, one sentence each."""
+def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = None) -> str:
+    """That tokens of the data mean something else to the model, in one sentence; nothing where they do not.
+
+    Args:
+        trained: what the tokens were that a checkpoint was trained on.
+    """
+    if trained is not None:
+        other = named(trained) if tells_apart(data.meta, trained) else ""
+        whose = "the checkpoint was trained on those of"
+    elif config.init_from in ("scratch", "resume") or config.shrunken_vocab_size or Path(config.init_from).is_file():
+        return ""
+    else:
+        other = differs(data.meta, data.folder, config.init_from, config.init_from in hugging_face.GPT2_MODELS)
+        whose = f"{config.init_from} speaks"
+    said = f"dataset {config.dataset} is written in tokens of {named(data.meta)}, and {whose} {other}"
+    return f"{said}: a token means something else to it" if other else ""
+
+
+def doubts(data: DataSet, config: TrainConfig, settings: Settings, trained: Meta | None = None) -> list[str]:
+    """What is allowed and likely not meant, one sentence each; `trained` as in `other_tokenizer`."""
     told = []
+    if config.allow_other_tokenizer and (other := other_tokenizer(data, config, trained)):
+        told.append(f"{other}; going on all the same (allow_other_tokenizer)")
+    if data.meta.tokenizer == "huggingface" and not has_tokenizer(kept_with_data(data.folder)):
+        told.append(f"dataset {config.dataset} has not the files of its tokenizer, so the run cannot keep them")
     known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
     if known and not settings.vocabulary_map and size > -(-known // 128) * 128:  # more than padding
         told.append(f"dataset {config.dataset} has {known} tokens, and the model's vocabulary is {size}")
-    foreign = config.init_from not in ("scratch", "resume")
-    theirs = "gpt2" if config.init_from in hugging_face.GPT2_MODELS else tokenizer_kind(config.init_from)
-    if foreign and theirs and theirs != data.meta.tokenizer:
-        told.append(
-            f"dataset {config.dataset} is written in tokens of {data.meta.tokenizer}, and {config.init_from} speaks "
-            f"{theirs}: a token means something else to it"
-        )
     if settings.decay_lr and config.max_iters <= settings.warmup_iters and config.max_iters:
         told.append(
             f"the run ends within its warm-up (max_iters {config.max_iters}, warmup_iters {settings.warmup_iters}): "

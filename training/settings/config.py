@@ -86,6 +86,9 @@ class _RunKeys(BaseModel):
     # data
     dataset: str = _key("openwebtext", "a folder under data/, or a path to one, with train.bin and val.bin")
     allow_changed_data: bool = _key(False, "on resume: go on although train.bin or val.bin is not what it was")
+    allow_other_tokenizer: bool = _key(
+        False, "go on although the data is in tokens of another tokenizer than the model's"
+    )
     gradient_accumulation_steps: PositiveInt = _key(40, "micro-steps in one iteration, over all ranks together")
     batch_size: PositiveInt = _key(12, "sequences in one micro-step on one rank")
     shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
