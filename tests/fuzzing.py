@@ -57,7 +57,11 @@ NUMBERS = st.one_of(
 LAYERS = st.sampled_from(
     ["attn.0", "mlp.1", "mlp.*", "block.0", "block.-1", "wte", "ln_f", "lm_head", "*", "attn.9", ""]
 )
-TEXTS = st.one_of(st.text(max_size=8), LAYERS, st.sampled_from(["copy", "identity", "mean", "relu2", "1e-3", "!!str"]))
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    LAYERS,
+    st.sampled_from(["copy", "identity", "identity_copy", "depth_up_scaling", "mean", "relu2", "1e-3", "!!str"]),
+)
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
