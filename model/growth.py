@@ -355,6 +355,26 @@ def add_heads(model: GPT, target: ModelConfig, how: str, noise: float, generator
     return transform(model, target, generator, axes, fresh=_fresh_units(target, how, generator))
 
 
+def spell_out(model: GPT, target: ModelConfig) -> GPT:
+    """The same function in a shape that spells it out, for who has no other: nothing is drawn at random.
+
+    Hidden units and heads beyond the old ones are zeros. Where the target has a key head for each query head, a key
+    head that several share is repeated for each of them.
+    """
+    config, axes = model.config, {}
+    for n, (before, after) in enumerate(zip(config.n_hidden, target.n_hidden, strict=True)):
+        if before != after:
+            axes[f"units.{n}"] = axes[f"units_read.{n}"] = Axis(_append(before, after, copies=False))
+    if target.n_kv_head == target.n_head == config.n_head:
+        queries = torch.arange(config.n_head)
+        keys = queries // (config.n_head // config.n_kv_head)
+    else:
+        queries, keys = head_sources(config, target.n_head, target.n_kv_head, copies=False)
+    if (config.n_head, config.n_kv_head) != (target.n_head, target.n_kv_head):
+        axes |= _attention_axes(config, queries, keys, 1.0)
+    return transform(model, target, torch.Generator(), axes)[0]
+
+
 # ---------------------------------------------------------------------------------------------- a wider stream
 
 
