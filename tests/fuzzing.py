@@ -57,7 +57,23 @@ NUMBERS = st.one_of(
     st.floats(),
 )  # fmt: skip
 LAYERS = st.sampled_from(
-    ["attn.0", "mlp.1", "mlp.*", "block.0", "block.-1", "wte", "ln_f", "lm_head", "*", "attn.9", ""]
+    [
+        "attn.0",
+        "attn.0.q",
+        "attn.*.v",
+        "q_proj",
+        "all-linear",
+        "mlp.1",
+        "mlp.*",
+        "block.0",
+        "block.-1",
+        "wte",
+        "ln_f",
+        "lm_head",
+        "*",
+        "attn.9",
+        "",
+    ]
 )
 TEXTS = st.one_of(
     st.text(max_size=8),
@@ -83,6 +99,7 @@ MODELS = [
         "norm": "rmsnorm",
         "activation_checkpointing": True,
     },
+    {"lora_targets": "q_proj,v_proj,down_proj,wte", "lora_rank": 2, "use_rslora": True, "lora_dropout": 0.1},
 ]
 FIELDS = {
     "reevaluate": True,
