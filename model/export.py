@@ -245,7 +245,7 @@ def write_nanogpt(form: Form, file: Path, dtype: torch.dtype = torch.float32, **
     Args:
         facts: iter_num, best_val_loss, config, as nanoGPT's train.py has them.
     """
-    arguments = {**form.family.config_to_hf(form.model.config), "dropout": 0.0}
+    arguments = form.family.config_to_hf(form.model.config)
     del arguments["model_type"]
     weights = {name: _shorter(name, value, dtype) for name, value in form.weights().items()}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]

@@ -28,6 +28,7 @@ NANOGPT = replace(
     values={},
     allowed={},
     by_weights=(),
+    write_more=lambda config: {"dropout": 0.0},
 )
 """It fixes what is no argument of its model: the exact GELU, MLPs of 4 * n_embd, a tied head."""
 

@@ -272,6 +272,9 @@ def test_a_run_as_a_folder_for_transformers(run, tmp_path, capsys):
         assert (model(x).logits - source.model.eval().logits(x)).abs().max() <= 1e-5
     assert source.model.config.lora and model.config.n_layer == 4
     assert os.listdir(tmp_path / "a") == ["hf"], "nothing is left beside it"
+    with torch.no_grad():
+        assert torch.equal(model.train()(x).logits, model(x).logits), "no dropout that nobody asked for"
+    model.eval()
     written = model.generate(x[:, :4], max_new_tokens=6, do_sample=False)
     assert written.shape == (2, 10)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -309,6 +312,31 @@ def test_the_tokenizer_goes_along(run, data, tmp_path):
     assert again.apply_chat_template([{"role": "user", "content": text}], tokenize=False) == text
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "again" / file).read_text())["eos_token_id"] == ours.encode("T")[0]
+
+
+def test_a_trained_tokenizer_and_its_chat_template_go_through_a_run(tmp_path, tiny):
+    """The data set's tokenizer is kept by the run: where the data is no more, the export has it all the same."""
+    import shutil
+
+    from conftest import TEXT
+    from transformers import AutoTokenizer
+
+    from orchestrate.data import keeping
+    from orchestrate.data.prepare import prepare, trained_tokenizer
+
+    keeping.save(trained_tokenizer(280, [TEXT]), tmp_path / "tokenizer")
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    (tmp_path / "in.txt").write_text(TEXT)
+    prepare([tmp_path / "in.txt"], tmp_path / "data", str(tmp_path / "tokenizer"))
+    assert tiny(dataset=tmp_path / "data", max_iters=2)[0] == 0
+    shutil.rmtree(tmp_path / "data")
+    assert export.main([str(tiny.folder("run")), "--to", "hf", str(tmp_path / "hf")]) == 0
+    there, back = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "hf"))
+    assert back.encode("to suffer<|endoftext|>") == there.encode("to suffer<|endoftext|>") and len(back) == len(there)
+    assert back.apply_chat_template([{"role": "user", "content": "to be"}], tokenize=False) == "[user] to be"
+    end = back.convert_tokens_to_ids("<|endoftext|>")
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == end
 
 
 def test_frozen_weights_that_are_kept_short(tmp_path, tiny):
@@ -439,6 +467,8 @@ def test_what_must_not_be_replaced(run, tmp_path):
     (other / "config.json").write_text("{}")
     with pytest.raises(Refused, match="holds no exported model"):
         export.main([str(run), "--to", "hf", str(other), "--overwrite"])
+    with pytest.raises(Refused, match="its folder cannot be made"):
+        export.main([str(run), "--to", "hf", str(tmp_path / "file" / "hf")])
 
 
 @pytest.mark.parametrize(

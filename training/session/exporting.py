@@ -230,6 +230,9 @@ def _whole_or_absent(path: Path, write: Callable[[Path], None]) -> None:
     aside, old = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.replaced")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{path}: its folder cannot be made ({error.strerror})") from None
+    try:
         _remove(aside)
         try:
             write(aside)
