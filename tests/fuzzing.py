@@ -75,7 +75,11 @@ LAYERS = st.sampled_from(
         "",
     ]
 )
-TEXTS = st.one_of(st.text(max_size=8), LAYERS, st.sampled_from(["copy", "identity", "mean", "relu2", "1e-3", "!!str"]))
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    LAYERS,
+    st.sampled_from(["copy", "identity", "identity_copy", "depth_up_scaling", "mean", "relu2", "1e-3", "!!str"]),
+)
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
