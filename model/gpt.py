@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrate.model.adapters import ADAPTER, attach, init_adapters, tied_logits
 from orchestrate.model.config import PROJECTIONS, Fade, LoraSpec, ModelConfig
-from orchestrate.model.narrow import Embedding, Linear, linear
+from orchestrate.model.narrow import Embedding, Linear, WithoutDrawing, linear
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, each (time, head_size)."""
@@ -297,7 +297,7 @@ class MLP(_Fading):
         return y if self.fade_output is None else y * self.fade_output
 
 
-class _LayerNorm(nn.LayerNorm):
+class _LayerNorm(WithoutDrawing, nn.LayerNorm):
     """In the input's type, also where sharding gathers the weights in a shorter one."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -305,7 +305,7 @@ class _LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
-class _RMSNorm(nn.RMSNorm):
+class _RMSNorm(WithoutDrawing, nn.RMSNorm):
     """Likewise."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from orchestrate.model.adapters import ADAPTER
 from orchestrate.model.config import BLOCK_LAYERS, Fade, ModelConfig, layer_of_adapter
 from orchestrate.model.gpt import GPT, initial_value, put_parameter, weights_of
 from orchestrate.model.lineage import Lineage, Origin, follow, known
+from orchestrate.model.lora import reshape_lora
 from orchestrate.model.narrow import wide
 
 Grown = tuple[GPT, Lineage]
@@ -207,12 +208,14 @@ def stack(
     zero: bool,
     generator: torch.Generator,
     masked: bool = False,
+    copied: bool = False,
 ) -> Grown:
     """The blocks `layers` in their order. New blocks are fresh, with zero output projections where `zero`.
 
     With zero output projections a new block adds nothing to the residual stream: the function is kept exactly, and so
     are all gradients of what was there (Chen et al. 2016, arXiv:1511.05641 for the idea of identity layers). The same
-    holds where what is new is `masked`: it starts with nothing of it showing.
+    holds where what is new is `masked`: it starts with nothing of it showing. Where new blocks are `copied`, what reads
+    in them is as in the block that is their kin, adapters folded in (Wu et al. 2024, arXiv:2401.02415).
     """
     seen: set[int] = set()
     first = [layer.source is not None and not (layer.source in seen or seen.add(layer.source)) for layer in layers]
@@ -228,8 +231,18 @@ def stack(
             return f"transformer.h.{layer.source}.{match[2]}"
         return path
 
+    sources: dict[str, Tensor] = {}
+    if copied:
+        merged, _ = reshape_lora(model, replace(model.config, lora={}), generator)
+        sources = {name: parameter.detach().clone() for name, parameter in merged.transformer["h"].named_parameters()}
+
     def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
-        return torch.zeros_like(value) if zero and weights_of(name)[0].rows == "writes" else None
+        if zero and weights_of(name)[0].rows == "writes":
+            return torch.zeros_like(value)
+        if not copied:
+            return None
+        _, _, number, rest = name.split(".", 3)
+        return sources[f"{layers[int(number)].kin}.{rest}"].clone()
 
     grown, lineage = transform(model, target, generator, renamed=renamed, fresh=fresh)
     note = "" if same else "the function has changed: the moments are those of the layer that this one was"
@@ -359,6 +372,26 @@ def add_heads(model: GPT, target: ModelConfig, how: str, noise: float, generator
         share = _head_shares(queries, keys, noise, generator) if how == "duplicate" else 1.0
         axes.update({f"{name}.{n}": axis for name, axis in _attention_axes(model.config, queries, keys, share).items()})
     return transform(model, target, generator, axes, fresh=_fresh_units(target, how, generator))
+
+
+def spell_out(model: GPT, target: ModelConfig) -> GPT:
+    """The same function in a shape that spells it out, for who has no other: nothing is drawn at random.
+
+    Hidden units and heads beyond the old ones are zeros. Where the target has a key head for each query head, a key
+    head that several share is repeated for each of them.
+    """
+    config, axes = model.config, {}
+    for n, (before, after) in enumerate(zip(config.n_hidden, target.n_hidden, strict=True)):
+        if before != after:
+            axes[f"units.{n}"] = axes[f"units_read.{n}"] = Axis(_append(before, after, copies=False))
+    if target.n_kv_head == target.n_head == config.n_head:
+        queries = torch.arange(config.n_head)
+        keys = queries // (config.n_head // config.n_kv_head)
+    else:
+        queries, keys = head_sources(config, target.n_head, target.n_kv_head, copies=False)
+    if (config.n_head, config.n_kv_head) != (target.n_head, target.n_kv_head):
+        axes |= _attention_axes(config, queries, keys, 1.0)
+    return transform(model, target, torch.Generator(), axes)[0]
 
 
 # ---------------------------------------------------------------------------------------------- a wider stream

@@ -166,13 +166,13 @@ def _described(folder: str, base_model: str) -> Described:
     )
 
 
-def load(folder: str, base_model: str = "") -> GPT:
-    """A PEFT folder's model: its base with the adapters on it, in float32. Raises ValueError.
+def load(folder: str, base_model: str = "", keep: hugging_face.Keep = hugging_face.as_is) -> GPT:
+    """A PEFT folder's model: its base, in float32 or as `keep` says, with the adapters on it. Raises ValueError.
 
     A folder that PiSSA started is on the rest of the base's weights, as peft makes it when it loads one.
     """
     described = describe(folder, base_model)
-    base = hugging_face.load(described.base)
+    base = hugging_face.load(described.base, keep)
     weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
     model, _ = reshape_lora(base, described.model, torch.Generator().manual_seed(0))
     with safe_open(Path(folder) / WEIGHTS, framework="pt") as file, torch.no_grad():

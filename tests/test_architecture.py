@@ -109,7 +109,7 @@ def test_no_import_leads_back():
         (
             "save_file",
             r"save_file|torch\.save\(|distributed\.checkpoint",
-            {"training/store/checkpoint.py", "model/peft_folder.py"},
+            {"training/store/checkpoint.py", "model/export.py", "model/peft_folder.py"},
         ),
         ("requires_grad_", r"requires_grad_\(", {"training/run/changes.py"}),
         ("unpickling", r"pickle\.load|torch\.load\((?!path, map_location=.cpu., weights_only=True)", set()),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +104,7 @@ class Foreign(NamedTuple):
     """Weights from elsewhere, looked at once: what they are, and what loads them (it raises ValueError)."""
 
     model: ModelConfig
-    load: Callable[[], GPT]
+    load: Callable[[hugging_face.Keep], GPT]
 
 
 def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
@@ -119,11 +120,14 @@ def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
         return config, None
     if peft:
         described = peft_folder.describe(config.init_from, config.base_model)
-        foreign = Foreign(described.model, lambda: peft_folder.load(config.init_from, config.base_model))
+        foreign = Foreign(described.model, partial(peft_folder.load, config.init_from, config.base_model))
         more = _peft_keys(described)
+    elif Path(config.init_from).is_file():
+        shape, load = nanogpt.open_model(config.init_from)
+        # A ckpt.pt is mapped into memory: what is rounded of it is when the run is opened.
+        foreign, more = Foreign(shape, lambda keep: load()), {}
     else:
-        is_file = Path(config.init_from).is_file()
-        foreign, more = Foreign(*(nanogpt if is_file else hugging_face).open_model(config.init_from)), {}
+        foreign, more = Foreign(*hugging_face.open_model(config.init_from)), {}
     keys = {key: value for key, value in keys_of(foreign.model).items() if key != "block_size"} | more
     problems = [
         f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {key} {shown(value)}"
@@ -173,13 +177,22 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
         raise Refused(str(error).split("; ")) from None
 
 
-def initial_model(config: TrainConfig, model_config: ModelConfig, foreign: Foreign | None = None) -> GPT:
-    """Fresh or foreign weights in the planned shape. Raises ValueError."""
+def initial_model(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    foreign: Foreign | None = None,
+    keep: hugging_face.Keep = hugging_face.as_is,
+) -> GPT:
+    """Fresh or foreign weights in the planned shape. Raises ValueError.
+
+    Args:
+        keep: what becomes of each foreign weight once it is read, before there are adapters.
+    """
     if foreign is None:
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    model = crop_block_size(foreign.load(), config.block_size)
+    model = crop_block_size(foreign.load(keep), config.block_size)
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model
