@@ -96,8 +96,8 @@ def _read_config(folder: Path, place: str) -> Any:
         )
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{place}: a PEFT adapter without its base model; merge the two with peft's merge_and_unload, "
-            "save the result, and give that folder"
+            f"{place}: a PEFT adapter, and a base model is a whole one: merge the two with peft's "
+            "merge_and_unload, save the result, and give that folder"
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{place}: a Hugging Face folder has a config.json, and there is none")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig
+from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig, layer_of_adapter
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.run.casting import types_of
@@ -235,8 +235,12 @@ def _graphs(s: Settings) -> set[str]:
     shape = [getattr(c, name) for name, option in OPTIONS.items() if option.shapes_blocks]
 
     def graph(layers: Sequence[str], *more: object) -> str:
-        adapters, frozen = [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]
-        return repr((shape, more, adapters, frozen, s.weights_dtype if any([*adapters, *frozen]) else ""))
+        adapters = {name: spec for name, spec in c.lora.items() if layer_of_adapter(name) in layers}
+        # Blocks of any number have one graph, so a number says nothing.
+        specs = [(name.split(".")[::2], spec) for name, spec in adapters.items()]
+        drops = bool(adapters) and s.lora_dropout > 0
+        frozen = [name in s.frozen for name in layers]
+        return repr((shape, more, specs, drops, frozen, s.weights_dtype if adapters or any(frozen) else ""))
 
     blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n]) for n in range(c.n_layer)}
     before = graph(["wte", "wpe"], "before", c.vocab_size, c.block_size if c.position == "learned" else 0)

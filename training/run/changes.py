@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from orchestrate.model.config import ModelConfig
-from orchestrate.model.gpt import GPT, compile_blocks, set_dropout
+from orchestrate.model.gpt import GPT, compile_blocks, set_dropout, set_lora_dropout
 from orchestrate.model.lineage import Lineage, State, carry
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.run.batches import Batches
@@ -181,6 +181,8 @@ def _wrap(run: Run, change: Change) -> nn.Module:
             compile_blocks(model)
     if settings.dropout != model.dropout:
         set_dropout(model, settings.dropout)
+    if settings.lora_dropout != model.lora_dropout:
+        set_lora_dropout(model, settings.lora_dropout)
     if settings.fading != model.fading:
         model.set_fading(settings.fading)
     model.checkpointing = settings.activation_checkpointing

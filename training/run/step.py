@@ -144,5 +144,5 @@ def _loss_of_all(run: Run, total: Tensor, fits: bool) -> float:
 
 def _seed_dropout(run: Run, micro: int) -> None:
     """Dropout is a function of (seed, iteration, micro-step): equal after a resume and for any number of ranks."""
-    if run.settings.dropout > 0:
+    if run.settings.dropout > 0 or run.settings.lora_dropout > 0:
         torch.manual_seed(run.seed(micro))
