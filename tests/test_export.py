@@ -477,7 +477,7 @@ def test_what_must_not_be_replaced(run, tmp_path):
         (["nowhere", "--to", "hf", "x"], "nowhere"),
         (["FOLDER", "--to", "hf", "x"], "neither a run folder .no checkpoints/. nor a Hugging Face folder"),
         (["EMPTY", "--to", "hf", "x"], "there is no complete checkpoint"),
-        (["RUN", "--to", "onnx", "x"], "--to onnx: allowed are hf, nanogpt"),
+        (["RUN", "--to", "onnx", "x"], "--to onnx: allowed are hf, peft, nanogpt"),
         (["RUN", "--to", "hf", "x", "--checkpoint", "iter_9"], "no checkpoint iter_9; there are iter_000000008"),
         (["FILE", "--to", "hf", "x"], "not a checkpoint"),
         (["FILE", "--to", "hf", "x", "--checkpoint", "best"], "is no run folder and has no checkpoints"),
@@ -512,6 +512,58 @@ def test_the_command(run, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     done = command(str(run), "--to", "hf", str(tmp_path / "hf"))
     assert (done.returncode, done.stderr) == (0, "") and str(tmp_path / "hf") in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- peft
+
+
+def test_adapters_for_peft(tmp_path, tiny, capsys):
+    """On the base that the run began with they give the run's logits, and read back they are the same model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "base")
+    schedule = [{"name": "set_layer_lora_rank", "value": ["attn.1.o", 3], "at_iter": 1}]
+    keys = dict(max_iters=4, lora_targets="q_proj,v_proj,down_proj", lora_rank=2, lora_dropout=0.1, learning_rate=0.05)
+    keys |= dict(n_head=4, n_embd=32)
+    code, out = tiny(schedule, init_from=tmp_path / "base", **keys)
+    assert code == 0 and export.main([str(out), "--to", "peft", str(tmp_path / "peft")]) == 0
+    ours = exporting.open_source(str(out)).model.eval()
+    model = PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "peft").eval()
+    x = torch.randint(0, 40, (2, 16))
+    with torch.no_grad():
+        logits = ours.logits(x)
+        assert (model(x).logits - logits).abs().max() <= 1e-5
+        assert (theirs(tmp_path / "base")(x).logits - logits).abs().max() > 1e-3, "the adapters count"
+        read = exporting.open_source(str(tmp_path / "peft"))
+        assert read.model.config.lora and (read.model.eval().logits(x) - logits).abs().max() <= 1e-5
+        # An adapter and its base in one folder.
+        assert export.main([str(tmp_path / "peft"), "--to", "hf", str(tmp_path / "merged")]) == 0
+        assert (theirs(tmp_path / "merged")(x).logits - logits).abs().max() <= 1e-5
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert "library_name: peft" in card and "base_model: base" in card and "set_layer_lora_rank" in card
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(Refused, match="no Hugging Face folder here: adapters are on one .--base FOLDER"):
+        export.main([str(out), "--to", "peft", str(tmp_path / "peft"), "--overwrite"])
+    given = ["--overwrite", "--base", str(tmp_path / "moved")]
+    assert export.main([str(out), "--to", "peft", str(tmp_path / "peft"), *given]) == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == given[2]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--to", "peft", "x"], "began with scratch, which is no Hugging Face folder here"),
+        (["--to", "peft", "x", "--dtype", "float16"], "--dtype float16: adapters are written in float32"),
+        (["--to", "hf", "x", "--base", "y"], "--base y: --to hf has no base"),
+    ],
+)
+def test_what_has_no_form_for_peft_is_refused(run, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=message):
+        export.main([str(run), *args])
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------- every family
