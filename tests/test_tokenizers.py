@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from orchestrate.data.tokenizer import (
     HuggingFaceTokenizer,
     Pieces,
     RemappedTokenizer,
+    tells_apart,
     tiktoken_tokenizer,
     tokenizer_of,
 )
@@ -221,6 +223,17 @@ def test_the_fingerprint_of_characters_is_pinned():
     found = CharTokenizer("ab").fingerprint
     assert found == "65bf89634ad9d7e4867f478de3fada7e48fa617390f24b87afaf50b552f464e8"
     assert found != CharTokenizer("ba").fingerprint
+
+
+def test_data_without_fingerprints_is_known_by_its_kind():
+    """Data sets and checkpoints of earlier versions; of characters the meta has all that is needed."""
+    old, new = Meta(), Meta(fingerprint="a" * 64)
+    assert not tells_apart(old, new) and not tells_apart(new, old) and not tells_apart(old, old)
+    assert tells_apart(new, Meta(fingerprint="b" * 64))
+    assert tells_apart(old, Meta(tokenizer="huggingface", fingerprint="a" * 64))
+    char = Meta(2, tokenizer="char", itos=("a", "b"))
+    assert not tells_apart(char, replace(char, fingerprint=CharTokenizer("ab").fingerprint))
+    assert tells_apart(char, replace(char, itos=("b", "a"))) and tells_apart(char, old)
 
 
 # ---------------------------------------------------------------------------------------------- files
