@@ -51,6 +51,9 @@ SCHEDULE = [
     {"name": "set_lr", "value": 3e-3, "over": 4, "trigger": {"metric": "loss", "below": 99.0}},
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 4, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 2},
+    {"name": "set_layer_lora_rank", "value": [["attn.*.q", "attn.*.v", "mlp.0.up"], 2], "max_wait_iters": 1},
+    {"name": "set_lora_dropout", "value": 0.2, "over": 2},
+    {"name": "merge_lora_weights", "max_wait_iters": 2},
     {"name": "set_activation_checkpointing", "value": True, "max_wait_iters": 1},
     {"name": "set_grad_accum", "value": 4, "max_wait_iters": 2},
     {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "max_wait_iters": 1, "over": 3},
@@ -63,7 +66,7 @@ SCHEDULE = [
 KEYS = dict(
     n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=40,
     lr_decay_iters=40, warmup_iters=2, learning_rate=1e-2, eval_interval=5, eval_iters=2, log_interval=1, dropout=0.1,
-    device="cpu", compile=False, qk_norm=True, head_size=6, sample_prompts="The", sample_tokens=9,
+    device="cpu", compile=False, qk_norm=True, head_size=6, attn_bias="qkv", sample_prompts="The", sample_tokens=9,
 )  # fmt: skip
 
 

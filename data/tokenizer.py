@@ -476,6 +476,7 @@ def tokenizer_of(meta: Meta, folder: str | Path | None = None) -> Tokenizer:
         tokenizer: Tokenizer = CharTokenizer(meta.itos)
     elif folder is not None and has_tokenizer(folder):
         tokenizer = HuggingFaceTokenizer(folder)
+        tokenizer.kind = meta.tokenizer  # its form is another one, it is not
     elif meta.tokenizer == "huggingface":
         where = f"{folder}: there is no tokenizer.json" if folder is not None else "its files are not kept"
         raise ValueError(

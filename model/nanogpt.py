@@ -1,19 +1,36 @@
-"""Weights from a nanoGPT ckpt.pt, read without running anything that is in it."""
+"""What nanoGPT's models are, and weights from its ckpt.pt, read without running anything that is in it."""
 
 from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from orchestrate.model.config import ModelConfig
+from orchestrate.model.families.gpt2 import GPT2
 from orchestrate.model.gpt import GPT, from_weights
 
 _ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 _COMPILED = "_orig_mod."  # torch.compile's prefix on every name
+
+NANOGPT = replace(
+    GPT2,
+    name="nanogpt",
+    title="nanoGPT",
+    preset={},
+    keys={name: name for name in _ARGUMENTS},
+    turned=(),
+    values={},
+    allowed={},
+    by_weights=(),
+    write_more=lambda config: {"dropout": 0.0},
+)
+"""It fixes what is no argument of its model: the exact GELU, MLPs of 4 * n_embd, a tied head."""
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -36,18 +53,25 @@ def _read(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
+def open_model(path: str | Path) -> tuple[ModelConfig, Callable[[], GPT]]:
+    """The configuration of the model in a ckpt.pt, and what loads its weights. Raises ValueError; so does loading."""
+    read = _read(path)
+    config = ModelConfig(**{name: read["model_args"][name] for name in _ARGUMENTS})
+
+    def load() -> GPT:
+        weights = {name.removeprefix(_COMPILED): value for name, value in read["model"].items()}
+        # The head is tied to the embedding and stored twice; old checkpoints also hold the causal mask.
+        kept = {n: v for n, v in weights.items() if n != "lm_head.weight" and not n.endswith(".attn.bias")}
+        return from_weights(config, kept)
+
+    return config, load
+
+
 def config_from_checkpoint(path: str | Path) -> ModelConfig:
     """The configuration of the model in a ckpt.pt. Raises ValueError."""
-    arguments = _read(path)["model_args"]
-    return ModelConfig(**{name: arguments[name] for name in _ARGUMENTS})
+    return open_model(path)[0]
 
 
 def load_checkpoint(path: str | Path) -> GPT:
     """The model in a ckpt.pt. Raises ValueError."""
-    loaded = _read(path)
-    weights = {name.removeprefix(_COMPILED): value for name, value in loaded["model"].items()}
-    # The head is tied to the embedding and stored twice; old checkpoints also hold the causal mask.
-    weights = {
-        name: value for name, value in weights.items() if name != "lm_head.weight" and not name.endswith(".attn.bias")
-    }
-    return from_weights(config_from_checkpoint(path), weights)
+    return open_model(path)[1]()

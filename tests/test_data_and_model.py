@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import TEXT, arguments, events, on_ranks, tensors, write_data
-from test_foreign_weights import gpt2, llama, nanogpt_checkpoint
+from test_foreign_weights import LLAMA3, gpt2, llama, nanogpt_checkpoint, qwen2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -237,6 +237,53 @@ def test_the_recorded_configuration_is_that_of_the_foreign_weights(data, tmp_pat
         train_orchestrated.main([*resumed, "--n_layer=12"])
 
 
+def test_what_the_finer_options_say_of_foreign_weights(data, tmp_path, monkeypatch):
+    """Their keys are recorded, contradicted aloud, and config.json is read once."""
+    import transformers
+
+    hf, out = tmp_path / "hf", tmp_path / "run"
+    qwen2(rope_parameters=LLAMA3, vocab_size=SIZE).save_pretrained(hf)
+    given = arguments(data, out, init_from=hf, n_head=4, n_embd=32, max_iters=2)
+    have = f"but the weights of {hf} have"
+    both_refuse([*given, "--attn_bias=all"], f"attn_bias: got 'all', {have} attn_bias 'qkv'$")
+    both_refuse(
+        [*given, "--rotary_llama3_factor=1"], f"rotary_llama3_factor: got 1.0?, {have} rotary_llama3_factor 8.0$"
+    )
+    both_refuse([*given, "--bias=True"], f"bias: got True, {have} bias False$")
+    asked, read = [], transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *a, **k: asked.append(a) or read(*a, **k))
+    assert train_orchestrated.main([*given, "--attn_bias=qkv", "--rotary_original_length=16"]) == 0
+    assert len(asked) == 1
+    recorded = json.loads((out / "config.json").read_text())
+    shape = {"attn_bias": "qkv", "bias": False, "mlp_bias": False, "rotary_llama3_factor": 8.0,
+             "rotary_low_freq_factor": 1.0, "rotary_high_freq_factor": 4.0, "rotary_original_length": 16,
+             "rotary_scale": 1.0, "rotary_base": 100.0}  # fmt: skip
+    assert recorded | shape == recorded
+    resumed = ["--init_from=resume", f"--out_dir={out}", "--max_iters=3"]
+    both_refuse([*resumed, "--rotary_low_freq_factor=2"], "from 1.0 to 2.*, and no operation changes it$")
+    assert train_orchestrated.main([*resumed, "--attn_bias=qkv"]) == 0
+    # Biases in all of it are said by each of the three keys.
+    gpt2(vocab_size=SIZE).save_pretrained(tmp_path / "gpt2")
+    given = arguments(data, tmp_path / "other", init_from=tmp_path / "gpt2", n_head=4, n_embd=32, max_iters=1)
+    both_refuse([*given, "--attn_bias=none"], "attn_bias: got 'none', .* have attn_bias 'all'$")
+    assert train_orchestrated.main([*given, "--attn_bias=all", "--mlp_bias=True"]) == 0
+
+
+def test_a_folder_that_does_not_fit_is_refused_before_training(data, tmp_path):
+    hf = tmp_path / "hf"
+    keys = {"init_from": hf, "n_head": 4, "n_embd": 32}
+    llama(vocab_size=SIZE - 1).save_pretrained(hf)
+    both_refuse(
+        arguments(data, tmp_path / "run", **keys), f"vocabulary of {SIZE}, more than the {SIZE - 1} of the model"
+    )
+    llama(max_position_embeddings=15, vocab_size=SIZE).save_pretrained(hf)
+    both_refuse(arguments(data, tmp_path / "run", **keys), "block_size 16 is longer than the 15 that .* was made for")
+    whole = (hf / "model.safetensors").read_bytes()
+    (hf / "model.safetensors").write_bytes(whole[:-1])
+    both_refuse(arguments(data, tmp_path / "run", **keys), "model.safetensors: damaged or cut short")
+    assert not (tmp_path / "run").exists()
+
+
 def test_adapters_fit_the_foreign_shape(data, tmp_path):
     """Ranks are held against the weights' own sizes, not against those of a configuration that is not meant."""
     gpt2().save_pretrained(tmp_path / "hf")
@@ -311,11 +358,6 @@ def test_init_from_says_what_is_allowed(data, tmp_path, name, said):
     both_refuse(arguments(data, tmp_path / "run", init_from=name), said)
     with pytest.raises(ValueError, match=said):
         sample.main([f"--init_from={name}", "--device=cpu"])
-
-
-def test_a_peft_folder_is_known(data, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    both_refuse(arguments(data, tmp_path / "run", init_from=tmp_path), "PEFT adapter .*merge_and_unload")
 
 
 def test_loading_shows_no_bars(data, tmp_path, capfd):

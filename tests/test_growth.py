@@ -27,6 +27,11 @@ LLAMA = ModelConfig(
     activation="swiglu", position="rotary", tie_weights=False,
 )  # fmt: skip
 OTHER = replace(GPT2, norm="rmsnorm", activation="relu2", bias=False, n_hidden=(20, 32, 16))
+PARTS = {
+    "attn.0.q": LoraSpec(2, 4.0), "attn.0.v": LoraSpec(1, 3.0, use_rslora=True), "attn.0.o": LoraSpec(2, 2.0),
+    "mlp.0.up": LoraSpec(2, 8.0), "mlp.1.down": LoraSpec(3, 1.0), "attn.1.k": LoraSpec(2, 5.0),
+    "attn.1.v": LoraSpec(3, 2.0),
+}  # fmt: skip
 LORA = {"attn.0": LoraSpec(2, 4.0), "mlp.1": LoraSpec(3, 2.0), "wte": LoraSpec(2, 8.0), "attn.1": LoraSpec(1, 1.0)}
 STYLES = {
     "gpt2": GPT2,
@@ -34,7 +39,11 @@ STYLES = {
     "relu2": OTHER,
     "gpt2 with adapters": replace(GPT2, lora=LORA),
     "llama with adapters": replace(LLAMA, lora=LORA),
+    "gpt2 with projections": replace(GPT2, lora={**PARTS, "attn.2.qkv": LoraSpec(3, 2.0)}),
+    "llama with projections": replace(LLAMA, lora={**PARTS, "mlp.0.gate": LoraSpec(2, 3.0)}),
     "gpt2 with qk_norm": replace(GPT2, qk_norm=True, head_size=6, norm_eps=0.1),
+    "llama3": replace(LLAMA, rotary_llama3_factor=8.0, rotary_original_length=16, rotary_base=100.0),
+    "qwen2": replace(LLAMA, attn_bias="qkv", tie_weights=True, lora=LORA, rotary_scale=1.5),
     "llama with qk_norm": replace(LLAMA, qk_norm=True, head_size=6, norm_eps=0.1, lora=LORA),
 }
 # Operations that keep the function, and whether all moments have an exact image.
@@ -181,7 +190,15 @@ def test_unequal_copies_drift_apart_and_equal_ones_do_not():
 
 
 @pytest.mark.parametrize(
-    "style", ["gpt2 with adapters", "llama with adapters", "relu2", "gpt2 with qk_norm", "llama with qk_norm"]
+    "style",
+    [
+        "gpt2 with adapters",
+        "llama with adapters",
+        "llama with projections",
+        "relu2",
+        "gpt2 with qk_norm",
+        "llama with qk_norm",
+    ],
 )
 def test_growth_after_growth(style):
     """Everything on top of everything, and the function is still the first one."""
@@ -194,7 +211,7 @@ def test_growth_after_growth(style):
             ("widen_embd", 32),
             ("widen_mlp", 80),
             ("add_heads", {"n_head": 16}),
-            ("set_attn_lora_rank", 3),
+            ("set_attn_lora_rank", 3) if "projections" not in style else ("set_layer_lora_rank", ["attn.*.v", 4]),
             ("widen_embd", {"n_embd": 64, "heads": "larger"}),
             ("merge_lora_weights", None),
             ("stack_layers", {"n_layer": 7}),
@@ -390,7 +407,7 @@ def test_impossible_vocabularies(value, message):
 
 def test_longer_contexts():
     idx = torch.arange(12)[None] % 19
-    for config in (GPT2, LLAMA, STYLES["llama with qk_norm"]):
+    for config in (GPT2, LLAMA, STYLES["llama3"], STYLES["llama with qk_norm"]):
         model = shaken(config)
         _, grown, _ = grow(model, "extend_context", 24)
         with torch.no_grad():
@@ -403,6 +420,13 @@ def test_longer_contexts():
     assert new.shape == (24, 8) and not lineage["transformer.wpe.weight"].exact
     _, grown, _ = grow(shaken(LLAMA), "extend_context", {"block_size": 24, "how": "interpolate", "rotary_base": 5e4})
     assert grown.config.rotary_scale == 2.0 and grown.config.rotary_base == 5e4
+    # Over a model with Llama 3's scaling, and over one that was interpolated already.
+    model = shaken(replace(STYLES["llama3"], rotary_scale=1.5))
+    _, grown, _ = grow(model, "extend_context", {"block_size": 30, "how": "interpolate"})
+    assert grown.config == replace(model.config, block_size=30, rotary_scale=1.5 * 2.5)
+    for table in ("rope_cos", "rope_sin"):  # position 5 i is where position 2 i was
+        new, old = getattr(grown, table)[::5], getattr(model, table)[::2]
+        torch.testing.assert_close(new, old.float(), atol=1e-6, rtol=0)
     planned = make("extend_context", {"value": 24}).plan(settings_of(GPT2))
     assert planned.sequence_length == 24
     planned = make("extend_context", {"value": 24}).plan(replace(settings_of(GPT2), sequence_length=6))
@@ -427,7 +451,10 @@ def test_sequences_of_another_length_are_the_same_stream(data):
 # ---------------------------------------------------------------------------------------------- masked growth
 
 
-@pytest.mark.parametrize("style", ["gpt2", "llama", "gpt2 with adapters", "llama with qk_norm"])
+@pytest.mark.parametrize(
+    "style",
+    ["gpt2", "llama", "gpt2 with adapters", "llama3", "qwen2", "llama with qk_norm", "llama with projections"],
+)
 @pytest.mark.parametrize(
     "name, value",
     [

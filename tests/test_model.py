@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from orchestrate.model.gpt import (
     from_weights,
     init_weights,
     parameter_count,
+    rotary_frequencies,
     set_dropout,
     weights_of,
 )
@@ -35,7 +37,10 @@ LLAMA = replace(
     GPT2, norm="rmsnorm", activation="swiglu", position="rotary", tie_weights=False, bias=False, n_kv_head=2, n_hidden=48
 )  # fmt: skip
 QK_NORM = replace(LLAMA, qk_norm=True, head_size=10)
-BOTH = pytest.mark.parametrize("config", [GPT2, LLAMA, QK_NORM], ids=["gpt2", "llama", "qk_norm"])
+LLAMA3 = replace(LLAMA, rotary_llama3_factor=8.0, rotary_original_length=8, n_kv_head=1)
+QWEN2 = replace(LLAMA, attn_bias="qkv", tie_weights=True)
+STYLES = {"gpt2": GPT2, "llama": LLAMA, "llama3": LLAMA3, "qwen2": QWEN2, "qk_norm": QK_NORM}
+BOTH = pytest.mark.parametrize("config", STYLES.values(), ids=STYLES)
 
 
 def trained(config: ModelConfig, seed: int = 0) -> GPT:
@@ -88,6 +93,17 @@ def test_config_goes_through_json(config):
         ({"lora": {"attn.0": LoraSpec(99, 1.0)}}, "from 1 to 32"),
         ({"lora": {"lm_head": LoraSpec(1, 1.0)}}, "untied lm_head"),
         ({"position": "rotary", "n_head": 32, "head_size": 1}, "even head size"),
+        ({"attn_bias": "q"}, "attn_bias must be one of none, qkv, all, got 'q'"),
+        ({"mlp_bias": 1}, "mlp_bias must be true or false, got 1"),
+        ({"rotary_scale": 2.0}, "^rotary_scale 2.0 needs rotary positions$"),
+        ({"rotary_llama3_factor": 8.0}, "^rotary_llama3_factor 8.0 needs rotary positions$"),
+        ({"position": "rotary", "rotary_llama3_factor": 0.0}, "rotary_llama3_factor must be positive and finite"),
+        ({"position": "rotary", "rotary_high_freq_factor": 5}, "means nothing where rotary_llama3_factor is 1"),
+        ({"position": "rotary", "rotary_original_length": 64}, "means nothing where rotary_llama3_factor is 1"),
+        (
+            {"position": "rotary", "rotary_llama3_factor": 8.0, "rotary_low_freq_factor": 4.0},
+            "rotary_low_freq_factor 4.0 must be below rotary_high_freq_factor 4.0",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(keys, message):
@@ -188,6 +204,64 @@ def test_rotary_positions_turn_by_their_place_divided_by_the_scale(base, scale):
     theirs.load_state_dict(to_hf(trained(replace(config, rotary_scale=1.0))))
     with torch.no_grad():
         torch.testing.assert_close(model.logits(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_llama3_scaling_by_hand():
+    """Base 1e4, heads of 8: frequencies 1, 1/10, 1/100, 1/1000; in 400 tokens they turn 400 f / 2 pi times.
+
+    That is 63.7, 6.37, 0.637 and 0.0637 times. With low 0.5 and high 8, the first stays, the last is divided by 8, and
+    of the others (6.366 - 0.5) / 7.5 = 0.7822 and (0.6366 - 0.5) / 7.5 = 0.01822 stay as they are.
+    """
+    config = replace(LLAMA, rotary_llama3_factor=8.0, rotary_low_freq_factor=0.5, rotary_high_freq_factor=8.0,
+                     rotary_original_length=400)  # fmt: skip
+    blended = [0.1 * (0.782160 + 0.217840 / 8), 0.01 * (0.0182160 + 0.981784 / 8)]
+    by_hand = torch.tensor([1.0, *blended, 0.001 / 8])
+    torch.testing.assert_close(rotary_frequencies(config), by_hand, atol=0, rtol=1e-5)
+    interpolated = rotary_frequencies(replace(config, rotary_scale=2.5))
+    torch.testing.assert_close(interpolated, by_hand / 2.5, atol=0, rtol=1e-5)
+    cosines = GPT(replace(config, rotary_scale=2.5)).rope_cos[7]
+    torch.testing.assert_close(cosines, (7 * by_hand / 2.5).cos().repeat(2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "base, size, factor, low, high, original",
+    [(5e5, 128, 8.0, 1.0, 4.0, 8192), (5e5, 64, 32.0, 1.0, 4.0, 8192), (100.0, 10, 3.0, 0.7, 1.1, 40)],
+)
+def test_llama3_scaling_is_that_of_transformers(base, size, factor, low, high, original):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = replace(LLAMA, head_size=size, rotary_base=base, rotary_llama3_factor=factor, rotary_low_freq_factor=low,
+                     rotary_high_freq_factor=high, rotary_original_length=original)  # fmt: skip
+    rope = {"rope_type": "llama3", "rope_theta": base, "factor": factor, "low_freq_factor": low,
+            "high_freq_factor": high, "original_max_position_embeddings": original}  # fmt: skip
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(head_dim=size, rope_parameters=rope), "cpu")
+    ours = rotary_frequencies(config)
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=3e-7)
+    plain = rotary_frequencies(replace(LLAMA, head_size=size, rotary_base=base))
+    kinds = {"kept": ours == plain, "divided": torch.isclose(ours, plain / factor, rtol=1e-6)}
+    assert all(kind.any() for kind in kinds.values()) and not (kinds["kept"] | kinds["divided"]).all(), kinds
+
+
+def test_biases_where_the_options_say():
+    def biased(**keys) -> set[str]:
+        names = [n for n, _ in GPT(replace(LLAMA, **keys)).named_parameters() if n.endswith("bias")]
+        return {re.sub(r"^transformer\.(h\.\d+\.)?", "", name).removesuffix(".bias") for name in names}
+
+    mlp = {"mlp.c_fc", "mlp.c_gate", "mlp.c_proj"}
+    attention, norms = {"attn.c_attn", "attn.c_proj"}, {"ln_1", "ln_2", "ln_f"}
+    assert biased() == set()
+    assert biased(attn_bias="qkv") == {"attn.c_attn"} and biased(attn_bias="all") == attention
+    assert biased(mlp_bias=True) == mlp and biased(mlp_bias=True, attn_bias="qkv") == mlp | {"attn.c_attn"}
+    assert biased(bias=True) == biased(bias=True, attn_bias="qkv") == attention | mlp
+    assert biased(norm="layernorm", attn_bias="all", mlp_bias=True) == attention | mlp
+    assert biased(norm="layernorm", bias=True) == attention | mlp | norms
+    # One model is one configuration.
+    same = [replace(LLAMA, **keys) for keys in ({"bias": True}, {"attn_bias": "all", "mlp_bias": True},
+                                                {"bias": True, "attn_bias": "qkv"})]  # fmt: skip
+    assert same[0] == same[1] == same[2] and replace(same[0], bias=False) == LLAMA
+    assert replace(LLAMA, norm="layernorm", attn_bias="all", mlp_bias=True) != replace(
+        LLAMA, norm="layernorm", bias=True
+    )
 
 
 def test_initial_weights_follow_the_seed_alone():

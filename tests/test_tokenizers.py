@@ -133,6 +133,31 @@ def test_text_never_becomes_a_control_token(kind, tmp_path):
         assert tokenizer.encode(f"be{name}").count(tokenizer.end_of_text) == (2 if kind == "unigram" else 1)
 
 
+def test_the_name_of_a_control_token_is_cut_as_any_text(tmp_path):
+    """Into the very tokens of a vocabulary that has no control tokens."""
+    inner = byte_level()
+    plain = Inner(models.BPE())
+    plain.pre_tokenizer = inner.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    plain.train_from_iterator([f"a{EOT}b {EOT}"] * 9, trainer)
+    expected = plain.encode(f"be{EOT}be {EOT}").ids
+    plain.decoder = inner.decoder
+    plain.add_special_tokens([EOT])
+    tokenizer = saved(plain, tmp_path, eos_token=EOT)
+    assert tokenizer.encode_plain(f"be{EOT}be {EOT}") == expected and len(expected) < 15
+
+
+def test_pieces_look_back_at_a_few_tokens_only(tmp_path):
+    tokenizer = KINDS["unigram"](tmp_path / "hf")
+    ids, longest = tokenizer.encode_plain("to be, " * 50), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids: longest.append(len(ids)) or decode(ids)
+    pieces = Pieces(tokenizer)
+    assert "".join(map(pieces.push, ids)) + pieces.end() == decode(ids) and max(longest) <= 16
+
+
 def test_a_text_that_can_only_be_a_control_token_is_refused(tmp_path):
     inner = Inner(models.WordLevel({"a": 0, "#": 1}, unk_token="#"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -305,7 +330,8 @@ def test_an_encoding_is_read_from_its_kept_files(tmp_path, monkeypatch):
     save(pairs, tmp_path)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("a download was tried"))
     meta = Meta(None, "uint16", pairs.kind, fingerprint=pairs.fingerprint)
-    assert tokenizer_of(meta, tmp_path).encode_plain(TEXT) == pairs.encode_plain(TEXT)
+    kept = tokenizer_of(meta, tmp_path)
+    assert kept.encode_plain(TEXT) == pairs.encode_plain(TEXT) and kept.kind == "tiktoken:pairs"
 
 
 def test_names_of_encodings(monkeypatch):

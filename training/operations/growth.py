@@ -547,7 +547,8 @@ class ExtendContext(GrowthOperation):
     """A longer block_size: a number, or {block_size, how: extend | interpolate, rotary_base}.
 
     extend keeps what short sequences compute; interpolate stretches learned positions or divides rotary ones by the
-    ratio. Training and evaluation use the new length from then on.
+    ratio, after the scaling of Llama 3 where the model has it, which stays as it is. Training and evaluation use the
+    new length from then on.
     """
 
     keeps: ClassVar = "extend: the function of sequences up to the old length, and all moments"

@@ -15,6 +15,7 @@ import torch
 
 from orchestrate.data.keeping import keep
 from orchestrate.training.run import out_of_memory
+from orchestrate.training.run.casting import in_words
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.run.distributed import Meeting, Ranks
 from orchestrate.training.run.run import Run
@@ -24,7 +25,7 @@ from orchestrate.training.session.lock import FolderLock
 from orchestrate.training.session.opening import open_run
 from orchestrate.training.session.resume import Resumed, resume
 from orchestrate.training.session.session import Session
-from orchestrate.training.session.start import doubts, the_schedule, with_foreign_shape
+from orchestrate.training.session.start import doubts, opened, the_schedule
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
@@ -90,13 +91,13 @@ def prepare(
     config: TrainConfig, given: dict[str, str], operations: Sequence[OwnFile], meeting: Meeting
 ) -> tuple[Resumed | None, Orchestrator]:
     """Everything that can be refused without the run folder being written to."""
-    resumed = None
+    resumed = foreign = None
     config, given = resume_after_restart(config, given)
     if config.init_from == "resume":
         resumed = resume(config, given, operations, meeting.from_first)
         config, schedule = resumed.config, resumed.schedule
     else:
-        schedule, config = the_schedule(config), with_foreign_shape(config)
+        schedule, (config, foreign) = the_schedule(config), opened(config)
         if not config.eval_only:
             refuse_to_overwrite(config.out_dir)
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -107,7 +108,7 @@ def prepare(
     ranks = Ranks(device.type, config.backend, config.parallel, dtype, meeting)
     if len(set(ranks.gather(tuple((file.path.name, file.sha256) for file in operations)))) > 1:
         raise Refused("--operations: the ranks have files of different names or contents")
-    run = open_run(config, resumed, schedule, ranks)
+    run = open_run(config, resumed, schedule, ranks, foreign)
     run.check_ranks_agree("the start")
     orchestrator = Orchestrator(schedule, run)
     if resumed is not None:
@@ -219,7 +220,7 @@ def announce(session: Session, resumed: Resumed | None) -> None:
         + (", sharded (fsdp)" if run.ranks.sharded else "")
     )
     if run.cast:
-        session.reporter.say(f"note: {run.cast}")
+        session.reporter.say(f"note: {in_words(run.cast.to_json())}")
     if run.optimizer.note:
         session.reporter.say(f"note: {run.optimizer.note}")
     trained = resumed.loaded.state.tokenizer if resumed is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+from orchestrate.training.run.casting import Casting
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.run import Run
@@ -11,6 +12,7 @@ from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.schedule.stages import plan_stages
 from orchestrate.training.session.resume import Resumed, check_fingerprint, open_model, pending
 from orchestrate.training.session.start import (
+    Foreign,
     check_data,
     data_of,
     initial_model,
@@ -21,7 +23,9 @@ from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.records import Progress
 
 
-def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, ranks: Ranks) -> Run:
+def open_run(
+    config: TrainConfig, resumed: Resumed | None, schedule: Schedule, ranks: Ranks, foreign: Foreign | None = None
+) -> Run:
     """Data, weights and optimizer on this rank's device. Raises Refused or ValueError."""
     device = pick_device(config.device, ranks.local_rank)
     data = data_of(config)
@@ -42,7 +46,11 @@ def open_run(config: TrainConfig, resumed: Resumed | None, schedule: Schedule, r
             moments,
             state.scaler,
         )
-    model_config, _ = planned_model_config(config)
+    model_config, _ = planned_model_config(config, foreign)
     settings = settings_from(config, model_config)
     check_data(data, config, plan_stages(schedule, settings, ranks.world_size))
-    return Run(config, settings, Progress.start(settings), initial_model(config, model_config), data, ranks, device)
+    casting = Casting.at_start(settings)
+    model = initial_model(config, model_config, foreign, casting)
+    run = Run(config, settings, Progress.start(settings), model, data, ranks, device)
+    run.cast += casting.cast
+    return run

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from orchestrate.data.stream import DataSet
+from orchestrate.model.config import OPTIONS
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
 from orchestrate.model.lineage import State as Moments
 from orchestrate.model.lora import trainable_parameters
@@ -34,10 +35,14 @@ from orchestrate.training.store.manifest import Damaged, survey
 from orchestrate.training.store.state import State
 
 _SHAPE = "the checkpoint's weights have this shape; an operation of a schedule can change it"
+_MADE = "the checkpoint's weights were trained with it, and no operation changes it"
 # Keys that a resume must not change, and why.
 FIXED = {
-    **dict.fromkeys(MODEL_KEYS, _SHAPE),
-    **dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size".split(), _SHAPE),
+    **{key: _SHAPE if OPTIONS[name].by_operation else _MADE for key, name in MODEL_KEYS.items()},
+    **dict.fromkeys(
+        "attn_lora_rank mlp_lora_rank embedding_rank lora_targets lora_rank shrunken_vocab_size".split(), _SHAPE
+    ),
+    "base_model": "the checkpoint holds the weights of the base",
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "frozen_layers": "freeze_layer and unfreeze_layer in a schedule change it",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
