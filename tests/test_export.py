@@ -364,6 +364,14 @@ def test_why_no_tokenizer_goes_along_is_said(data, tmp_path, capsys, tiny):
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_stays_behind(run, tmp_path):
+    source = exporting.open_source(str(run))
+    source = replace(source, model=shaken(replace(source.model.config, vocab_size=22, lora={})))
+    done = exporting.export(source, "hf", str(tmp_path / "hf"))
+    assert "there is no tokenizer in it: it has 23 tokens and the model 22" in done.notes
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+
+
 def test_the_model_card(run, tmp_path):
     export.main([str(run), "--to", "hf", str(tmp_path / "hf"), "--dtype", "bfloat16"])
     card = (tmp_path / "hf" / "README.md").read_text()
