@@ -43,6 +43,7 @@ STYLES = {
 }
 CONDITIONS = {"plain": [], "adapters": [("set_layer_lora_rank", [["attn.*", "mlp.*", "wte"], 4])],
               "frozen": [("freeze_layer", ["block.0", "wte"])]}  # fmt: skip
+WITHOUT = ("set_layer_lora_rank", [["attn.*", "mlp.*"], 0])
 # (operation, value, what it needs before); all of them keep the function.
 OPERATIONS = [
     ("stack_layers", {"times": 2}, []),
@@ -57,6 +58,8 @@ OPERATIONS = [
     ("set_layer_lora_rank", [["attn.*", "mlp.*"], 2], [("set_layer_lora_rank", [["attn.*", "mlp.*"], 6])]),
     ("merge_lora_weights", None, [("set_layer_lora_rank", [["attn.*", "mlp.*"], 6])]),
     ("relora", None, [("set_layer_lora_rank", [["attn.*", "mlp.*"], 6])]),
+    ("set_layer_lora_rank", ["all-linear", 8], [WITHOUT]),
+    ("merge_lora_weights", "q_proj", [WITHOUT, ("set_layer_lora_rank", ["all-linear", 6])]),
     ("set_lora_alpha", 32.0, [("set_layer_lora_rank", [["attn.*", "mlp.*"], 6])]),
     ("freeze_layer", "block.1", []),
     ("unfreeze_layer", "*", [("freeze_layer", "block.1")]),

@@ -56,7 +56,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "orchestrator": (["training/schedule/orchestrator.py"], ["orchestrator", "guard", "resume", "metrics"]),
     "schedule": (
         ["training/schedule/file.py", "training/schedule/stages.py", "training/schedule/ramps.py"],
-        ["schedule", "orchestrator"],
+        ["schedule", "orchestrator", "hostile"],
     ),
     "session": (
         [
@@ -65,7 +65,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
             "training/session/healing.py",
             "training/session/saving.py",
         ],
-        ["evaluation", "guard", "sickness", "survive", "resume", "reporting", "commands"],
+        ["evaluation", "guard", "sickness", "survive", "resume", "run_folder", "reporting", "commands"],
     ),
     "run": (
         [f"training/run/{name}.py" for name in ("run", "step", "changes", "sickness", "batches")],

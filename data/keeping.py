@@ -16,15 +16,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from orchestrate.data.stream import Meta
+from orchestrate.data.stream import Meta, find_folder, read_meta
 from orchestrate.data.tokenizer import (
     END_OF_TEXT,
     BpeTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
     Tokenizer,
+    fingerprint_of,
     has_tokenizer,
     in_rust,
+    is_gpt2,
+    tokenizer_kind,
+    tokenizer_of,
 )
 
 FOLDER = "tokenizer"
@@ -39,7 +43,9 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> None:
     files = as_hugging_face(tokenizer).files
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
+    for name, content in sorted(
+        files.items(), key=lambda file: file[0] == "tokenizer.json"
+    ):  # without it there is none
         temporary = folder / f"{name}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, folder / name)
@@ -126,6 +132,44 @@ def kept_with_data(folder: str | Path) -> Path:
 def kept_with_run(out_dir: str | Path, meta: Meta) -> Path:
     """Where a run keeps the files of the tokenizer that this meta names."""
     return Path(out_dir) / FOLDER / (meta.fingerprint[:16] or meta.tokenizer.replace(":", "_"))
+
+
+def of_data(dataset: str) -> Tokenizer:
+    """The tokenizer of a data set, by its name under data/ or its path. Raises ValueError."""
+    folder = find_folder(dataset)
+    return tokenizer_of(read_meta(folder), kept_with_data(folder))
+
+
+def check_kept(meta: Meta, folder: Path) -> None:
+    """Raises ValueError where the files that are kept there are not those of the tokenizer that the meta names."""
+    if meta.tokenizer == "char" or has_tokenizer(folder):
+        tokenizer_of(meta, folder)
+
+
+def named(meta: Meta) -> str:
+    """The tokenizer that a meta names, for a person."""
+    return f"{meta.tokenizer} (fingerprint {meta.fingerprint[:12]})" if meta.fingerprint else meta.tokenizer
+
+
+def differs(meta: Meta, data_folder: Path, source: str, gpt2: bool) -> str:
+    """How a model's tokenizer differs from that of a data set: what it is; nothing where it does not or is not known.
+
+    Args:
+        source: the model's folder, or the name of a release.
+        gpt2: whether it is one of GPT-2's releases, whose tokenizer is known without files.
+    """
+    if gpt2 and has_tokenizer(kept := kept_with_data(data_folder)):
+        return "" if is_gpt2(tokenizer_of(meta, kept)) else "gpt2"
+    if gpt2 or not has_tokenizer(source):
+        kind = "gpt2" if gpt2 else tokenizer_kind(source)
+        return kind if kind and meta.tokenizer not in ("huggingface", kind) else ""
+    try:
+        theirs = HuggingFaceTokenizer(source)
+    except ValueError as error:
+        return f"one that cannot be read ({error})"
+    ours = fingerprint_of(meta)
+    same = ours == theirs.fingerprint if ours else is_gpt2(theirs)
+    return "" if same else f"a tokenizer of {theirs.vocab_size} tokens (fingerprint {theirs.fingerprint[:12]})"
 
 
 def keep(meta: Meta, data_folder: str | Path, out_dir: str | Path) -> None:

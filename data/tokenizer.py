@@ -240,6 +240,9 @@ class HuggingFaceTokenizer(_ByteTokenizer):
         made._open(files)
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFaceTokenizer.of, (self.files,)
+
     def _open(self, files: Mapping[str, bytes]) -> None:
         from tokenizers import Tokenizer as Inner
 
@@ -422,6 +425,25 @@ def tokenizer_kind(folder: str | Path) -> str:
     return "gpt2" if name.startswith("GPT2") else name
 
 
+def tells_apart(meta: Meta, other: Meta) -> bool:
+    """Whether tokens of two data sets mean different things; of those without fingerprints only the kind is known."""
+    one, two = fingerprint_of(meta), fingerprint_of(other)
+    return one != two if one and two else meta.tokenizer != other.tokenizer
+
+
+def fingerprint_of(meta: Meta) -> str:
+    """What the meta says, or its characters do; nothing where neither does."""
+    return meta.fingerprint or (CharTokenizer(meta.itos).fingerprint if meta.tokenizer == "char" else "")
+
+
+def is_gpt2(tokenizer: Tokenizer) -> bool:
+    """Whether ids mean what they mean to GPT-2, told by a few of them: its vocabulary is not at hand everywhere."""
+    return all(tokenizer.bytes_of(i) == text for i, text in _GPT2.items())
+
+
+_GPT2 = {262: b" the", 995: b" world", 15496: b"Hello", 50256: END_OF_TEXT.encode()}
+
+
 def tiktoken_tokenizer(name: str) -> BpeTokenizer:
     """One of tiktoken's encodings. Raises ValueError where there is none, or its vocabulary cannot be had."""
     import tiktoken
@@ -454,6 +476,7 @@ def tokenizer_of(meta: Meta, folder: str | Path | None = None) -> Tokenizer:
         tokenizer: Tokenizer = CharTokenizer(meta.itos)
     elif folder is not None and has_tokenizer(folder):
         tokenizer = HuggingFaceTokenizer(folder)
+        tokenizer.kind = meta.tokenizer  # its form is another one, it is not
     elif meta.tokenizer == "huggingface":
         where = f"{folder}: there is no tokenizer.json" if folder is not None else "its files are not kept"
         raise ValueError(

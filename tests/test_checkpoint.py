@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 from conftest import arguments, events, lines, on_ranks, state_of
-from fuzzing import write_manifest
+from fuzzing import seal, write_manifest
 
 import train_orchestrated
 from orchestrate.training.session.resume import latest_good
@@ -310,6 +310,49 @@ def test_a_state_comes_back_as_it_was_saved(tmp_path):
     ]:
         with pytest.raises(ValueError, match=said):
             State.from_json(broken)
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise checkpoint.SafetensorError("No space left on device")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save(tmp_path, 2)
+    assert [path.name for path in checkpoint.find(tmp_path)] == ["iter_000000001"]
+
+
+def _without_moments(path):
+    (path / "optimizer.safetensors").unlink()
+    values = json.loads((path / "manifest.json").read_text())
+    del values["files"]["optimizer.safetensors"]
+    write_manifest(path, values)
+
+
+def _other_numbers(path):
+    tensors = {"a": torch.ones(2, 3, dtype=torch.float16)}
+    checkpoint.save_file(tensors, path / "model.safetensors")
+
+
+def _no_json(path):
+    (path / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (_without_moments, r"not readable \(ValueError: optimizer.safetensors is missing\)"),
+        (_other_numbers, r"not readable \(ValueError: model.safetensors: a is F16, "),
+        (_no_json, r"state\.json: Expecting property name"),
+    ],
+)
+def test_what_this_version_did_not_write_is_refused(tmp_path, change, said):
+    path = save(tmp_path, 7, 1.5)
+    change(path)
+    seal(path)
+    with pytest.raises(Refused, match=f"^checkpoint {path}: {said}"):
+        checkpoint.load(path)
 
 
 # ---------------------------------------------------------------------------------------------- starts

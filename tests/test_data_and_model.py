@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from conftest import TEXT, arguments, events, on_ranks, tensors, write_data
 from test_foreign_weights import LLAMA3, gpt2, llama, nanogpt_checkpoint, qwen2
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import sample
 import train_orchestrated
+from orchestrate.data.keeping import kept_with_data, kept_with_run, save
+from orchestrate.data.prepare import prepare
+from orchestrate.data.stream import read_meta
+from orchestrate.data.tokenizer import CharTokenizer, HuggingFaceTokenizer
 from orchestrate.training.settings.errors import Refused
 
 SIZE = len(set(TEXT))
@@ -181,10 +185,15 @@ def test_another_tokenizer_than_the_models_is_said(data, tmp_path, capsys):
     llama(vocab_size=64).save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
     given = arguments(data, tmp_path / "run", init_from=tmp_path / "hf", n_head=4, n_embd=32)
-    assert "is written in tokens of char, and" in (notes := planned_notes(given, capsys))
-    assert "speaks LlamaTokenizerFast: a token means something else to it" in notes
-    notes = planned_notes([f"--dataset={data}", "--init_from=gpt2", "--device=cpu", "--block_size=16"], capsys)
+    both_refuse(given, "speaks LlamaTokenizerFast: a token means something else to it; --allow_other_tokenizer=True")
+    notes = planned_notes([*given, "--allow_other_tokenizer=True"], capsys)
+    assert "is written in tokens of char, and" in notes
+    assert "speaks LlamaTokenizerFast: a token means something else to it; going on all the same" in notes
+    given = [f"--dataset={data}", "--init_from=gpt2", "--device=cpu", "--block_size=16", "--allow_other_tokenizer=True"]
+    notes = planned_notes(given, capsys)
     assert "gpt2 speaks gpt2" in notes and "vocabulary is 50257" in notes
+    with pytest.raises(Refused, match="gpt2 speaks gpt2"):
+        train_orchestrated.main([*given[:-1], "--plan"])
 
 
 def test_a_run_within_its_warmup_is_said(data, tmp_path, capsys):
@@ -351,11 +360,6 @@ def test_init_from_says_what_is_allowed(data, tmp_path, name, said):
         sample.main([f"--init_from={name}", "--device=cpu"])
 
 
-def test_a_peft_folder_is_known(data, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    both_refuse(arguments(data, tmp_path / "run", init_from=tmp_path), "PEFT adapter .*merge_and_unload")
-
-
 def test_loading_shows_no_bars(data, tmp_path, capfd):
     gpt2().save_pretrained(tmp_path / "hf")
     capfd.readouterr()
@@ -390,3 +394,146 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, data, capsys):
     with pytest.raises(ValueError, match="no tokenizer can be read from it .*--dataset names one"):
         sample.main(options)
     assert sample.main([*options, f"--dataset={data}"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+
+def _texts(folder, tokenizer, text=TEXT):
+    """A data set of the tests' text in these tokens."""
+    folder.mkdir()
+    (folder / "in.txt").write_text(text)
+    prepare([folder / "in.txt"], folder / "data", tokenizer)
+    return folder / "data"
+
+
+def _speaking(folder, tokenizer):
+    """A Llama's folder with this tokenizer."""
+    llama(vocab_size=304).save_pretrained(folder)
+    save(tokenizer, folder)
+    return folder
+
+
+FEW = {"max_iters": 2, "lr_decay_iters": 2, "warmup_iters": 0, "n_head": 4, "n_embd": 32, "block_size": 16}
+SAMPLE = ["--start=to be", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
+
+
+def test_a_model_goes_on_with_data_in_its_own_tokens(tmp_path, capsys):
+    """From any place and in any form: told by what the tokens are."""
+    folder = _texts(tmp_path / "a", "train:300")
+    kept = HuggingFaceTokenizer(kept_with_data(folder))
+    hf = _speaking(tmp_path / "hf", kept)
+    (hf / "tokenizer.json").write_text(json.dumps(json.loads((hf / "tokenizer.json").read_text()), indent=7))
+    again = _texts(tmp_path / "b", str(hf))
+    assert (again / "train.bin").read_bytes() == (folder / "train.bin").read_bytes()
+    capsys.readouterr()
+    for data in (folder, again):
+        notes = planned_notes(arguments(data, tmp_path / "run", init_from=hf, **FEW), capsys)
+        assert "tokenizer" not in notes
+    characters = _texts(tmp_path / "c", "char")
+    hf = _speaking(tmp_path / "chars", CharTokenizer(read_meta(characters).itos))
+    assert planned_notes(arguments(characters, tmp_path / "run", init_from=hf, **FEW), capsys).count("tokenizer") == 0
+    (characters / "meta.json").write_text(
+        json.dumps(json.loads((characters / "meta.json").read_text()) | {"fingerprint": ""})
+    )
+    assert planned_notes(arguments(characters, tmp_path / "run", init_from=hf, **FEW), capsys).count("tokenizer") == 0
+
+
+def test_a_model_and_data_of_another_tokenizer_are_refused(tmp_path, capsys):
+    folder = _texts(tmp_path / "a", "train:300")
+    hf = _speaking(tmp_path / "hf", HuggingFaceTokenizer(kept_with_data(_texts(tmp_path / "b", "train:290"))))
+    given = arguments(folder, tmp_path / "run", init_from=hf, **FEW)
+    ours = read_meta(folder).fingerprint[:12]
+    said = rf"written in tokens of huggingface \(fingerprint {ours}\), and {hf} speaks a tokenizer of 290 tokens"
+    both_refuse(given, said)
+    assert not (tmp_path / "run").exists()
+    both_refuse(arguments(_texts(tmp_path / "c", "char"), tmp_path / "run", init_from=hf, **FEW), "tokens of char")
+    with pytest.raises(Refused, match="tokens of huggingface .*, and gpt2 speaks gpt2"):
+        train_orchestrated.main(
+            [f"--dataset={folder}", "--init_from=gpt2", "--device=cpu", "--block_size=16", "--plan"]
+        )
+    plain = with_ids(tmp_path / "plain", [0, 1, 2] * 99)  # no meta: GPT-2's, by nanoGPT's convention
+    both_refuse(arguments(plain, tmp_path / "run", init_from=hf, **FEW), "tokens of gpt2, and")
+    (hf / "tokenizer.json").write_text("{")
+    both_refuse(given, "speaks one that cannot be read")
+    capsys.readouterr()
+    assert train_orchestrated.main([*given, "--allow_other_tokenizer=True"]) == 0
+    assert "a token means something else to it; going on all the same" in capsys.readouterr().out
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path, resume, capsys):
+    """The data set may be gone, and another tokenizer's data may have come since."""
+    folder, out = _texts(tmp_path / "a", "train:300"), tmp_path / "run"
+    assert train_orchestrated.main(arguments(folder, out, max_iters=2, always_save_checkpoint=True)) == 0
+    meta = read_meta(folder)
+    recorded = json.loads((out / "checkpoints/latest/state.json").read_text())["tokenizer"]
+    assert (recorded["tokenizer"], recorded["fingerprint"]) == ("huggingface", meta.fingerprint)
+    (tmp_path / "a").rename(tmp_path / "gone")
+    capsys.readouterr()
+    assert sample.main([f"--out_dir={out}", *SAMPLE]) == 0
+    assert capsys.readouterr().out.startswith("to be")
+    other = _texts(tmp_path / "b", "train:290")
+    for options in ([], ["--plan"]):
+        given = ["--init_from=resume", f"--out_dir={out}", f"--dataset={other}", "--max_iters=4", *options]
+        with pytest.raises(Refused) as refused:
+            train_orchestrated.main(given)
+        changed, tokens = refused.value.problems
+        assert "--allow_changed_data=True" in changed and "--allow_other_tokenizer=True" in tokens
+        assert "and the checkpoint was trained on those of huggingface (fingerprint" in tokens
+        with pytest.raises(Refused, match="allow_other_tokenizer"):
+            train_orchestrated.main([*given, "--allow_changed_data=True"])
+    keys = {"allow_changed_data": True, "allow_other_tokenizer": True}
+    first = sorted(path.name for path in (out / "checkpoints").iterdir() if path.name.startswith("iter"))[-1]
+    assert resume(out, dataset=other, max_iters=4, **keys) == 0
+    assert "warning: dataset" in (told := capsys.readouterr().out) and "going on all the same" in told
+    assert sorted(path.name for path in (out / "tokenizer").iterdir()) == sorted(
+        [meta.fingerprint[:16], read_meta(other).fingerprint[:16]]
+    )
+    for name in ("latest", first):
+        assert sample.main([f"--out_dir={out}", f"--checkpoint={name}", *SAMPLE]) == 0
+    kept = kept_with_run(out, meta)
+    (kept / "tokenizer.json").write_bytes((kept_with_run(out, read_meta(other)) / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match="not the tokenizer that the tokens were made with"):
+        sample.main([f"--out_dir={out}", f"--checkpoint={first}", *SAMPLE])
+    (kept / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="there is no tokenizer.json.*--dataset names"):
+        sample.main([f"--out_dir={out}", f"--checkpoint={first}", *SAMPLE])
+    gone = tmp_path / "gone" / "data"
+    assert sample.main([f"--out_dir={out}", f"--checkpoint={first}", f"--dataset={gone}", *SAMPLE]) == 0
+
+
+def test_files_that_are_not_those_of_the_data_are_refused(tmp_path, capsys):
+    folder = _texts(tmp_path / "a", "train:300")
+    kept, other = kept_with_data(folder), kept_with_data(_texts(tmp_path / "b", "train:290"))
+    (kept / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
+    both_refuse(arguments(folder, tmp_path / "run"), "not the tokenizer that the tokens were made with")
+    (kept / "tokenizer.json").unlink()
+    assert "has not the files of its tokenizer" in planned_notes(arguments(folder, tmp_path / "run"), capsys)
+
+
+def test_a_map_says_what_ids_mean(tmp_path, capsys):
+    """Whoever maps the tokens of the data has said what they mean to the model."""
+    folder = _texts(tmp_path / "a", "train:300")
+    hf = _speaking(tmp_path / "hf", HuggingFaceTokenizer(kept_with_data(_texts(tmp_path / "b", "train:290"))))
+    np.save(tmp_path / "map.npy", np.arange(300) % 300)
+    keys = {"shrunken_vocab_size": 300, "vocab_remapping_file": tmp_path / "map.npy", "init_from": hf}
+    assert "tokenizer" not in planned_notes(arguments(folder, tmp_path / "run", **keys, **FEW), capsys)
+
+
+@pytest.mark.parametrize("place", ["shakespeare", "own"])
+def test_old_data_of_gpt2_goes_with_gpt2s_folder(place, tmp_path, capsys):
+    """Without a fingerprint GPT-2's tokens are told by a few of them, which others that borrow its class lack."""
+    folder = with_ids(tmp_path / "d", [0, 1, 2] * 99)
+    own = {"Hello": 15496, "\u0120the": 262, "\u0120world": 995, "<|endoftext|>": 50256}
+    if place == "own":
+        own["\u0120the"], own["\u0120world"] = 995, 262
+    inner = Tokenizer(models.BPE(own, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    inner.add_special_tokens(["<|endoftext|>"])
+    gpt2().save_pretrained(tmp_path / "hf")
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "hf")
+    given = arguments(folder, tmp_path / "run", init_from=tmp_path / "hf", n_head=4, n_embd=32)
+    if place == "own":
+        both_refuse(given, "tokens of gpt2, and")
+    else:
+        assert "tokenizer" not in planned_notes(given, capsys)

@@ -91,6 +91,12 @@ def test_every_wait_counts_from_the_entry_before(data):
     assert seen == [2, 5, 8, 12]
 
 
+def test_the_first_entry_waits_from_the_start(data):
+    one = orchestrator(data, [{"name": "set_grad_clip", "value": 0.5, "max_wait_iters": 3}])
+    seen = [len(fired(one)) for _ in range(4) if go(one, 1) is None]
+    assert seen == [0, 0, 1, 1]
+
+
 def test_losses_for_a_plateau_are_those_since_the_entry_before(data):
     plateau = {"trigger_plateau": {"evals": 2, "min_delta": 0.1}}
     one = orchestrator(data, [{"name": "set_grad_clip", "value": v, **plateau} for v in (0.5, 0.6)])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import tiktoken
 from conftest import ROOT, TEXT
 
-from orchestrate.data.prepare import prepare_bpe
+from orchestrate.data.prepare import prepare
 from orchestrate.data.stream import TokenFile, open_data, read_meta
 from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer, RemappedTokenizer, tokenizer_of
 
@@ -37,7 +37,7 @@ def small_encoding() -> BpeTokenizer:
 
 def test_python_docs_needs_no_download(tmp_path):
     said = script("python_docs", "--out", tmp_path)
-    assert "characters, vocabulary of" in said
+    assert "1 document, vocabulary of" in said
     data = open_data(str(tmp_path), 64)
     total = len(data.train) + len(data.val)
     assert total > 300_000 and len(data.train) == int(total * 0.9)
@@ -62,9 +62,11 @@ def test_bad_input_is_one_message(name, tmp_path):
 
 
 def test_byte_pair_encoding(tmp_path):
-    prepare_bpe(TEXT, tmp_path, small_encoding())
+    (tmp_path / "in.txt").write_text(TEXT)
+    prepare([tmp_path / "in.txt"], tmp_path, small_encoding())
     ids = np.concatenate([TokenFile(tmp_path / f"{part}.bin").tokens for part in ("train", "val")])
-    assert small_encoding().decode(ids.tolist()) == TEXT and read_meta(tmp_path).tokenizer == "gpt2"
+    assert small_encoding().decode(ids.tolist()) == TEXT + "<|endoftext|>"
+    assert read_meta(tmp_path).tokenizer == "tiktoken:bytes"
 
 
 def test_openwebtext_is_resumable_and_ends_every_document(tmp_path, monkeypatch):
@@ -73,8 +75,7 @@ def test_openwebtext_is_resumable_and_ends_every_document(tmp_path, monkeypatch)
     spec.loader.exec_module(owt)
     monkeypatch.setitem(sys.modules, "prepare_owt", owt)
     documents = [f"document {i} says {'x' * (i % 7)}" for i in range(60)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    loaded = owt.load("", [tmp_path / "d.jsonl"], 1)
+    loaded = datasets.Dataset.from_list([{"text": text} for text in documents])
 
     class Here:  # a pool in this process, so that an interruption is exact
         def __init__(self, *_): ...

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT
-from orchestrate.training.schedule import stages
+from orchestrate.training.schedule import file, stages
 from orchestrate.training.schedule.file import entry_fields, parse_schedule, read_schedule
 from orchestrate.training.schedule.ramps import Ramp
 from orchestrate.training.schedule.stages import plan_stages
@@ -200,6 +200,67 @@ def test_a_thousand_entries_are_planned_soon(monkeypatch):
         for i in range(1000)
     ]
     assert problems(json.dumps(made), "s.json") == [] and len(built) == 1
+
+
+def test_an_entry_is_named_as_it_was_written():
+    entries = parse_schedule(
+        json.dumps([{"name": "change_lr", "value": 0.5}, {"name": "merge_lora_weights"}]), "s.json"
+    )
+    assert [str(entry) for entry in entries.entries] == ["change_lr 0.5", "merge_lora_weights"]
+
+
+def test_what_a_guard_is_when_nothing_is_said():
+    guard = parse_schedule("- {name: change_lr, value: 0.5, guard: {}}", "s.yaml").entries[0].guard
+    assert (guard.metric, guard.max_increase, guard.within_iters, guard.then) == ("val_loss", 0.05, 200, "revert")
+
+
+def test_a_merged_key_may_be_overridden_and_one_of_the_same_mapping_may_not():
+    text = "- &first {name: change_lr, value: 0.5, max_wait_iters: 3}\n- <<: *first\n  value: 0.25\n"
+    assert parse_schedule(text, "s.yaml").as_given[1] == {"name": "change_lr", "value": 0.25, "max_wait_iters": 3}
+    assert problems(text + "  max_wait_iters: 1\n  value: 0.1\n") == ["s.yaml: line 5: not YAML (value is given twice)"]
+
+
+@pytest.mark.parametrize(
+    "text, name, place",
+    [
+        ("desc: [1, 2]\noperations:\n- {name: nothing}", "s.yaml", "s.yaml:3: entry 1: "),
+        ("base: &b {operations: [{name: nothing}]}\n<<: *b", "s.yaml", "s.yaml:1: entry 1: "),
+        ('{"desc": [1,\n 2], "operations":\n [{"name":\n "nothing"}]}', "s.json", "s.json:3: entry 1: "),
+        ('{"desc":1,"operations":[{"name":"nothing"}]}', "s.json", "s.json:1: entry 1: "),
+    ],
+)
+def test_the_place_of_an_entry_of_a_mapping(text, name, place):
+    unknown_key, unknown_operation = problems(text, name)
+    assert "beside `operations`" in unknown_key
+    assert unknown_operation.startswith(f"{place}unknown operation 'nothing'")
+
+
+def test_an_entry_tells_all_that_is_wrong_with_it_and_cuts_a_long_name():
+    found = problems(json.dumps([{"name": "n" * 100, "value": 1, "colour": 2, "over": -1}]), "s.json")
+    assert len(found) == 3 and "colour" in found[0] and "unknown operation" in found[1]
+    assert found[2].startswith(f"s.json:1: entry 1: {'n' * 60}: over ")
+
+
+@pytest.mark.parametrize("text", ["words", "42"])
+def test_what_is_no_list_is_no_schedule(text):
+    assert problems(text) == [
+        f"s.yaml: a schedule is a list of entries (or {{operations: [...]}}), got {text if text == '42' else repr(text)}"
+    ]
+
+
+def test_the_bounds_are_where_they_are_said_to_be(monkeypatch):
+    """256 characters of a number, 40 levels, and so many values; one more is refused."""
+    number = "1" * 256
+    with pytest.raises(Refused, match="a number of 257 characters"):
+        parse_schedule(f'[{{"name": "set_lr", "value": {number}1}}]', "s.json")
+    for name in ("s.yaml", "s.json"):
+        with pytest.raises(Refused, match="set_lr"):  # it was read: a learning rate of that size is refused
+            parse_schedule(f'[{{"name": "set_lr", "value": [{number}]}}]', name)
+    monkeypatch.setattr(file, "MOST_VALUES", 6)  # the list, the mapping, two keys and two values
+    for name in ("s.yaml", "s.json"):
+        assert len(parse_schedule('[{"name": "change_lr", "value": 1}]', name).entries) == 1
+        with pytest.raises(Refused, match="more than 6 values"):
+            parse_schedule('[{"name": "set_lr", "value": [1]}]', name)
 
 
 def test_json_errors_have_lines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from orchestrate.data.tokenizer import (
     HuggingFaceTokenizer,
     Pieces,
     RemappedTokenizer,
+    tells_apart,
     tiktoken_tokenizer,
     tokenizer_of,
 )
@@ -47,7 +49,7 @@ def byte_level(size: int = 400) -> Inner:
 def encoding(pattern: str = PATTERN, special: dict[str, int] | None = None) -> BpeTokenizer:
     """A tiktoken encoding with pairs for the tests' text; its special tokens leave holes, as cl100k's do."""
     ranks = {bytes([i]): i for i in range(256)}
-    for pair in (b"to", b" b", b" be", b"12", b"123", b"no", b"not", b"es", b"ti", b"on", b"\n\n", b"  "):
+    for pair in (b"to", b" b", b" be", b"12", b"123", b"no", b"not", b"es", b"ti", b"on", b"\n\n", b"  ", b"00"):
         ranks[pair] = len(ranks)
     special = special or {EOT: 270, "<|fim|>": 275}
     return BpeTokenizer(tiktoken.Encoding("pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
@@ -133,6 +135,31 @@ def test_text_never_becomes_a_control_token(kind, tmp_path):
         assert tokenizer.encode(f"be{name}").count(tokenizer.end_of_text) == (2 if kind == "unigram" else 1)
 
 
+def test_the_name_of_a_control_token_is_cut_as_any_text(tmp_path):
+    """Into the very tokens of a vocabulary that has no control tokens."""
+    inner = byte_level()
+    plain = Inner(models.BPE())
+    plain.pre_tokenizer = inner.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    plain.train_from_iterator([f"a{EOT}b {EOT}"] * 9, trainer)
+    expected = plain.encode(f"be{EOT}be {EOT}").ids
+    plain.decoder = inner.decoder
+    plain.add_special_tokens([EOT])
+    tokenizer = saved(plain, tmp_path, eos_token=EOT)
+    assert tokenizer.encode_plain(f"be{EOT}be {EOT}") == expected and len(expected) < 15
+
+
+def test_pieces_look_back_at_a_few_tokens_only(tmp_path):
+    tokenizer = KINDS["unigram"](tmp_path / "hf")
+    ids, longest = tokenizer.encode_plain("to be, " * 50), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids: longest.append(len(ids)) or decode(ids)
+    pieces = Pieces(tokenizer)
+    assert "".join(map(pieces.push, ids)) + pieces.end() == decode(ids) and max(longest) <= 16
+
+
 def test_a_text_that_can_only_be_a_control_token_is_refused(tmp_path):
     inner = Inner(models.WordLevel({"a": 0, "#": 1}, unk_token="#"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -149,6 +176,9 @@ def test_added_words_that_are_not_special_stay_words(tmp_path):
     tokenizer = saved(inner, tmp_path, eos_token=EOT)
     assert tokenizer.encode_plain("<think>") == [tokenizer.vocab_size - 1]
     assert tokenizer.decode([tokenizer.vocab_size - 1]) == "<think>"
+    inner.add_tokens([AddedToken("né", special=False, normalized=False)])  # é is also how this vocabulary writes a byte
+    tokenizer = saved(inner, tmp_path, eos_token=EOT)
+    assert tokenizer.decode(tokenizer.encode_plain("né<think>")) == "né<think>"
 
 
 def test_a_limit_of_length_in_the_file_cuts_no_document(tmp_path):
@@ -196,6 +226,17 @@ def test_the_fingerprint_of_characters_is_pinned():
     found = CharTokenizer("ab").fingerprint
     assert found == "65bf89634ad9d7e4867f478de3fada7e48fa617390f24b87afaf50b552f464e8"
     assert found != CharTokenizer("ba").fingerprint
+
+
+def test_data_without_fingerprints_is_known_by_its_kind():
+    """Data sets and checkpoints of earlier versions; of characters the meta has all that is needed."""
+    old, new = Meta(), Meta(fingerprint="a" * 64)
+    assert not tells_apart(old, new) and not tells_apart(new, old) and not tells_apart(old, old)
+    assert tells_apart(new, Meta(fingerprint="b" * 64))
+    assert tells_apart(old, Meta(tokenizer="huggingface", fingerprint="a" * 64))
+    char = Meta(2, tokenizer="char", itos=("a", "b"))
+    assert not tells_apart(char, replace(char, fingerprint=CharTokenizer("ab").fingerprint))
+    assert tells_apart(char, replace(char, itos=("b", "a"))) and tells_apart(char, old)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -305,7 +346,8 @@ def test_an_encoding_is_read_from_its_kept_files(tmp_path, monkeypatch):
     save(pairs, tmp_path)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("a download was tried"))
     meta = Meta(None, "uint16", pairs.kind, fingerprint=pairs.fingerprint)
-    assert tokenizer_of(meta, tmp_path).encode_plain(TEXT) == pairs.encode_plain(TEXT)
+    kept = tokenizer_of(meta, tmp_path)
+    assert kept.encode_plain(TEXT) == pairs.encode_plain(TEXT) and kept.kind == "tiktoken:pairs"
 
 
 def test_names_of_encodings(monkeypatch):

@@ -1,7 +1,7 @@
 """OpenWebText, GPT-2 byte-pair encoding, through Hugging Face datasets: many processes, sharded, resumable.
 
-    python data/openwebtext/prepare.py --num_proc 8            # 54 GB of cache, 17 GB of tokens (9 billion)
-    python data/openwebtext/prepare.py --input corpus.jsonl    # local JSON lines with a "text" field, or text files
+    python data/openwebtext/prepare.py --workers 8             # 54 GB of cache, 17 GB of tokens (9 billion)
+    python data/openwebtext/prepare.py --input corpus.jsonl    # local files, as data/text/prepare.py takes them
 
 Each shard of documents becomes a token file of its own under shards/; a run that was interrupted goes on with the
 shards that are missing. At the end they are joined into train.bin and val.bin and removed. Every document ends with
@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import argparse  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
@@ -24,35 +25,36 @@ from collections.abc import Callable  # noqa: E402
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from orchestrate.data.prepare import options, run, write_meta, write_tokens  # noqa: E402
-from orchestrate.data.stream import Meta  # noqa: E402
-from orchestrate.data.tokenizer import BpeTokenizer, gpt2_tokenizer  # noqa: E402
+from orchestrate.data.prepare import (  # noqa: E402
+    dtype_of,
+    existing_tokenizer,
+    options,
+    parsed,
+    run,
+    write_meta,
+    write_tokens,
+)
+from orchestrate.data.prepare import prepare as prepare_files  # noqa: E402
+from orchestrate.data.tokenizer import Tokenizer  # noqa: E402
 
 VAL_SHARE, SPLIT_SEED = 0.0005, 2357
 
 
-def load(name: str, inputs: list[Path], num_proc: int):
+def load(name: str, workers: int):
     """The documents as a datasets.Dataset with a column "text"."""
     import datasets
 
-    if inputs:
-        missing = [str(path) for path in inputs if not path.is_file()]
-        if missing:
-            raise ValueError(f"--input: there is no file {', '.join(missing)}")
-        kind = "json" if inputs[0].suffix in (".json", ".jsonl") else "text"
-        documents = datasets.load_dataset(kind, data_files=[str(path) for path in inputs], split="train")
-    else:
-        try:
-            documents = datasets.load_dataset(name, split="train", num_proc=num_proc)
-        except Exception as error:  # hubs fail in many ways
-            raise ValueError(f"the data set {name} cannot be loaded ({type(error).__name__}: {error})") from None
+    try:
+        documents = datasets.load_dataset(name, split="train", num_proc=workers)
+    except Exception as error:  # hubs fail in many ways
+        raise ValueError(f"the data set {name} cannot be loaded ({type(error).__name__}: {error})") from None
     if "text" not in documents.column_names:
         raise ValueError(f"the documents have the columns {documents.column_names}, and a column text is needed")
     return documents
 
 
 def encode_shard(
-    index: int, documents, shards: int, folder: Path, stem: str, make_tokenizer: Callable[[], BpeTokenizer]
+    index: int, documents, shards: int, folder: Path, stem: str, make_tokenizer: Callable[[], Tokenizer]
 ) -> str:
     """Encode one shard of the documents to a file that is whole or absent; returns its name."""
     path = folder / f"{stem}_{index:05d}.bin"
@@ -62,8 +64,8 @@ def encode_shard(
         ids: list[int] = []
         for text in shard["text"]:
             ids += tokenizer.encode_plain(text)
-            ids.append(tokenizer.end_of_text)
-        write_tokens(path, ids, tokenizer.encoding.n_vocab)
+            ids += [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+        write_tokens(path, ids, tokenizer.vocab_size)
     return path.name
 
 
@@ -78,15 +80,13 @@ def join(paths: list[Path], out: Path) -> int:
     return out.stat().st_size
 
 
-def prepare(
-    documents, out: Path, num_proc: int, shards: int, make_tokenizer: Callable[[], BpeTokenizer] = gpt2_tokenizer
-) -> None:
+def prepare(documents, out: Path, workers: int, shards: int, make_tokenizer: Callable[[], Tokenizer]) -> None:
     """Encode, join, describe. Shards that an earlier, interrupted call of the same documents left are kept."""
     folder = out / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     asked = {"documents": documents._fingerprint, "rows": len(documents), "shards": shards}
-    asked["tokenizer"] = tokenizer.encoding.name
+    asked["tokenizer"] = tokenizer.fingerprint
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     stale = [path for path in folder.iterdir() if f"_{key}_" not in path.name]
     if stale:
@@ -108,26 +108,29 @@ def prepare(
             make_tokenizer=make_tokenizer,
         )
         # spawn, not fork: the tokenizer and datasets both hold threads.
-        with multiprocessing.get_context("spawn").Pool(num_proc) as pool:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
             names = list(tqdm(pool.imap(work, range(count)), total=count, desc=name))
         size = join([folder / n for n in names], out / f"{name}.bin")
-        dtype = "uint16" if tokenizer.encoding.n_vocab <= 2**16 else "uint32"
-        print(f"{name}.bin: {size // np.dtype(dtype).itemsize:,} tokens")
-    write_meta(out, Meta(None, dtype, "gpt2"))
+        print(f"{name}.bin: {size // np.dtype(dtype_of(tokenizer.vocab_size)).itemsize:,} tokens")
+    write_meta(out, tokenizer, documents=len(documents))
     shutil.rmtree(folder)
 
 
 def main() -> None:
-    parser = options(__doc__, Path(__file__).parent)
+    parser = options(__doc__, Path(__file__).parent, tokenizer="gpt2")
     parser.add_argument("--dataset", default="Skylion007/openwebtext", help="name or local folder for load_dataset")
-    parser.add_argument("--input", type=Path, nargs="+", default=[], help="local .jsonl or text files instead")
-    parser.add_argument("--num_proc", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
+    parser.add_argument("--num_proc", type=int, dest="workers", default=argparse.SUPPRESS, help="same as --workers")
     parser.add_argument("--shards", type=int, default=1024, help="pieces that are encoded, and resumed, one by one")
-    arguments = parser.parse_args()
-    if arguments.num_proc < 1 or arguments.shards < 1:
-        raise ValueError("--num_proc and --shards must be at least 1")
-    documents = load(arguments.dataset, arguments.input, arguments.num_proc)
-    prepare(documents, arguments.out, arguments.num_proc, arguments.shards)
+    given = parsed(parser)
+    if given.shards < 1:
+        raise ValueError("--shards must be at least 1")
+    if given.input:
+        prepare_files(given.input, given.out, given.tokenizer, val=VAL_SHARE, limit=given.limit, workers=given.workers)
+        return
+    make_tokenizer = functools.partial(existing_tokenizer, given.tokenizer)
+    documents = load(given.dataset, given.workers)
+    documents = documents.select(range(min(given.limit or len(documents), len(documents))))
+    prepare(documents, given.out, given.workers, given.shards, make_tokenizer)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pydoc_data import topics  # noqa: E402
 
-from orchestrate.data.prepare import options, prepare_characters, run  # noqa: E402
+from orchestrate.data.prepare import options, parsed, prepare, run, write_whole  # noqa: E402
 
 
 def main() -> None:
-    arguments = options(__doc__, Path(__file__).parent).parse_args()
-    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    prepare_characters(text, arguments.out)
+    given = parsed(options(__doc__, Path(__file__).parent))
+    if not given.input:
+        text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+        given.input = [given.out / "input.txt"]
+        given.out.mkdir(parents=True, exist_ok=True)
+        write_whole(given.input[0], text.encode("utf-8"))
+    prepare(given.input, given.out, given.tokenizer, limit=given.limit, workers=given.workers)
 
 
 if __name__ == "__main__":

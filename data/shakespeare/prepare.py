@@ -13,23 +13,20 @@ from orchestrate.data.prepare import (  # noqa: E402
     SHAKESPEARE_SHA256,
     SHAKESPEARE_URL,
     download,
+    note_if_changed,
     options,
-    prepare_bpe,
-    read_text,
+    parsed,
+    prepare,
     run,
 )
-from orchestrate.data.tokenizer import gpt2_tokenizer  # noqa: E402
 
 
 def main() -> None:
-    parser = options(__doc__, Path(__file__).parent)
-    parser.add_argument("--input", type=Path, help="a local text instead of the download")
-    arguments = parser.parse_args()
-    if arguments.input:
-        text = read_text(arguments.input, SHAKESPEARE_SHA256)
-    else:
-        text = download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, arguments.out / "input.txt")
-    prepare_bpe(text, arguments.out, gpt2_tokenizer())
+    given = parsed(options(__doc__, Path(__file__).parent, tokenizer="gpt2"))
+    for path in given.input:
+        note_if_changed(path, SHAKESPEARE_SHA256)
+    inputs = given.input or [download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, given.out / "input.txt")]
+    prepare(inputs, given.out, given.tokenizer, limit=given.limit, workers=given.workers)
 
 
 if __name__ == "__main__":

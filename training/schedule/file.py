@@ -180,6 +180,16 @@ class _Composer(yaml.composer.Composer):
             raise yaml.composer.ComposerError(None, None, f"a number of {len(node.value)} characters", mark)
         return node
 
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A key may stand once among those that are written here; what `<<` brings is there to be overridden."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
     def resolve(self, kind: type, value: str, implicit: Any) -> str:
         """The tag of a node. A long plain scalar is text: the patterns of numbers are never tried on it."""
         if kind is yaml.ScalarNode and implicit[0] and len(value) > _LONGEST_NUMBER:
@@ -198,17 +208,6 @@ def _loader(base: type) -> type:
         def __init__(self, text: str) -> None:
             base.__init__(self, text)
             _Composer.__init__(self)
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            self.flatten_mapping(node)
-            seen = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if isinstance(key, str) and key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-                if isinstance(key, str):
-                    seen.add(key)
-            return super().construct_mapping(node, deep)
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
@@ -354,13 +353,12 @@ def parse_schedule(text: str, source: str) -> Schedule:
             f"{source}: entries {numbers}: remove the field `completed`: what has fired is kept in the run folder, "
             "and a resume goes on from there"
         )
-    for i, given in enumerate(document):
-        line = lines[i] if i < len(lines) else 0
-        place = f"{source}:{line}: entry {i + 1}" if line else f"{source}: entry {i + 1}"
+    for number, (given, line) in enumerate(zip(document, lines, strict=True), 1):
+        place = f"{source}:{line}: entry {number}"
         if len(problems) > MOST_PROBLEMS:
             raise Refused([*problems, f"{place} and those after it were not looked at"])
         try:
-            entries.append(_entry(i + 1, line, given))
+            entries.append(_entry(number, line, given))
         except ScheduleError as error:
             problems += [f"{place}: {problem}" for problem in error.problems]
     if problems:

@@ -487,7 +487,6 @@ class Orchestrator:
         if entry.over and operation.fades:
             target = operation.fade(run.settings, target)
             cast = run.adopt(target, partial(operation.reshape, masked=True))  # type: ignore[call-arg]
-            self._drop_from_ramps(overridden)
             self.ramps.append(Ramp.between(entry, run.settings, target, run.progress.iter))
         elif entry.over:
             ramp = Ramp.between(entry, run.settings, target, run.progress.iter)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from orchestrate.data.keeping import keep
 from orchestrate.training.run import out_of_memory
+from orchestrate.training.run.casting import in_words
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.run.distributed import Meeting, Ranks
 from orchestrate.training.run.run import Run
@@ -143,11 +145,13 @@ def make_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLoc
     rewind(out_dir, resumed.loaded.state.log_sizes if resumed is not None else {})
     out_of_memory.forget(out_dir)  # every rank has heeded it
     write_start(out_dir, config.model_dump(), orchestrator.schedule.text)
+    keep(orchestrator.run.data.meta, orchestrator.run.data.folder, out_dir)
 
 
 def restore_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLock) -> str:
     """Make again what a start writes, after somebody removed the run folder; returns what is wrong, or nothing."""
     write_start(Path(config.out_dir), config.model_dump(), orchestrator.schedule.text)
+    keep(orchestrator.run.data.meta, orchestrator.run.data.folder, config.out_dir)
     return lock.renew()
 
 
@@ -216,10 +220,11 @@ def announce(session: Session, resumed: Resumed | None) -> None:
         + (", sharded (fsdp)" if run.ranks.sharded else "")
     )
     if run.cast:
-        session.reporter.say(f"note: {run.cast}")
+        session.reporter.say(f"note: {in_words(run.cast.to_json())}")
     if run.optimizer.note:
         session.reporter.say(f"note: {run.optimizer.note}")
-    for doubt in doubts(run.batches.opened, config, run.settings):
+    trained = resumed.loaded.state.tokenizer if resumed is not None else None
+    for doubt in doubts(run.batches.opened, config, run.settings, trained):
         session.reporter.say(f"warning: {doubt}")
     if config.parallel == "fsdp" and not run.ranks.sharded:
         session.reporter.say("parallel=fsdp shards nothing on one process")

@@ -25,7 +25,7 @@ from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
 from orchestrate.training.schedule.own import OwnFile, compare
-from orchestrate.training.session.start import IN_SETTINGS
+from orchestrate.training.session.start import IN_SETTINGS, other_tokenizer
 from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings, get_field, with_field
@@ -39,7 +39,10 @@ _MADE = "the checkpoint's weights were trained with it, and no operation changes
 # Keys that a resume must not change, and why.
 FIXED = {
     **{key: _SHAPE if OPTIONS[name].by_operation else _MADE for key, name in MODEL_KEYS.items()},
-    **dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size".split(), _SHAPE),
+    **dict.fromkeys(
+        "attn_lora_rank mlp_lora_rank embedding_rank lora_targets lora_rank shrunken_vocab_size".split(), _SHAPE
+    ),
+    "base_model": "the checkpoint holds the weights of the base",
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "frozen_layers": "freeze_layer and unfreeze_layer in a schedule change it",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",
@@ -249,12 +252,18 @@ def _only(schedule: Schedule, fired: int) -> Schedule:
 def check_fingerprint(config: TrainConfig, state: State, data: DataSet) -> None:
     """Raises Refused where the data is not what the checkpoint was trained on, whatever its name is."""
     changed = [name for name, print_ in data.fingerprint().items() if state.data.get(name) != print_]
+    problems = []
     if changed and not config.allow_changed_data:
-        raise Refused(
+        problems.append(
             f"dataset {config.dataset}: the content of {' and '.join(f'{name}.bin' for name in changed)} is not what "
             f"the checkpoint was trained on ({state.config.dataset}; fingerprints differ): the stream of samples "
             "would not go on where it stopped; --allow_changed_data=True goes on all the same"
         )
+    other = other_tokenizer(data, config, state.tokenizer)
+    if changed and other and not config.allow_other_tokenizer:
+        problems.append(f"{other}; --allow_other_tokenizer=True goes on all the same")
+    if problems:
+        raise Refused(problems)
 
 
 def pending(schedule: Schedule, fired: int) -> Schedule:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrate.data.stream import Meta, find_folder, read_meta
+from orchestrate.data.keeping import kept_with_run, of_data
+from orchestrate.data.stream import Meta
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.gpt import GPT, from_weights
@@ -30,13 +31,13 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
     recorded, settings = loaded.state.config, loaded.state.settings
     with reading(loaded.path):
         model = from_weights(settings.model, loaded.model)
-    meta = read_meta(find_folder(dataset)) if dataset else loaded.state.tokenizer
-    return model, remapped(tokenizer_of(meta), recorded, settings.vocabulary_map), passed_over
+    meta = loaded.state.tokenizer
+    tokenizer = of_data(dataset) if dataset else tokenizer_of(meta, kept_with_run(out_dir, meta))
+    return model, remapped(tokenizer, recorded, settings.vocabulary_map), passed_over
 
 
 def open_foreign(source: str, dataset: str = "") -> tuple[GPT, Tokenizer]:
     """The model of a Hugging Face name or folder or of a nanoGPT ckpt.pt, and its tokenizer. Raises ValueError."""
-    meta = read_meta(find_folder(dataset)) if dataset else Meta()
     model = nanogpt.load_checkpoint(source) if Path(source).is_file() else hugging_face.load(source)
     own = Path(source).is_dir() and source not in hugging_face.GPT2_MODELS and not dataset
-    return model, HuggingFaceTokenizer(source) if own else tokenizer_of(meta)
+    return model, HuggingFaceTokenizer(source) if own else of_data(dataset) if dataset else tokenizer_of(Meta())
