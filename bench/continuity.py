@@ -14,6 +14,7 @@ import platform
 import pydoc_data.topics
 import sys
 import tempfile
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,15 +34,16 @@ from orchestrate.training.settings.config import TrainConfig  # noqa: E402
 from orchestrate.training.settings.records import Progress  # noqa: E402
 
 WARM_STEPS = 150
+_LLAMA = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, norm="rmsnorm", activation="swiglu", position="rotary")
 STYLES = {
     "GPT-2": dict(n_layer=3, n_head=2, n_embd=32, bias=True),
-    "Llama": dict(
-        n_layer=3, n_head=4, n_kv_head=2, n_embd=32, norm="rmsnorm", activation="swiglu", position="rotary",
-        tie_weights=False,
-    ),
-}  # fmt: skip
+    "Llama 3": dict(**_LLAMA, tie_weights=False, rotary_llama3_factor=8.0, rotary_original_length=16),
+    "Qwen2": dict(**_LLAMA, attn_bias="qkv"),
+    "Qwen3": dict(**_LLAMA, qk_norm=True, head_size=12),
+}
 CONDITIONS = {"plain": [], "adapters": [("set_layer_lora_rank", [["attn.*", "mlp.*", "wte"], 4])],
               "frozen": [("freeze_layer", ["block.0", "wte"])]}  # fmt: skip
+WITHOUT = ("set_layer_lora_rank", [["attn.*", "mlp.*"], 0])
 # (operation, value, what it needs before); all of them keep the function.
 OPERATIONS = [
     ("stack_layers", {"times": 2}, []),
@@ -56,6 +58,8 @@ OPERATIONS = [
     ("set_layer_lora_rank", [["attn.*", "mlp.*"], 2], [("set_layer_lora_rank", [["attn.*", "mlp.*"], 6])]),
     ("merge_lora_weights", None, [("set_layer_lora_rank", [["attn.*", "mlp.*"], 6])]),
     ("relora", None, [("set_layer_lora_rank", [["attn.*", "mlp.*"], 6])]),
+    ("set_layer_lora_rank", ["all-linear", 8], [WITHOUT]),
+    ("merge_lora_weights", "q_proj", [WITHOUT, ("set_layer_lora_rank", ["all-linear", 6])]),
     ("set_lora_alpha", 32.0, [("set_layer_lora_rank", [["attn.*", "mlp.*"], 6])]),
     ("freeze_layer", "block.1", []),
     ("unfreeze_layer", "*", [("freeze_layer", "block.1")]),
@@ -165,7 +169,7 @@ def no_ops(started: dict[str, Run]) -> list[str]:
         ("stack_layers", [("stack_layers", [0, 1, 2])], "every block in its place"),
         ("adapters on and off", [("set_attn_lora_rank", 4), ("merge_lora_weights", None)], "nothing learnt in between"),
     ]  # fmt: skip
-    lines = ["| change | what it is | GPT-2 | Llama |", "|---|---|---|---|"]
+    lines = ["| change | what it is | " + " | ".join(STYLES) + " |", "|---" * (2 + len(STYLES)) + "|"]
     for name, operations, what in cases:
         cells = []
         for style in STYLES:
@@ -212,21 +216,21 @@ def main() -> None:
             "# Continuity",
             "",
             "Written by `python bench/continuity.py > docs/continuity.md`: small models (3 layers, width 32) after "
-            f"{WARM_STEPS} iterations on\nPython's language reference by characters, float32, CPU, torch "
+            f"{WARM_STEPS} iterations on Python's language reference by characters, float32, CPU, torch "
             f"{torch.__version__}, Python {platform.python_version()}. Losses are on fixed windows, in nats.",
             "",
             "## The validation loss over a change",
             "",
             "Loss after minus loss before, for every operation that keeps the function: plain, with LoRA adapters on "
-            "attention, MLPs and\nembedding, and with the first block and the embedding frozen. On two processes "
-            "under DDP tests/test_distributed.py\nasserts the same bound.",
+            "attention, MLPs and embedding, and with the first block and the embedding frozen. On two processes "
+            "under DDP tests/test_distributed.py asserts the same bound.",
             "",
             *continuity(started),
             "",
             "## The first update after a change that changes nothing",
             "",
             "Norm of the update over that of the run that was left alone; the goal is 1.000. The project that inspired "
-            "this one loses all moments\nthere, and its first update is 9.9 times too large.",
+            "this one loses all moments there, and its first update is 9.9 times too large.",
             "",
             *no_ops(started),
             "",
@@ -236,7 +240,7 @@ def main() -> None:
             "",
             *aftermath(started, options.steps),
         ]
-    print("\n".join(parts))
+    print("\n".join(part if part.startswith("|") else textwrap.fill(part, 118) for part in parts))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Live(TorchDispatchMode):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._known | given:  # no view, and not changed in place
                     self._add(storage)
@@ -112,6 +112,7 @@ def rows(rank: int) -> list[tuple[str, dict[str, Any]]]:
         ("... activation_checkpointing", again),
         (f"LoRA of rank {rank} everywhere", adapters),
         ("... activation_checkpointing", {**adapters, **again}),
+        ("... and weights_dtype=bfloat16", {**adapters, **again, "weights_dtype": "bfloat16"}),
     ]
 
 

@@ -51,16 +51,22 @@ SCHEDULE = [
     {"name": "set_lr", "value": 3e-3, "over": 4, "trigger": {"metric": "loss", "below": 99.0}},
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 4, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 2},
+    {"name": "set_layer_lora_rank", "value": [["attn.*.q", "attn.*.v", "mlp.0.up"], 2], "max_wait_iters": 1},
+    {"name": "set_lora_dropout", "value": 0.2, "over": 2},
+    {"name": "merge_lora_weights", "max_wait_iters": 2},
     {"name": "set_activation_checkpointing", "value": True, "max_wait_iters": 1},
     {"name": "set_grad_accum", "value": 4, "max_wait_iters": 2},
     {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "max_wait_iters": 1, "over": 3},
+    {"name": "stack_layers", "value": {"times": 1.5, "how": "identity_copy", "where": "interleave"},
+     "max_wait_iters": 4},
+    {"name": "drop_layers", "value": [-2], "max_wait_iters": 1},
     {"name": "freeze_layer", "value": "block.0", "max_wait_iters": 4,
      "guard": {"max_increase": 5.0, "within_iters": 3, "then": "revert"}},
 ]  # fmt: skip
 KEYS = dict(
     n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=40,
     lr_decay_iters=40, warmup_iters=2, learning_rate=1e-2, eval_interval=5, eval_iters=2, log_interval=1, dropout=0.1,
-    device="cpu", compile=False, qk_norm=True, head_size=6,
+    device="cpu", compile=False, qk_norm=True, head_size=6, attn_bias="qkv", sample_prompts="The", sample_tokens=9,
 )  # fmt: skip
 
 
@@ -239,10 +245,12 @@ class Torture:
                 (
                     [(m["kind"], m["iter"], m.get("loss"), m.get("val_loss")) for m in record.metrics],
                     [(e["entry"], e["iter"]) for e in record.valid.events if e["kind"] == "operation"],
+                    [(e["iter"], e["texts"]) for e in record.valid.events if e["kind"] == "samples"],
                 )
             )
         assert logs[0][0] == logs[1][0], "the metrics differ"
         assert logs[0][1] == logs[1][1], "the operations differ"
+        assert logs[0][2] == logs[1][2], "the texts of sample_prompts differ"
         hidden = [path.name for path in (out_dir / "checkpoints").iterdir() if path.name.startswith(".")]
         assert not hidden, f"leftovers: {hidden}"
 

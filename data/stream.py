@@ -260,9 +260,13 @@ class DataSet:
 
 
 def find_folder(name: str) -> Path:
-    """The folder of a data set: data/NAME where there is one beside this file, else NAME as a path."""
-    shipped = Path(__file__).parent / name
-    return shipped if shipped.is_dir() else Path(name)
+    """The folder of a data set: data/NAME of the project, else NAME as a path, else data/NAME where one works."""
+    return next((place for place in _places(name) if place.is_dir()), Path(name))
+
+
+def _places(name: str) -> list[Path]:
+    """Where a data set may be, in the order in which they are looked at."""
+    return [Path(__file__).parent / name, Path(name), Path("data") / name]
 
 
 def open_data(name: str, block_size: int, remap: np.ndarray | None = None) -> DataSet:
@@ -271,7 +275,8 @@ def open_data(name: str, block_size: int, remap: np.ndarray | None = None) -> Da
     if not (folder / "train.bin").exists() or not (folder / "val.bin").exists():
         script = folder / "prepare.py"
         how = f"make them with: python data/{name}/prepare.py" if script.exists() else "a data set has both"
-        raise ValueError(f"dataset {name}: no train.bin and val.bin in {folder}; {how}")
+        where = folder if folder.is_dir() else " or ".join(str(place) for place in dict.fromkeys(_places(name)))
+        raise ValueError(f"dataset {name}: no train.bin and val.bin in {where}; {how}")
     meta = read_meta(folder)
     data = DataSet(
         TokenFile(folder / "train.bin", meta.dtype, remap),

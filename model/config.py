@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 # Fields that ModelConfig had in checkpoints of older versions; they are Settings' now.
 ONCE_SHAPE = ("dropout", "fading")
@@ -25,18 +25,48 @@ LLAMA3_OPTIONS = (
 )  # fmt: skip
 # Leaf layers of one block in the order of the model, and the suffix of the module that holds each.
 BLOCK_LAYERS = ("ln_1", "attn", "ln_2", "mlp")
+PROJECTIONS = {
+    "attn": {"q": "c_attn", "k": "c_attn", "v": "c_attn", "qkv": "c_attn", "o": "c_proj"},
+    "mlp": {"up": "c_fc", "gate": "c_gate", "down": "c_proj"},
+}
+"""What an adapter can be on by itself, as attn.3.q: leaf layer -> projection -> the matrix that it lies in. q, k and v
+are rows of one matrix, and qkv is all of it."""
+_ALL_LINEAR = [f"{kind}.*.{name}" for kind, names in PROJECTIONS.items() for name in names if name != "qkv"]
+TARGET_MODULES = {
+    **{f"{glob.split('.')[2]}_proj": [glob] for glob in _ALL_LINEAR},
+    "c_attn": ["attn.*.qkv"],
+    "c_fc": ["mlp.*.up"],
+    "c_proj": ["attn.*.o", "mlp.*.down"],
+    "all-linear": _ALL_LINEAR,
+    "embed_tokens": ["wte"],
+}
+"""Names that peft's target_modules has for projections -> ours."""
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """One layer's adapter: rank of its factors and alpha; their product is scaled by alpha / rank."""
+    """One adapter: rank of its factors, alpha, and how its factors start, also when they start anew.
+
+    Attributes:
+        use_rslora: the product of the factors is scaled by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)
+            instead of alpha / rank.
+        init_lora_weights: "default", a product of zero | "pissa", the strongest directions of the weight, which keeps
+            the rest (Meng et al. 2024, arXiv:2404.02948).
+    """
 
     rank: int
     alpha: float
+    use_rslora: bool = False
+    init_lora_weights: Literal["default", "pissa"] = "default"
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what is as it was before there were options, so that older states read alike."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value not in (False, "default")}
 
 
 @dataclass(frozen=True)
@@ -146,7 +176,8 @@ class ModelConfig:
         True, "token embedding and output head are one matrix", shapes_blocks=False, by_operation=True
     )
     lora: dict[str, LoraSpec] = field(default_factory=dict)
-    """Leaf layer name -> adapter, for attn.N, mlp.N, wte and (untied) lm_head."""
+    """Name -> adapter, for attn.N and mlp.N (each of their matrices has one), a projection of them (PROJECTIONS:
+    attn.N.q, mlp.N.up), wte and (untied) lm_head."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -189,17 +220,33 @@ class ModelConfig:
         problems += self._rotary_problems()
         if self.position == "rotary" and self.head_size % 2:
             problems.append(f"rotary positions need an even head size, got {self.head_size}")
-        put("lora", {name: self.lora[name] for name in layer_names(self) if name in self.lora} | self.lora)
+        put("lora", {name: self.lora[name] for name in adapter_names(self) if name in self.lora} | self.lora)
         for name, spec in self.lora.items():
             limit = self._largest_rank(name)
             if not limit:
-                problems.append(f"{name} cannot carry a LoRA adapter; attn.N, mlp.N, wte and an untied lm_head can")
+                problems.append(
+                    f"{name} cannot carry a LoRA adapter; attn.N, mlp.N, wte and an untied lm_head can, and so can "
+                    + ", ".join(f"{kind}.N.{part}" for kind, parts in PROJECTIONS.items() for part in parts)
+                )
             elif not 1 <= spec.rank <= limit:
                 problems.append(f"LoRA rank of {name} must be from 1 to {limit} (0 removes it), got {spec.rank}")
             elif not 0 < spec.alpha < math.inf:
                 problems.append(f"LoRA alpha of {name} must be positive and finite, got {spec.alpha}")
+            layer, _, part = name.rpartition(".")
+            whole = f"{layer}.qkv" if part in self.qkv_rows and f"{layer}.qkv" in self.lora else layer
+            if whole in self.lora:
+                problems.append(
+                    f"{whole} and {name} cannot both carry an adapter, because that of {whole} is on {name} too: "
+                    "merge one, or give it rank 0, first"
+                )
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def qkv_rows(self) -> dict[str, slice]:
+        """The rows of q, k and v in the one matrix that makes them."""
+        q, kv = self.n_head * self.head_size, self.n_kv_head * self.head_size
+        return {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}
 
     @property
     def attention_biases(self) -> str:
@@ -227,21 +274,25 @@ class ModelConfig:
 
     def _largest_rank(self, name: str) -> int:
         """The full rank of the layer's smallest matrix; 0 for a layer that takes no adapter or does not exist."""
-        if name not in layer_names(self):
+        if name not in adapter_names(self):
             return 0
-        kind, _, index = name.partition(".")
-        match kind:
-            case "attn":
+        match name.split("."):
+            case ["attn", _, "q" | "k" | "v" as part]:
+                rows = self.qkv_rows[part]
+                return min(self.n_embd, rows.stop - rows.start)
+            case ["attn", _, "qkv"]:
+                return min(self.n_embd, self.qkv_rows["v"].stop)
+            case ["attn", *_]:
                 return min(self.n_embd, self.n_head * self.head_size)
-            case "mlp":
+            case ["mlp", index, *_]:
                 return min(self.n_embd, self.n_hidden[int(index)])
-            case "wte" | "lm_head":
+            case ["wte" | "lm_head"]:
                 return min(self.n_embd, self.vocab_size)
         return 0
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        lora = {name: {"rank": spec.rank, "alpha": spec.alpha} for name, spec in self.lora.items()}
+        lora = {name: spec.to_json() for name, spec in self.lora.items()}
         return {**values, "n_hidden": list(self.n_hidden), "lora": lora}
 
     @classmethod
@@ -295,6 +346,51 @@ def layer_names(config: ModelConfig) -> list[str]:
     names = ["wte"] + (["wpe"] if config.position == "learned" else [])
     names += [f"{kind}.{n}" for n in range(config.n_layer) for kind in BLOCK_LAYERS]
     return names + ["ln_f"] + ([] if config.tie_weights else ["lm_head"])
+
+
+def adapter_names(config: ModelConfig) -> list[str]:
+    """All leaf layers in model order, each followed by those of its projections that there are."""
+    names = []
+    for layer in layer_names(config):
+        parts = PROJECTIONS.get(layer.split(".")[0], {}) if "." in layer else {}
+        names += [layer, *(f"{layer}.{part}" for part in parts if part != "gate" or config.activation == "swiglu")]
+    return names
+
+
+def expand_adapters(config: ModelConfig, names: str | Sequence[str]) -> list[str]:
+    """What adapters can be asked for on, in model order: leaf layers as expand_layers has them, and projections.
+
+    A projection is named by three parts, any of which may be a glob (attn.*.q, mlp.0.*; a glob never means qkv), or as
+    peft's target_modules has it. Raises ValueError for a name that matches nothing.
+    """
+    every = adapter_names(config)
+    found: set[str] = set()
+    for name in [names] if isinstance(names, str) else names:
+        globs = TARGET_MODULES.get(name, [name])
+        parts = [glob for glob in globs if glob.count(".") == 2]
+        found.update(expand_layers(config, [glob for glob in globs if glob not in parts]))
+        matched = {one for glob in parts for one in every if _is_projection(config, one, glob)}
+        if parts and not matched:
+            there = ", ".join(one for one in every if one.count(".") == 2 and one.split(".")[1] == "0")
+            raise ValueError(
+                f"no projection is called {name!r}: there are {there}, and likewise of every block to "
+                f"{config.n_layer - 1} (-1 is the last), or a glob such as 'attn.*.q'"
+            )
+        found |= matched
+    return [name for name in every if name in found]
+
+
+def _is_projection(config: ModelConfig, name: str, glob: str) -> bool:
+    kind, index, part = glob.split(".")
+    if re.fullmatch(r"-\d+", index):
+        index = str(config.n_layer + int(index))
+    exact = part == "qkv" or not name.endswith(".qkv")
+    return exact and name.count(".") == 2 and fnmatch.fnmatchcase(name, f"{kind}.{index}.{part}")
+
+
+def layer_of_adapter(name: str) -> str:
+    """The leaf layer that an adapter belongs to: attn.3.q -> attn.3."""
+    return ".".join(name.split(".")[:2])
 
 
 def expand_layers(config: ModelConfig, names: str | Sequence[str]) -> list[str]:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orchestrate.model.adapters import attach, init_adapters, tied_logits
-from orchestrate.model.config import Fade, LoraSpec, ModelConfig
-from orchestrate.model.narrow import Embedding, Linear, linear
+from orchestrate.model.adapters import ADAPTER, attach, init_adapters, tied_logits
+from orchestrate.model.config import PROJECTIONS, Fade, LoraSpec, ModelConfig
+from orchestrate.model.narrow import Embedding, Linear, WithoutDrawing, linear
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, each (time, head_size)."""
@@ -115,12 +115,13 @@ class Dropout(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.p = 0.0
         self.active = False
         self.register_buffer("keep", torch.tensor(1.0), persistent=False)
 
     def set(self, p: float) -> None:
         """Drop with this probability from now on."""
-        self.active = p > 0
+        self.p, self.active = p, p > 0
         self.keep.fill_(1.0 - p)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,6 +129,10 @@ class Dropout(nn.Module):
             return x
         mask = (torch.rand_like(x, dtype=torch.float32) < self.keep).to(x.dtype)
         return x * mask / self.keep.to(x.dtype)
+
+
+class AdapterDropout(Dropout):
+    """Of what an adapter reads: the weight that it adapts reads the whole (lora_dropout)."""
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -207,7 +212,7 @@ class Attention(_Fading):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
-        self.widths = [config.n_head * config.head_size, *[config.n_kv_head * config.head_size] * 2]
+        self.widths = [rows.stop - rows.start for rows in config.qkv_rows.values()]
         self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.attention_biases != "none")
         self.c_proj = Linear(self.widths[0], config.n_embd, bias=config.attention_biases == "all")
         self.qk_norm = config.qk_norm
@@ -292,7 +297,7 @@ class MLP(_Fading):
         return y if self.fade_output is None else y * self.fade_output
 
 
-class _LayerNorm(nn.LayerNorm):
+class _LayerNorm(WithoutDrawing, nn.LayerNorm):
     """In the input's type, also where sharding gathers the weights in a shorter one."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -300,7 +305,7 @@ class _LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
-class _RMSNorm(nn.RMSNorm):
+class _RMSNorm(WithoutDrawing, nn.RMSNorm):
     """Likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -338,9 +343,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer language model; `config` says all there is to know about its shape.
 
-    Attributes: `dropout` and `fading`, numbers that may change at any time (set_dropout, set_fading). A new model has
-    no dropout and fades nothing in. With `checkpointing` a block keeps only its input for the backward pass and
-    computes the rest again there, with the same dropout (activation checkpointing, Chen et al. 2016, arXiv:1604.06174).
+    Attributes: `dropout`, `lora_dropout` and `fading`, numbers that may change at any time (set_dropout,
+    set_lora_dropout, set_fading). A new model has no dropout and fades nothing in. With `checkpointing` a block keeps
+    only its input for the backward pass and computes the rest again there, with the same dropout (activation
+    checkpointing, Chen et al. 2016, arXiv:1604.06174).
     """
 
     WEIGHTS: ClassVar = {
@@ -354,7 +360,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed, self.measure = _embed, _measure
-        self.dropout = 0.0
+        self.dropout = self.lora_dropout = 0.0
         self.fading: dict[str, Fade] = {}
         self.checkpointing = False
         parts: dict[str, nn.Module] = {"wte": Embedding(config.vocab_size, config.n_embd)}
@@ -372,7 +378,7 @@ class GPT(nn.Module):
         self.register_buffer("fade_logits", None, persistent=False)
         self.reset_buffers(self.transformer["wte"].weight.device)
         if config.lora:
-            attach(self, adapted_modules(config))
+            attach(self, adapted_modules(config), config.qkv_rows, AdapterDropout)
             self.tied_logits = tied_logits
 
     def reset_buffers(self, device: torch.device) -> None:
@@ -386,7 +392,7 @@ class GPT(nn.Module):
             self.rope_cos = self.rope_sin = torch.empty(0, device=device)
         for module in self.modules():
             if isinstance(module, Dropout):
-                module.keep = torch.tensor(1.0 - self.dropout, device=device)
+                module.keep = torch.tensor(1.0 - module.p, device=device)
         self.set_fading(self.fading)
 
     def set_fading(self, fading: dict[str, Fade]) -> None:
@@ -509,17 +515,27 @@ def weights_of(name: str) -> tuple[Weights, str | None]:
     return WEIGHTS[match[2]], match[1]
 
 
-def adapted_modules(config: ModelConfig) -> dict[str, LoraSpec]:
-    """Path of each matrix that carries an adapter -> the adapter, in model order."""
+def adapted_modules(config: ModelConfig) -> dict[str, dict[str, LoraSpec]]:
+    """Path of each matrix that carries adapters -> part of its rows (ADAPTER: all, or q, k, v) -> the adapter.
 
-    def matrices(layer: str) -> list[str]:
-        kind, _, index = layer.partition(".")
+    In model order.
+    """
+
+    def matrices(name: str) -> list[tuple[str, str]]:
+        kind, index, part = (name + "..").split(".")[:3]
         if not index:
-            return ["lm_head"] if kind == "lm_head" else [f"transformer.{kind}"]
+            return [("lm_head" if kind == "lm_head" else f"transformer.{kind}", ADAPTER)]
+        if part:
+            whole = part not in config.qkv_rows
+            return [(f"transformer.h.{index}.{kind}.{PROJECTIONS[kind][part]}", ADAPTER if whole else part)]
         there = [path for path, w in WEIGHTS.items() if path.startswith(f"{kind}.") and w.columns and w.exists(config)]
-        return [f"transformer.h.{index}.{path}" for path in there]
+        return [(f"transformer.h.{index}.{path}", ADAPTER) for path in there]
 
-    return {path: spec for layer, spec in config.lora.items() for path in matrices(layer)}
+    found: dict[str, dict[str, LoraSpec]] = {}
+    for name, spec in config.lora.items():
+        for path, part in matrices(name):
+            found.setdefault(path, {})[part] = spec
+    return found
 
 
 def init_weights(model: GPT, seed: int) -> None:
@@ -536,7 +552,7 @@ def init_weights(model: GPT, seed: int) -> None:
             if "lora_" not in name:
                 parameter.copy_(initial_value(name, parameter.shape, model.config, generator))
         if model.config.lora:
-            init_adapters(model, adapted_modules(model.config), generator)
+            init_adapters(model, adapted_modules(model.config), model.config.qkv_rows, generator)
 
 
 def initial_value(
@@ -558,11 +574,19 @@ def set_dropout(model: GPT, p: float) -> None:
     """Change the dropout probability of the whole model in place; compiled blocks stay compiled."""
     model.dropout = p
     for module in model.modules():
-        if isinstance(module, Dropout):
+        if isinstance(module, Dropout) and not isinstance(module, AdapterDropout):
             module.set(p)
         elif isinstance(module, Attention):
             module.dropout_p = p
             module.dropout_active = p > 0
+
+
+def set_lora_dropout(model: GPT, p: float) -> None:
+    """Likewise the probability of dropout before the adapters of Linear layers."""
+    model.lora_dropout = p
+    for module in model.modules():
+        if isinstance(module, AdapterDropout):
+            module.set(p)
 
 
 def compile_blocks(model: GPT, **options: Any) -> None:

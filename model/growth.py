@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from orchestrate.model.adapters import ADAPTER
-from orchestrate.model.config import BLOCK_LAYERS, Fade, ModelConfig
+from orchestrate.model.config import BLOCK_LAYERS, Fade, ModelConfig, layer_of_adapter
 from orchestrate.model.gpt import GPT, initial_value, put_parameter, weights_of
 from orchestrate.model.lineage import Lineage, Origin, follow, known
+from orchestrate.model.lora import reshape_lora
 from orchestrate.model.narrow import wide
 
 Grown = tuple[GPT, Lineage]
@@ -55,25 +56,40 @@ class New:
 
 
 _LEAF = re.compile(
-    rf"^(?P<path>.*?)\.(?P<leaf>(?:base_layer\.)?(?:weight|bias)|lora_[AB]\.{ADAPTER}\.weight"
+    rf"^(?P<path>.*?)\.(?P<leaf>(?:base_layer\.)?(?:weight|bias)|lora_[AB]\.(?:{ADAPTER}|[qkv])\.weight"
     rf"|lora_embedding_[AB]\.{ADAPTER})$"
 )
 
 
-def _roles(path: str, leaf: str, dims: int, axes: Axes) -> tuple[Axis | None, ...]:
+def _roles(
+    path: str, leaf: str, dims: int, axes: Axes, before: ModelConfig, after: ModelConfig
+) -> tuple[Axis | None, ...]:
     """How each dimension of a parameter changes: of a weight, a bias, or a LoRA factor."""
     weights, block = weights_of(path)
     rows, columns = (axes.get(f"{axis}.{block}", axes.get(axis)) for axis in (weights.rows, weights.columns))
-    match leaf.split(".")[0]:
-        case "lora_A":
+    match leaf.split("."):
+        case ["lora_A", *_]:
             return (None, columns)
-        case "lora_B":
+        case ["lora_B", "q" | "k" | "v" as part, *_]:
+            return (rows and _part(rows, before.qkv_rows[part], after.qkv_rows[part]), None)
+        case ["lora_B", *_]:
             return (rows, None)
-        case "lora_embedding_A":
+        case ["lora_embedding_A", *_]:
             return (None, rows)
-        case "lora_embedding_B":
+        case ["lora_embedding_B", *_]:
             return (columns, None)
     return (rows, columns)[:dims]
+
+
+def _part(axis: Axis, before: slice, after: slice) -> Axis:
+    """The axis of a part of these rows, which comes from that part of the old ones alone."""
+
+    def cut(value: Tensor | float) -> Tensor | float:
+        return value[after] if isinstance(value, Tensor) else value
+
+    index = axis.index[after]
+    index = torch.where(index < 0, index, index - before.start)
+    return replace(axis, index=index, weight=cut(axis.weight), grad=cut(axis.grad))
 
 
 def _product(axes: Sequence[Axis | None], what: Callable[[Axis], Tensor | float]) -> Tensor | float:
@@ -126,7 +142,7 @@ def transform(
             value = initial_value(name, parameter.shape, target, generator, like.device).to(wide(like.dtype))
             value = _or(fresh(name, value, origin), value)
         else:
-            roles = _roles(path, leaf, parameter.dim(), axes)
+            roles = _roles(path, leaf, parameter.dim(), axes, model.config, target)
             origin = origins.get(name) or Origin(
                 f"{source}.{leaf}",
                 tuple(axis.index if axis else None for axis in roles) if any(roles) else (),
@@ -192,12 +208,14 @@ def stack(
     zero: bool,
     generator: torch.Generator,
     masked: bool = False,
+    copied: bool = False,
 ) -> Grown:
     """The blocks `layers` in their order. New blocks are fresh, with zero output projections where `zero`.
 
     With zero output projections a new block adds nothing to the residual stream: the function is kept exactly, and so
     are all gradients of what was there (Chen et al. 2016, arXiv:1511.05641 for the idea of identity layers). The same
-    holds where what is new is `masked`: it starts with nothing of it showing.
+    holds where what is new is `masked`: it starts with nothing of it showing. Where new blocks are `copied`, what reads
+    in them is as in the block that is their kin, adapters folded in (Wu et al. 2024, arXiv:2401.02415).
     """
     seen: set[int] = set()
     first = [layer.source is not None and not (layer.source in seen or seen.add(layer.source)) for layer in layers]
@@ -213,8 +231,18 @@ def stack(
             return f"transformer.h.{layer.source}.{match[2]}"
         return path
 
+    sources: dict[str, Tensor] = {}
+    if copied:
+        merged, _ = reshape_lora(model, replace(model.config, lora={}), generator)
+        sources = {name: parameter.detach().clone() for name, parameter in merged.transformer["h"].named_parameters()}
+
     def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
-        return torch.zeros_like(value) if zero and weights_of(name)[0].rows == "writes" else None
+        if zero and weights_of(name)[0].rows == "writes":
+            return torch.zeros_like(value)
+        if not copied:
+            return None
+        _, _, number, rest = name.split(".", 3)
+        return sources[f"{layers[int(number)].kin}.{rest}"].clone()
 
     grown, lineage = transform(model, target, generator, renamed=renamed, fresh=fresh)
     note = "" if same else "the function has changed: the moments are those of the layer that this one was"
@@ -231,12 +259,16 @@ def stack(
 
 
 def rename_layers(names: Mapping[str, object] | Sequence[str], layers: Sequence[Layer]) -> list[tuple[str, str]]:
-    """(new leaf layer, old one) for every name under the new numbering; copies have all that their source has."""
+    """(new name, old one) of every leaf layer or projection under the new numbering.
+
+    Copies have all that their source has.
+    """
     pairs = [(name, name) for name in names if name.split(".")[0] not in BLOCK_LAYERS]
     for n, layer in enumerate(layers):
-        if layer.source is not None:
-            pairs += [(f"{kind}.{n}", f"{kind}.{layer.source}") for kind in BLOCK_LAYERS]
-    return [(new, old) for new, old in pairs if old in names]
+        for kind in BLOCK_LAYERS if layer.source is not None else ():
+            source = f"{kind}.{layer.source}"
+            pairs += [(f"{kind}.{n}{old[len(source) :]}", old) for old in names if layer_of_adapter(old) == source]
+    return pairs
 
 
 # ---------------------------------------------------------------------------------------------- wider MLPs
@@ -340,6 +372,26 @@ def add_heads(model: GPT, target: ModelConfig, how: str, noise: float, generator
         share = _head_shares(queries, keys, noise, generator) if how == "duplicate" else 1.0
         axes.update({f"{name}.{n}": axis for name, axis in _attention_axes(model.config, queries, keys, share).items()})
     return transform(model, target, generator, axes, fresh=_fresh_units(target, how, generator))
+
+
+def spell_out(model: GPT, target: ModelConfig) -> GPT:
+    """The same function in a shape that spells it out, for who has no other: nothing is drawn at random.
+
+    Hidden units and heads beyond the old ones are zeros. Where the target has a key head for each query head, a key
+    head that several share is repeated for each of them.
+    """
+    config, axes = model.config, {}
+    for n, (before, after) in enumerate(zip(config.n_hidden, target.n_hidden, strict=True)):
+        if before != after:
+            axes[f"units.{n}"] = axes[f"units_read.{n}"] = Axis(_append(before, after, copies=False))
+    if target.n_kv_head == target.n_head == config.n_head:
+        queries = torch.arange(config.n_head)
+        keys = queries // (config.n_head // config.n_kv_head)
+    else:
+        queries, keys = head_sources(config, target.n_head, target.n_kv_head, copies=False)
+    if (config.n_head, config.n_kv_head) != (target.n_head, target.n_kv_head):
+        axes |= _attention_axes(config, queries, keys, 1.0)
+    return transform(model, target, torch.Generator(), axes)[0]
 
 
 # ---------------------------------------------------------------------------------------------- a wider stream

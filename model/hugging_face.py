@@ -44,15 +44,23 @@ def gpt2_config(name: str) -> ModelConfig:
     )
 
 
-def open_model(name_or_folder: str | Path) -> tuple[ModelConfig, Callable[[], GPT]]:
-    """The configuration of a released GPT-2 or a local folder, and what loads its weights in float32.
+Keep = Callable[[str, Tensor], Tensor]
+"""keep(name, value): a weight in float32 as it is to be kept; it is called for one after the other."""
+
+
+def as_is(name: str, value: Tensor) -> Tensor:
+    return value
+
+
+def open_model(name_or_folder: str | Path) -> tuple[ModelConfig, Callable[..., GPT]]:
+    """The configuration of a released GPT-2 or a local folder, and `load(keep=as_is)`, which loads its weights.
 
     A folder is looked at whole, but for the values of its weights. A released model is fetched when it is loaded.
     Raises ValueError; so does loading.
     """
     if name_or_folder in GPT2_MODELS:
         config = gpt2_config(str(name_or_folder))
-        return config, lambda: _fetched(str(name_or_folder), config)
+        return config, lambda keep=as_is: _fetched(str(name_or_folder), config, keep)
     place = f"init_from {name_or_folder}"
     theirs = _read_config(Path(name_or_folder), place)
     family = FAMILIES[theirs.model_type]
@@ -63,7 +71,7 @@ def open_model(name_or_folder: str | Path) -> tuple[ModelConfig, Callable[[], GP
         names = _check(family, config, shards)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
-    return config, lambda: _loaded(family, config, shards, names, place)
+    return config, lambda keep=as_is: _loaded(family, config, shards, names, place, keep)
 
 
 def config_from_folder(folder: str | Path) -> ModelConfig:
@@ -71,9 +79,9 @@ def config_from_folder(folder: str | Path) -> ModelConfig:
     return open_model(folder)[0]
 
 
-def load(name_or_folder: str) -> GPT:
-    """A released GPT-2 by name, or a local folder, with its weights in float32. Raises ValueError."""
-    return open_model(name_or_folder)[1]()
+def load(name_or_folder: str, keep: Keep = as_is) -> GPT:
+    """A released GPT-2 by name, or a local folder, with its weights in float32 or as `keep` says. Raises ValueError."""
+    return open_model(name_or_folder)[1](keep)
 
 
 def _read_config(folder: Path, place: str) -> Any:
@@ -88,8 +96,8 @@ def _read_config(folder: Path, place: str) -> Any:
         )
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{place}: a PEFT adapter without its base model; merge the two with peft's merge_and_unload, "
-            "save the result, and give that folder"
+            f"{place}: a PEFT adapter, and a base model is a whole one: merge the two with peft's "
+            "merge_and_unload, save the result, and give that folder"
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{place}: a Hugging Face folder has a config.json, and there is none")
@@ -131,7 +139,7 @@ def _check(family: Family, config: ModelConfig, shards: Shards) -> dict[str, str
     return called
 
 
-def _loaded(family: Family, config: ModelConfig, shards: Shards, names: dict[str, str], place: str) -> GPT:
+def _loaded(family: Family, config: ModelConfig, shards: Shards, names: dict[str, str], place: str, keep: Keep) -> GPT:
     """The model with the values of its weights, which are read tensor by tensor into its parameters."""
     with torch.device("meta"):
         model = GPT(config)
@@ -139,17 +147,18 @@ def _loaded(family: Family, config: ModelConfig, shards: Shards, names: dict[str
         for name, where in family.places(config).items():
             value = torch.empty(model.get_parameter(name).shape)
             where.read(lambda theirs: shards.read(names[theirs]), value)
-            put_parameter(model, name, nn.Parameter(value))
+            put_parameter(model, name, nn.Parameter(keep(name, value)))
         model.reset_buffers(torch.device("cpu"))
         twice = config.tie_weights and HEAD in names
-        if twice and not torch.equal(shards.read(names[HEAD]).float(), model.transformer["wte"].weight):
+        wte = model.transformer["wte"].weight
+        if twice and not torch.equal(shards.read(names[HEAD]).to(wte.dtype), wte):
             raise ValueError(f"config.json ties the head to the embedding, and {HEAD} is another matrix")
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     return model
 
 
-def _fetched(name: str, config: ModelConfig) -> GPT:
+def _fetched(name: str, config: ModelConfig, keep: Keep) -> GPT:
     """A released GPT-2, from the hub or from its local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -163,7 +172,7 @@ def _fetched(name: str, config: ModelConfig) -> GPT:
             f"init_from {name}: the weights cannot be had ({first}); "
             "without network, download the model elsewhere and give its folder as init_from"
         ) from None
-    return _loaded(FAMILIES["gpt2"], config, shards, names, f"init_from {name}")
+    return _loaded(FAMILIES["gpt2"], config, shards, names, f"init_from {name}", keep)
 
 
 def family_of(config: ModelConfig) -> Family:

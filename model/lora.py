@@ -5,23 +5,31 @@ Growing, shrinking, merging and starting anew are maps from one model to another
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrate.model.adapters import factor_names, fresh_right
-from orchestrate.model.config import LoraSpec, ModelConfig, layer_of_parameter
+from orchestrate.model.adapters import factor_names, fresh_right, principal
+from orchestrate.model.config import LoraSpec, ModelConfig, layer_of_adapter, layer_of_parameter
 from orchestrate.model.gpt import GPT, adapted_modules, put_parameter
 from orchestrate.model.lineage import Lineage, Origin
 from orchestrate.model.narrow import wide
 
 
 def adapted_base_parameters(model: GPT) -> set[str]:
-    """Names of the base weights and biases under adapters; PEFT's convention is that they do not train."""
-    return {name for name, _ in model.named_parameters() if ".base_layer." in name}
+    """Names of the base weights and biases under adapters; PEFT's convention is that they do not train.
+
+    Of a layer whose projections are adapted one by one, that is all but the adapters.
+    """
+    one_by_one = {layer_of_adapter(name) for name in model.config.lora if name.count(".") == 2}
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if ".base_layer." in name or ("lora_" not in name and layer_of_parameter(name) in one_by_one)
+    }
 
 
 def trainable_parameters(model: GPT, frozen_layers: Iterable[str]) -> set[str]:
@@ -55,7 +63,8 @@ def reshape_lora(model: GPT, target: ModelConfig, generator: torch.Generator) ->
     origins: dict[str, Origin] = {}
     for path in [*before, *(path for path in after if path not in before)]:
         if before.get(path) != after.get(path):
-            for name, (parameter, origin) in _change(path, before.get(path), after.get(path), old, generator):
+            change = _change(path, before.get(path, {}), after.get(path, {}), source.qkv_rows, old, generator)
+            for name, (parameter, origin) in change:
                 made[name], origins[name] = parameter, origin
 
     lineage: Lineage = {}
@@ -73,7 +82,7 @@ def reshape_lora(model: GPT, target: ModelConfig, generator: torch.Generator) ->
 
 
 def restart_adapters(model: GPT, layers: Iterable[str], generator: torch.Generator) -> tuple[GPT, Lineage]:
-    """Merge the adapters of these layers into their bases and start new ones of the same ranks in their place."""
+    """Merge the adapters of these names into their bases and start new ones of the same ranks in their place."""
     config, again = model.config, set(layers)
     without = replace(config, lora={name: spec for name, spec in config.lora.items() if name not in again})
     merged, first = reshape_lora(model, without, generator)
@@ -82,81 +91,104 @@ def restart_adapters(model: GPT, layers: Iterable[str], generator: torch.Generat
     return restarted, {name: o if o.name is None else first[o.name] for name, o in second.items()}
 
 
+Made = tuple[str, tuple[nn.Parameter, Origin]]
+
+
 @torch.no_grad()
 def _change(
     path: str,
-    before: LoraSpec | None,
-    after: LoraSpec | None,
+    before: Mapping[str, LoraSpec],
+    after: Mapping[str, LoraSpec],
+    rows: Mapping[str, slice],
     old: dict[str, nn.Parameter],
     generator: torch.Generator,
-) -> Iterator[tuple[str, tuple[nn.Parameter, Origin]]]:
-    """The weight and factors of one adapted matrix under another rank or alpha."""
-    embedding = path == "transformer.wte"
-    left_name, right_name = factor_names(path, embedding)
-    old_weight_name = f"{path}.base_layer.weight" if before else f"{path}.weight"
-    new_weight_name = f"{path}.base_layer.weight" if after else f"{path}.weight"
-    base = old[old_weight_name]
-    rows, cols = base.shape
-    device, dtype = base.device, wide(base.dtype)
+) -> Iterator[Made]:
+    """The weight of one matrix, and the factors of its parts, under other adapters."""
+    old_name = f"{path}.base_layer.weight" if before else f"{path}.weight"
+    new_name = f"{path}.base_layer.weight" if after else f"{path}.weight"
+    base, folded = old[old_name], None
+    precise = _precise(base)
+    for part in [*before, *(part for part in after if part not in before)]:
+        if before.get(part) == after.get(part):
+            continue
+        here = rows.get(part, slice(None))
+        factors, rest = _factors(path, part, before.get(part), after.get(part), base[here], old, generator)
+        yield from factors
+        if rest is not None:
+            folded = base.to(precise, copy=True) if folded is None else folded
+            folded[here] += rest
+    if folded is None:
+        yield new_name, (base, Origin(old_name))
+    else:
+        value = nn.Parameter(folded.to(wide(base.dtype)).contiguous())
+        yield new_name, (value, Origin(old_name, note="adapter folded in, or taken out"))
 
-    def parameter(value: Tensor, transposed: bool = False) -> nn.Parameter:
-        value = value.T if transposed else value
-        return nn.Parameter(value.to(device=device, dtype=dtype).contiguous())
+
+def _precise(weight: Tensor) -> torch.dtype:
+    """Products are formed in float64 where the device has it: what is folded must not add rounding of its own."""
+    return torch.float32 if weight.device.type == "mps" else torch.float64
+
+
+def _factors(
+    path: str,
+    part: str,
+    before: LoraSpec | None,
+    after: LoraSpec | None,
+    base: Tensor,
+    old: dict[str, nn.Parameter],
+    generator: torch.Generator,
+) -> tuple[list[Made], Tensor | None]:
+    """The factors of one adapter under another rank or scaling, and what its weight `base` takes of them, if it does.
+
+    Args:
+        base: the rows that the adapter is on.
+    """
+    embedding = path == "transformer.wte"
+    left_name, right_name = factor_names(path, embedding, part)
+    device, dtype, precise = base.device, wide(base.dtype), _precise(base)
+
+    def made(name: str, value: Tensor, origin: Origin) -> Made:
+        value = value.T if embedding else value
+        return name, (nn.Parameter(value.to(device=device, dtype=dtype).contiguous()), origin)
 
     def fresh(rank: int) -> Tensor:
-        return fresh_right(rank, cols, embedding, generator).to(device)
+        return fresh_right(rank, base.shape[1], embedding, generator).to(device)
 
-    # Products are formed in float64 where the device has it: what is folded must not add rounding of its own.
-    precise = torch.float32 if device.type == "mps" else torch.float64
-    if before:
-        left, right = old[left_name].to(precise), old[right_name].to(precise)
-        if embedding:
-            left, right = left.T, right.T
-
-    shrinks = before is not None and (after is None or after.rank < before.rank)
-    if not shrinks:
-        yield new_weight_name, (base, Origin(old_weight_name))
-    else:
-        rest = before.scaling * (left @ right)
-        if after:
-            new_left, new_right = _strongest(left, right, after.rank, before.scaling / after.scaling)
-            new_left, new_right = new_left.to(dtype).to(precise), new_right.to(dtype).to(precise)
-            rest -= after.scaling * (new_left @ new_right)
-            note = "the singular value decomposition mixes the directions: no exact image of the moments"
-            yield left_name, (parameter(new_left, embedding), Origin(None, note=note))
-            yield right_name, (parameter(new_right, embedding), Origin(None, note=note))
-        yield (
-            new_weight_name,
-            (parameter(base.to(precise) + rest), Origin(old_weight_name, note="adapter folded in")),
-        )
-        return
-    if after is None:
-        return
     if before is None:
-        yield (
-            left_name,
-            (parameter(torch.zeros(rows, after.rank), embedding), Origin(None, note="new adapter")),
+        assert after is not None
+        new = Origin(None, note="new adapter")
+        if after.init_lora_weights == "pissa":
+            left, right = (factor.to(dtype) for factor in principal(base, after))
+            rest = -after.scaling * (left.to(precise) @ right.to(precise))
+            return [made(left_name, left, new), made(right_name, right, new)], rest
+        zeros = torch.zeros(len(base), after.rank)
+        return [made(left_name, zeros, new), made(right_name, fresh(after.rank), new)], None
+
+    left, right = old[left_name].to(precise), old[right_name].to(precise)
+    if embedding:
+        left, right = left.T, right.T
+    if after is None:
+        return [], before.scaling * (left @ right)
+    if after.rank < before.rank:
+        rest = before.scaling * (left @ right)
+        new_left, new_right = _strongest(left, right, after.rank, before.scaling / after.scaling)
+        new_left, new_right = new_left.to(dtype).to(precise), new_right.to(dtype).to(precise)
+        rest -= after.scaling * (new_left @ new_right)
+        mixed = Origin(
+            None, note="the singular value decomposition mixes the directions: no exact image of the moments"
         )
-        yield right_name, (parameter(fresh(after.rank), embedding), Origin(None, note="new adapter"))
-        return
+        return [made(left_name, new_left, mixed), made(right_name, new_right, mixed)], rest
 
     # Same rank or more: the old directions keep their place, and L makes up for the new scaling.
     scale, added = before.scaling / after.scaling, after.rank - before.rank
     index = torch.cat([torch.arange(before.rank), torch.full((added,), -1)])
     rank_of_left, rank_of_right = ((index, None), (None, index)) if embedding else ((None, index), (index, None))
-    padded = F.pad(left * scale, (0, added))
-    yield (
-        left_name,
-        (
-            parameter(padded, embedding),
-            Origin(left_name, rank_of_left, weight_scale=scale, grad_scale=1.0 / scale),
-        ),
-    )
-    if added:
-        grown = torch.cat([right, fresh(added).to(precise)])
-        yield right_name, (parameter(grown, embedding), Origin(right_name, rank_of_right))
-    else:
-        yield right_name, (old[right_name], Origin(right_name))
+    of_left = Origin(left_name, rank_of_left, weight_scale=scale, grad_scale=1.0 / scale)
+    grown = made(left_name, F.pad(left * scale, (0, added)), of_left)
+    if not added:
+        return [grown, (right_name, (old[right_name], Origin(right_name)))], None
+    more = torch.cat([right, fresh(added).to(precise)])
+    return [grown, made(right_name, more, Origin(right_name, rank_of_right))], None
 
 
 def _strongest(left: Tensor, right: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

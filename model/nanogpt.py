@@ -1,20 +1,36 @@
-"""Weights from a nanoGPT ckpt.pt, read without running anything that is in it."""
+"""What nanoGPT's models are, and weights from its ckpt.pt, read without running anything that is in it."""
 
 from __future__ import annotations
 
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from orchestrate.model.config import ModelConfig
+from orchestrate.model.families.gpt2 import GPT2
 from orchestrate.model.gpt import GPT, from_weights
 
 _ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 _COMPILED = "_orig_mod."  # torch.compile's prefix on every name
+
+NANOGPT = replace(
+    GPT2,
+    name="nanogpt",
+    title="nanoGPT",
+    preset={},
+    keys={name: name for name in _ARGUMENTS},
+    turned=(),
+    values={},
+    allowed={},
+    by_weights=(),
+    write_more=lambda config: {"dropout": 0.0},
+)
+"""It fixes what is no argument of its model: the exact GELU, MLPs of 4 * n_embd, a tied head."""
 
 
 def _read(path: str | Path) -> dict[str, Any]:

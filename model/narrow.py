@@ -52,7 +52,15 @@ class _Widened(torch.autograd.Function):
         return of_x, None, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 
-class Linear(nn.Linear):
+class WithoutDrawing:
+    """On meta, a module without torch's initial values: there is nothing to set, and thousands of modules take long."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Linear(WithoutDrawing, nn.Linear):
     """nn.Linear whose weight may be kept shorter than it computes."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,15 +32,17 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from operation_examples import BEFORE, EXAMPLES
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import train_orchestrated
 from orchestrate.data.keeping import as_hugging_face, save
 from orchestrate.data.prepare import prepare, trained_tokenizer
 from orchestrate.data.stream import open_data, read_meta, read_remap
 from orchestrate.data.tokenizer import CharTokenizer, HuggingFaceTokenizer, Pieces
-from orchestrate.model import nanogpt
-from orchestrate.model.config import ModelConfig
-from orchestrate.model.gpt import GPT
+from orchestrate.model import hugging_face, nanogpt
+from orchestrate.model.config import Fade, LoraSpec, ModelConfig
+from orchestrate.model.export import NoForm, form_of, nanogpt_form_of, write_hugging_face, write_nanogpt
+from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.training.schedule.file import entry_fields
 from orchestrate.training.settings.config import KEYS, TrainConfig
 from orchestrate.training.settings.errors import OperationFailed, Refused, ScheduleError
@@ -55,9 +57,29 @@ NUMBERS = st.one_of(
     st.floats(),
 )  # fmt: skip
 LAYERS = st.sampled_from(
-    ["attn.0", "mlp.1", "mlp.*", "block.0", "block.-1", "wte", "ln_f", "lm_head", "*", "attn.9", ""]
+    [
+        "attn.0",
+        "attn.0.q",
+        "attn.*.v",
+        "q_proj",
+        "all-linear",
+        "mlp.1",
+        "mlp.*",
+        "block.0",
+        "block.-1",
+        "wte",
+        "ln_f",
+        "lm_head",
+        "*",
+        "attn.9",
+        "",
+    ]
 )
-TEXTS = st.one_of(st.text(max_size=8), LAYERS, st.sampled_from(["copy", "identity", "mean", "relu2", "1e-3", "!!str"]))
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    LAYERS,
+    st.sampled_from(["copy", "identity", "identity_copy", "depth_up_scaling", "mean", "relu2", "1e-3", "!!str"]),
+)
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
@@ -77,6 +99,7 @@ MODELS = [
         "norm": "rmsnorm",
         "activation_checkpointing": True,
     },
+    {"lora_targets": "q_proj,v_proj,down_proj,wte", "lora_rank": 2, "use_rslora": True, "lora_dropout": 0.1},
 ]
 FIELDS = {
     "reevaluate": True,
@@ -668,11 +691,54 @@ def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
         return "accepted"
 
 
+def exported_shapes(data: st.DataObject, workspace: Workspace) -> str:
+    """A model of any shape: what is exported computes the same, read by transformers and by ourselves."""
+
+    def one_of(*values: Any) -> Any:
+        return data.draw(st.sampled_from(values))
+
+    n_kv_head, n_layer = one_of(1, 2, 3), one_of(1, 2)
+    shape = dict(
+        block_size=8, vocab_size=11, n_layer=n_layer, n_embd=one_of(8, 12, 24), n_kv_head=n_kv_head,
+        n_head=n_kv_head * one_of(1, 2, 3), head_size=one_of(2, 4, 8), activation=one_of("gelu", "relu2", "swiglu"),
+        n_hidden=tuple(one_of(8, 12, 48, 96) for _ in range(n_layer)), norm=one_of("layernorm", "rmsnorm"),
+        position=one_of("learned", "rotary"), bias=one_of(False, True), attn_bias=one_of("none", "qkv", "all"),
+        tie_weights=one_of(True, False), norm_eps=one_of(1e-5, 1e-2), qk_norm=one_of(False, False, True),
+        lora={layer: LoraSpec(1, 2.0) for layer in ("attn.0", "mlp.0", "wte") if one_of(True, False)},
+    )  # fmt: skip
+    try:
+        model = GPT(ModelConfig(**shape))
+    except ValueError:
+        return "refused"
+    init_weights(model, 1)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
+    model.set_fading({"attn.0": Fade(one_of(0, 1), 0.5)} if one_of(False, True) else {})
+    x, answer = torch.arange(8)[None], "refused"
+    wanted = model.eval().logits(x).detach()
+    with workspace.case() as folder:
+        with contextlib.suppress(NoForm):
+            write_nanogpt(nanogpt_form_of(model), folder / "ckpt.pt")
+            torch.testing.assert_close(nanogpt.load_checkpoint(folder / "ckpt.pt").eval().logits(x).detach(), wanted)
+            answer = "accepted"
+        with contextlib.suppress(NoForm):
+            form = form_of(model)
+            write_hugging_face(form, folder)
+            assert (len(form.steps) > 0) or not (model.config.lora or model.fading)
+            theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+            torch.testing.assert_close(theirs(x).logits.detach(), wanted, atol=1e-5, rtol=1e-5)
+            again = hugging_face.load(str(folder)).eval()
+            torch.testing.assert_close(again.logits(x).detach(), wanted, atol=1e-5, rtol=1e-5)
+            answer = "accepted"
+    return answer
+
+
 TARGETS: dict[str, Callable[[st.DataObject, Workspace], str]] = {
     f.__name__: f
     for f in (schedule_entries, schedule_text, large_schedules, schedule_runs, config_values, config_file,
               growing_configs, forged_state, forged_tensors, damaged_files, jsonl, metas, tokenizer_folders, documents,
-              foreign_checkpoints)
+              foreign_checkpoints, exported_shapes)
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ EXAMPLES = {
     "set_momentum": 0.8,
     "set_grad_clip": 0.5,
     "set_dropout": 0.2,
+    "set_lora_dropout": 0.2,
     "set_batch_size": 6,
     "change_batch_size": 2,
     "set_batch_size_relative": 0.6,

@@ -360,11 +360,6 @@ def test_init_from_says_what_is_allowed(data, tmp_path, name, said):
         sample.main([f"--init_from={name}", "--device=cpu"])
 
 
-def test_a_peft_folder_is_known(data, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    both_refuse(arguments(data, tmp_path / "run", init_from=tmp_path), "PEFT adapter .*merge_and_unload")
-
-
 def test_loading_shows_no_bars(data, tmp_path, capfd):
     gpt2().save_pretrained(tmp_path / "hf")
     capfd.readouterr()

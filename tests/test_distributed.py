@@ -72,6 +72,11 @@ CHANGES = [
     [("stack_layers", {"n_layer": 4, "where": "interleave"})],
     [("widen_mlp", {"width": 80, "layers": ["mlp.1"]}), ("add_heads", 4)],
     [("set_attn_lora_rank", 2), ("widen_embd", 32)],
+    [
+        ("set_layer_lora_rank", [["attn.0.q", "attn.*.v", "mlp.0.up"], 2]),
+        ("set_lora_dropout", 0.3),
+        ("widen_mlp", {"times": 2}),
+    ],
     [("resize_vocabulary", 40), ("untie_head", None), ("drop_layers", [0, 2])],
 ]
 

@@ -336,7 +336,7 @@ def test_missing_and_other_models(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="there are no weights"):
         load(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="Hugging Face form"):
-        to_hf(GPT(ModelConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, position="rotary")))
+        to_hf(GPT(ModelConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, norm="rmsnorm")))
 
 
 SMALL = ModelConfig(block_size=32, vocab_size=60, n_layer=2, n_head=4, n_embd=32)
@@ -408,7 +408,7 @@ def test_what_no_family_can_hold_is_refused_with_each_reason(changes, reasons):
             {"rotary_scale": 2.0, "rotary_llama3_factor": 8.0},
             "Llama cannot hold rotary_scale 2.0 beside rotary_llama3_factor 8.0",
         ),
-        ({"activation": "gelu"}, "Llama cannot hold activation 'gelu'"),
+        ({"activation": "gelu", "qk_norm": True}, "Llama cannot hold qk_norm True, activation 'gelu'"),
     ],
 )
 def test_what_llama_cannot_hold(changes, reason):

@@ -13,6 +13,7 @@ from orchestrate.data.stream import Cursor
 from orchestrate.model.config import LoraSpec, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.lineage import carry, known
+from orchestrate.model.lora import reshape_lora
 from orchestrate.training.operations import make
 from orchestrate.training.run.optimizers import SGD, AdamW
 from orchestrate.training.session.start import settings_from
@@ -26,6 +27,11 @@ LLAMA = ModelConfig(
     activation="swiglu", position="rotary", tie_weights=False,
 )  # fmt: skip
 OTHER = replace(GPT2, norm="rmsnorm", activation="relu2", bias=False, n_hidden=(20, 32, 16))
+PARTS = {
+    "attn.0.q": LoraSpec(2, 4.0), "attn.0.v": LoraSpec(1, 3.0, use_rslora=True), "attn.0.o": LoraSpec(2, 2.0),
+    "mlp.0.up": LoraSpec(2, 8.0), "mlp.1.down": LoraSpec(3, 1.0), "attn.1.k": LoraSpec(2, 5.0),
+    "attn.1.v": LoraSpec(3, 2.0),
+}  # fmt: skip
 LORA = {"attn.0": LoraSpec(2, 4.0), "mlp.1": LoraSpec(3, 2.0), "wte": LoraSpec(2, 8.0), "attn.1": LoraSpec(1, 1.0)}
 STYLES = {
     "gpt2": GPT2,
@@ -33,6 +39,8 @@ STYLES = {
     "relu2": OTHER,
     "gpt2 with adapters": replace(GPT2, lora=LORA),
     "llama with adapters": replace(LLAMA, lora=LORA),
+    "gpt2 with projections": replace(GPT2, lora={**PARTS, "attn.2.qkv": LoraSpec(3, 2.0)}),
+    "llama with projections": replace(LLAMA, lora={**PARTS, "mlp.0.gate": LoraSpec(2, 3.0)}),
     "gpt2 with qk_norm": replace(GPT2, qk_norm=True, head_size=6, norm_eps=0.1),
     "llama3": replace(LLAMA, rotary_llama3_factor=8.0, rotary_original_length=16, rotary_base=100.0),
     "qwen2": replace(LLAMA, attn_bias="qkv", tie_weights=True, lora=LORA, rotary_scale=1.5),
@@ -43,6 +51,8 @@ EXACT = [
     ("stack_layers", {"n_layer": 5}, True),
     ("stack_layers", {"n_layer": 7, "where": "interleave"}, True),
     ("stack_layers", {"n_layer": 4, "where": "bottom"}, True),
+    ("stack_layers", {"times": 2, "how": "identity_copy", "where": "interleave"}, True),
+    ("stack_layers", {"n_layer": 4, "how": "identity_copy", "where": "bottom"}, True),
     ("widen_mlp", 48, True),
     ("widen_mlp", {"width": 33, "layers": ["mlp.0"], "noise": 0.9}, True),
     ("widen_mlp", {"width": 48, "how": "zero"}, True),
@@ -180,7 +190,15 @@ def test_unequal_copies_drift_apart_and_equal_ones_do_not():
 
 
 @pytest.mark.parametrize(
-    "style", ["gpt2 with adapters", "llama with adapters", "relu2", "gpt2 with qk_norm", "llama with qk_norm"]
+    "style",
+    [
+        "gpt2 with adapters",
+        "llama with adapters",
+        "llama with projections",
+        "relu2",
+        "gpt2 with qk_norm",
+        "llama with qk_norm",
+    ],
 )
 def test_growth_after_growth(style):
     """Everything on top of everything, and the function is still the first one."""
@@ -193,7 +211,7 @@ def test_growth_after_growth(style):
             ("widen_embd", 32),
             ("widen_mlp", 80),
             ("add_heads", {"n_head": 16}),
-            ("set_attn_lora_rank", 3),
+            ("set_attn_lora_rank", 3) if "projections" not in style else ("set_layer_lora_rank", ["attn.*.v", 4]),
             ("widen_embd", {"n_embd": 64, "heads": "larger"}),
             ("merge_lora_weights", None),
             ("stack_layers", {"n_layer": 7}),
@@ -216,6 +234,9 @@ def test_growth_after_growth(style):
         ({"n_layer": 5, "how": "copy", "where": "bottom"}, [0, 0, 0, 1, 2]),
         ({"n_layer": 5, "how": "identity", "where": "interleave"}, [0, 1, None, 2, None]),
         ({"n_layer": 4, "how": "random", "where": "bottom"}, [None, 0, 1, 2]),
+        ({"times": 2, "how": "identity_copy", "where": "interleave"}, [0, None, 1, None, 2, None]),
+        ({"n_layer": 4, "how": "depth_up_scaling"}, [0, 1, 1, 2]),
+        ({"times": 2, "how": "depth_up_scaling"}, [0, 1, 2, 0, 1, 2]),
     ],
 )
 def test_which_block_comes_from_which(value, sources):
@@ -249,6 +270,58 @@ def test_which_block_comes_from_which(value, sources):
         assert len(set(pointers)) == len(pointers), f"two parameters share {key}"
 
 
+def test_depth_up_scaling_of_the_paper():
+    """32 blocks to 48: without the last 8 of the first copy and the first 8 of the second (Kim et al. 2023)."""
+    config = replace(GPT2, n_layer=32, n_hidden=None)
+    for value in ({"times": 1.5, "how": "depth_up_scaling"}, {"n_layer": 48, "how": "depth_up_scaling"}):
+        operation = make("stack_layers", {"value": value})
+        assert [layer.source for layer in operation.layers(config)] == [*range(24), *range(8, 32)]
+        assert not operation.keeps_function
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama", "gpt2 with adapters", "llama with qk_norm"])
+def test_identity_copies_read_as_their_source_and_write_nothing(style):
+    """LLaMA Pro: all but the output projections is the block below, its adapters folded in."""
+    model = shaken(STYLES[style])
+    plain, _ = reshape_lora(model, replace(model.config, lora={}), torch.Generator())
+    _, grown, lineage = grow(model, "stack_layers", {"times": 2, "how": "identity_copy", "where": "interleave"})
+    assert grown.config.n_layer == 2 * model.config.n_layer
+    for n in range(model.config.n_layer):
+        source = dict(plain.transformer["h"][n].named_parameters())
+        new = dict(grown.transformer["h"][2 * n + 1].named_parameters())
+        assert new.keys() == source.keys(), "a copy has no adapters"
+        for name, parameter in new.items():
+            expected = torch.zeros_like(parameter) if ".c_proj." in name else source[name]
+            torch.testing.assert_close(parameter, expected, atol=1e-12, rtol=0, msg=name)
+            assert lineage[f"transformer.h.{2 * n + 1}.{name}"].name is None, "its moments start anew"
+            assert parameter.data_ptr() not in {p.data_ptr() for p in model.parameters()}
+    found = gradients(grown)
+    assert all(found[f"transformer.h.1.{kind}.c_proj.weight"].abs().max() > 0 for kind in ("attn", "mlp"))
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("stack_layers", {"times": 1.4}, "times must make a whole number of the present 3, got 1.4"),
+        ("stack_layers", {"times": 1.0}, "n_layer must be more than the 3 there are, got 3"),
+        ("stack_layers", {"times": 2, "how": "depth_up_scaling", "where": "bottom"}, "one stack on the other"),
+        ("stack_layers", {"n_layer": 5, "how": "depth_up_scaling"}, "an even number of blocks, at most twice the 3"),
+        ("stack_layers", {"n_layer": 8, "how": "depth_up_scaling"}, "an even number of blocks, at most twice the 3"),
+        ("drop_layers", [0, 3], "blocks are 0 to 2 .-1 is the last., got 3"),
+        ("drop_layers", [-4], "blocks are 0 to 2 .-1 is the last., got -4"),
+        ("drop_layers", [-3, 1, -1], "would leave none of the 3 blocks"),
+    ],
+)
+def test_impossible_depths(name, value, message):
+    with pytest.raises(ScheduleError, match=message):
+        make(name, {"value": value}).plan(settings_of(GPT2))
+
+
+def test_layers_are_dropped_from_the_end_too():
+    planned = make("drop_layers", {"value": [-2, 0]}).plan(settings_of(OTHER))
+    assert planned.model.n_hidden == (16,)
+
+
 def test_another_order_of_equal_blocks_is_a_change(data):
     run = live_run(data)
     first = run.model.transformer["h"][0].mlp.c_fc.weight.detach().clone()
@@ -280,6 +353,9 @@ def test_more_words_keep_the_old_logits():
             rows, old = grown.get_parameter(head), model.get_parameter(head)
             expected = {"mean": old.mean(0), "zero": torch.zeros(len(old[0]))}.get(str(init), old[3])
             torch.testing.assert_close(rows[19:], expected.double().expand(6, -1), atol=1e-12, rtol=0)
+        _, added, _ = grow(model, "resize_vocabulary", {"add": 6, "init": "mean"})
+        _, sized, _ = grow(model, "resize_vocabulary", {"size": 25, "init": "mean"})
+        assert added.config == sized.config and torch.equal(added.get_parameter(head), sized.get_parameter(head))
         _, noisy, _ = grow(model, "resize_vocabulary", {"size": 25, "noise": 0.5})
         rows = noisy.get_parameter(head)
         assert not torch.equal(rows[19], rows[20])
@@ -319,6 +395,9 @@ def test_a_shrunken_run_is_resumed_and_sampled_in_the_old_words(tiny, resume, ca
         ({"size": 2, "map": [0] * 19}, "every new id"),
         ({"size": 25, "map": [0] * 19}, "smaller"),
         ({"size": 25, "init": {"copy": 19}}, "below 19"),
+        ({"size": 25, "add": 6}, "give either size or add, got both"),
+        ({"init": "mean"}, "give either size or add, got neither"),
+        ({"add": 1, "map": [0] * 19}, "smaller"),
     ],
 )
 def test_impossible_vocabularies(value, message):
@@ -372,12 +451,16 @@ def test_sequences_of_another_length_are_the_same_stream(data):
 # ---------------------------------------------------------------------------------------------- masked growth
 
 
-@pytest.mark.parametrize("style", ["gpt2", "llama", "gpt2 with adapters", "llama3", "qwen2", "llama with qk_norm"])
+@pytest.mark.parametrize(
+    "style",
+    ["gpt2", "llama", "gpt2 with adapters", "llama3", "qwen2", "llama with qk_norm", "llama with projections"],
+)
 @pytest.mark.parametrize(
     "name, value",
     [
         ("stack_layers", {"n_layer": 5, "how": "random"}),
         ("stack_layers", {"n_layer": 6, "how": "cycle"}),
+        ("stack_layers", {"n_layer": 4, "how": "depth_up_scaling"}),
         ("stack_layers", [0, 0, 1, 1]),
         ("widen_mlp", {"width": 48, "how": "random"}),
         ("widen_mlp", 48),

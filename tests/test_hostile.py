@@ -30,7 +30,14 @@ from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.run_folder import read_run
 
-CASES = {"large_schedules": 20, "schedule_runs": 30, "forged_state": 60, "forged_tensors": 40, "jsonl": 40}
+CASES = {
+    "large_schedules": 20,
+    "schedule_runs": 30,
+    "forged_state": 60,
+    "forged_tensors": 40,
+    "jsonl": 40,
+    "exported_shapes": 40,
+}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from test_model import GPT2, QK_NORM, tokens, trained
 from test_operations import apply, live_run, logits
 from test_sharded import _runs, losses
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_orchestrated
 from orchestrate.model.config import LoraSpec
@@ -24,6 +25,10 @@ from orchestrate.training import plan
 from orchestrate.training.operations import make
 from orchestrate.training.plan import activation_bytes
 from orchestrate.training.run.casting import kept
+from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.schedule.file import Schedule
+from orchestrate.training.session.opening import open_run
+from orchestrate.training.session.start import opened
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
@@ -474,3 +479,30 @@ def test_on_several_ranks_copies_and_shards_follow_the_same_curve(data, tmp_path
     casts = {name: [e.get("cast") for e in events(out, "operation")] for name, out in outs.items()}
     assert [c and c["rounded"] for c in casts["ddp"]] == [c and c["rounded"] for c in casts["fsdp"]]
     assert casts["fsdp"][0]["rounded"] > 0 < casts["fsdp"][3]["widened"]
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_a_folder_is_read_without_float32_whole(data, tmp_path, stored):
+    """Weights, logits and what rounding is said to have done; the peak is that of one tensor beyond what is kept."""
+    torch.manual_seed(1)
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4, vocab_size=60)
+    theirs = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=32, num_key_value_heads=2))
+    theirs.to(getattr(torch, stored)).save_pretrained(tmp_path / "llama")
+    keys = dict(init_from=str(tmp_path / "llama"), frozen_layers="wte,lm_head,ln_*", weights_dtype="bfloat16")
+    keys |= dict(attn_lora_rank=2, mlp_lora_rank=2, block_size=16, dataset=str(data), device="cpu", compile=False)
+    with Live() as live:
+        config, foreign = opened(TrainConfig(**keys, gradient_accumulation_steps=1))
+        run = open_run(config, None, Schedule(), Ranks("cpu"), foreign)
+    matrices = sum(p.numel() for p in theirs.parameters() if p.dim() == 2)
+    assert run.cast.rounded == matrices
+    assert (run.cast.error == 0) == (stored == "bfloat16") and run.cast.error < 3e-3
+    largest = 3 * 64 * 96 * 4
+    assert live.peak < held(run)[0] + 4 * largest < 4 * matrices
+    theirs = theirs.bfloat16().float().eval()
+    for n in range(6):
+        up = run.model.get_parameter(f"transformer.h.{n}.mlp.c_fc.base_layer.weight")
+        assert up.dtype == torch.bfloat16 and torch.equal(up.float(), theirs.model.layers[n].mlp.up_proj.weight)
+    found = logits(run)
+    with torch.no_grad():
+        expected = theirs(torch.arange(16)[None] % 30).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

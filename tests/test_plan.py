@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, arguments, events
 from test_operations import apply, live_run
 
@@ -217,3 +219,21 @@ def test_a_context_longer_than_the_data_is_refused_before_training(tiny, data, t
     given = arguments(data, tmp_path / "run", schedule=tmp_path / "s.json")
     with pytest.raises(Refused, match="too few for block_size 4096"):
         train_orchestrated.main([*given, "--plan"])
+
+
+def test_the_deepest_model_is_planned_in_seconds(data, tmp_path, capsys, monkeypatch):
+    """4096 layers: the model is made once, on meta, without torch's initial values (of processor time, 10 s)."""
+    from orchestrate.training.schedule import stages
+
+    made = []
+
+    class Counted(stages.GPT):
+        def __init__(self, config):
+            made.append(config.n_layer)
+            super().__init__(config)
+
+    monkeypatch.setattr(stages, "GPT", Counted)
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", None)
+    started = time.process_time()
+    code, _ = planned(tmp_path, data, [{"name": "set_lr", "value": 1e-3}], capsys, "--plan=json", n_layer=4096)
+    assert code == 0 and made == [4096] and time.process_time() - started < 10

@@ -15,7 +15,9 @@ from fuzzing import seal, write_manifest
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
+from orchestrate.tools import export
 from orchestrate.training.run.fingerprint import bit_sums
+from orchestrate.training.session.exporting import open_source
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
@@ -29,6 +31,7 @@ SCHEDULE = [
     {"name": "set_attn_lora_rank", "value": 1, "max_wait_iters": 1, "reevaluate": True},
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 1, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 1, "reevaluate": True},
+    {"name": "set_layer_lora_rank", "value": [["attn.0.q", "attn.*.v", "mlp.1.up"], 2], "reevaluate": True},
     {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "max_wait_iters": 1, "over": 3},
     {"name": "adjust_batch_size", "value": {"target": 1.0, "max_batch_size": 2}, "max_wait_iters": 1},
     {"name": "resize_vocabulary", "value": {"size": 40}, "max_wait_iters": 2, "reevaluate": True},
@@ -99,8 +102,8 @@ def test_sharded_is_the_same_run(data, tmp_path, processes):
     assert on_ranks(_runs, commands, world_size=processes, seconds=400) == [[0, 0]] * processes
     assert_same_curve(tmp_path / "fsdp", tmp_path / "ddp")
     assert fired(tmp_path / "fsdp") == fired(tmp_path / "ddp")
-    assert [e["entry"] for e in events(tmp_path / "fsdp", "operation")] == list(range(1, min(len(some), 11) + 1))
-    assert [e["entry"] for e in events(tmp_path / "fsdp", "rollback")] == ([12] if processes == 2 else [])
+    assert [e["entry"] for e in events(tmp_path / "fsdp", "operation")] == list(range(1, min(len(some), 12) + 1))
+    assert [e["entry"] for e in events(tmp_path / "fsdp", "rollback")] == ([13] if processes == 2 else [])
     files = {path.name for path in (tmp_path / "fsdp" / "checkpoints" / "latest").iterdir()}
     assert sum(name.startswith("shard-") for name in files) == 2 * processes and "model.safetensors" not in files
     assert "".join(sample(tmp_path / "fsdp").split()), "text from shards"
@@ -287,6 +290,16 @@ def test_weights_and_moments_of_a_rank_lie_in_files_of_their_own(sharded):
             name = f"shard-{rank:05d}-model-{kind:05d}-of-00002.safetensors"
             tensors = load_file(sharded / "checkpoints" / "iter_000000004" / name)
             assert tensors and {"|" in key for key in tensors} == {kind == 2}
+
+
+def test_a_sharded_run_is_exported_as_any_other(sharded, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    assert export.main([str(sharded), "--to", "hf", str(tmp_path / "hf")]) == 0
+    x = torch.arange(16)[None]
+    ours, theirs = open_source(str(sharded)).model.eval(), AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        assert (theirs(x).logits - ours.logits(x)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from orchestrate.data.stream import Cursor, Stream
 from orchestrate.model.gpt import from_weights
+from orchestrate.training.operations import make
 from orchestrate.training.settings.errors import OperationFailed
 from orchestrate.training.settings.records import Place, Progress
 
@@ -252,3 +253,24 @@ def _flags(rank: int, data: str):
 def test_ranks_agree_on_the_largest_flag_one_call_later(data):
     """Signals 15 and 2 at once are 15, not 17."""
     assert on_ranks(_flags, str(data)) == [[0, 0, 15, 10]] * 2
+
+
+def test_seeds_are_made_of_the_run_the_iteration_and_a_number(data, monkeypatch):
+    """Of each micro-step's dropout and of fresh values: by hand, so that a checkpoint goes on as it would have."""
+
+    def by_hand(n: int) -> int:
+        return int(np.random.SeedSequence([1337, 3, n]).generate_state(1, np.uint64)[0]) >> 1
+
+    run, seeds, generators = live_run(data, dropout=0.1), [], []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    run.step()
+    assert seeds == [by_hand(0), by_hand(1)]
+    run.progress.iter = 3
+    operation = make("set_attn_lora_rank", {"value": 2})
+
+    def reshape(model, target, generator):
+        generators.append(generator.initial_seed())
+        return operation.reshape(model, target, generator)
+
+    run.adopt(operation.plan(run.settings), reshape)
+    assert generators == [by_hand(1)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, write_data
 
 from orchestrate.data.stream import (
     Cursor,
@@ -15,6 +17,7 @@ from orchestrate.data.stream import (
     Stream,
     TokenFile,
     eval_windows,
+    find_folder,
     gather,
     open_data,
     permute,
@@ -398,3 +401,18 @@ def test_remapping_files(tmp_path):
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="not a readable"):
         read_remap(tmp_path / "o.npy", 1, 3)
+
+
+def test_a_data_set_is_found_where_one_works(tmp_path, monkeypatch):
+    """Beside an installed command there is no data/: the project's own comes first, then a path, then ./data/NAME."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data" / "mine")
+    assert find_folder("mine") == Path("data/mine") and open_data("mine", 16).meta.tokenizer == "char"
+    write_data(tmp_path / "mine")
+    assert find_folder("mine") == Path("mine"), "a path means what it meant"
+    (tmp_path / "data" / "shakespeare_char").mkdir()
+    assert find_folder("shakespeare_char") == ROOT / "data" / "shakespeare_char"
+    with pytest.raises(ValueError) as missing:
+        open_data("nowhere", 16)
+    for place in (str(ROOT / "data" / "nowhere"), " nowhere or data/nowhere; a data set has both"):
+        assert place in str(missing.value)

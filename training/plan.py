@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig
-from orchestrate.model.gpt import GPT
+from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig, layer_of_adapter
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
-from orchestrate.model.narrow import kept_as
+from orchestrate.training.run.casting import types_of
 from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
@@ -27,7 +26,7 @@ from orchestrate.training.schedule.dry import DryRun
 from orchestrate.training.schedule.file import Entry, Schedule
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
-from orchestrate.training.schedule.stages import Stage, plan_stages
+from orchestrate.training.schedule.stages import Stage, model_on_meta, plan_stages
 from orchestrate.training.session.resume import check_fingerprint, resume
 from orchestrate.training.session.start import (
     check_data,
@@ -161,8 +160,7 @@ def make(
 
 def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> list[Row]:
     """The stages, their shapes checked by reshaping on the meta device. Raises Refused."""
-    with torch.device("meta"):
-        model = GPT(stages[0].settings.model)
+    model = model_on_meta(stages[0].settings.model)
     trained = trainable_parameters(model, stages[0].settings.frozen)
     kinds: set[str] = set()
     narrow: set[str] = set()
@@ -181,7 +179,7 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         trained = trained | trainable  # a parameter that ever trained keeps its moments
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
-        types = {name: kept_as(name, p, name in trainable, s.weights_dtype) for name, p in model.named_parameters()}
+        types = types_of(model, trainable, s.weights_dtype)
         narrow, narrow_before = {name for name, dtype in types.items() if dtype == torch.bfloat16}, narrow
         rounds = before is not None and not reshapes(before, s) and bool(narrow - narrow_before)
         weights = sum(size * types[name].itemsize for name, size in sizes.items())
@@ -237,8 +235,12 @@ def _graphs(s: Settings) -> set[str]:
     shape = [getattr(c, name) for name, option in OPTIONS.items() if option.shapes_blocks]
 
     def graph(layers: Sequence[str], *more: object) -> str:
-        adapters, frozen = [c.lora.get(name) for name in layers], [name in s.frozen for name in layers]
-        return repr((shape, more, adapters, frozen, s.weights_dtype if any([*adapters, *frozen]) else ""))
+        adapters = {name: spec for name, spec in c.lora.items() if layer_of_adapter(name) in layers}
+        # Blocks of any number have one graph, so a number says nothing.
+        specs = [(name.split(".")[::2], spec) for name, spec in adapters.items()]
+        drops = bool(adapters) and s.lora_dropout > 0
+        frozen = [name in s.frozen for name in layers]
+        return repr((shape, more, specs, drops, frozen, s.weights_dtype if adapters or any(frozen) else ""))
 
     blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n]) for n in range(c.n_layer)}
     before = graph(["wte", "wpe"], "before", c.vocab_size, c.block_size if c.position == "learned" else 0)

@@ -2,9 +2,11 @@
 
 from orchestrate.model.families.family import Family
 from orchestrate.model.families.gpt2 import GPT2
-from orchestrate.model.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from orchestrate.model.families.llama import ARCEE, LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2, ARCEE)
+}
 """By transformers' model type."""
 REFUSED: dict[str, str] = {
     "gpt_neox": "attention and MLP beside each other, and rotary positions on a part of each head",

@@ -163,7 +163,7 @@ class Family:
         return found
 
     def to_hf(self, config: ModelConfig, weights: Weights) -> Weights:
-        """Our names and tensors as theirs, with the head also where it is tied."""
+        """Our names and tensors as theirs, with the head also where it is tied; views where they can be."""
         theirs: Weights = {}
         whole = replace(config, bias=True) if "bias" in self.by_weights else config
         like = next(iter(weights.values()))
@@ -171,7 +171,7 @@ class Family:
             rows = [shape[0] for shape in place.shapes]
             value = weights[name] if name in weights else like.new_zeros(sum(rows))
             for part, other in zip(value.split(rows), place.names, strict=True):
-                theirs[other] = part.t().contiguous() if place.turned else part
+                theirs[other] = part.t() if place.turned else part
         return {**theirs, HEAD: weights["transformer.wte.weight" if config.tie_weights else HEAD]}
 
     def from_hf(self, config: ModelConfig, weights: Weights) -> Weights:

@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrate.model.config import LLAMA3_OPTIONS, ModelConfig
 from orchestrate.model.families.family import Family
+from orchestrate.model.families.gpt2 import ACTIVATIONS, GPT2
 
 _MODULES = {
     "transformer.wte": "model.embed_tokens",
@@ -146,4 +147,33 @@ QWEN3 = replace(
     more=("attn_bias", *_ROPE_OPTIONS),
     modules={**_MODULES, "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"},
     read_more=lambda theirs, ours: [*_read_llama(theirs, ours), *_window(theirs)],
+)
+
+_NO_GATE = {ours: theirs for ours, theirs in _MODULES.items() if ours != "mlp.c_gate"}
+_ITS_KEYS = {key: name for key, name in LLAMA.keys.items() if key != "rms_norm_eps"}
+# StarCoder2 (Lozhkov et al. 2024, arXiv:2402.19173) has GPT-2's norms and MLPs with rotary positions.
+STARCODER2 = replace(
+    LLAMA,
+    name="starcoder2",
+    title="StarCoder2",
+    preset={"position": "rotary", "bias": True},
+    keys={**_ITS_KEYS, "norm_epsilon": "norm_eps", "hidden_act": "activation"},
+    modules={**_NO_GATE, "mlp.c_fc": "mlp.c_fc", "mlp.c_proj": "mlp.c_proj"},
+    values={"activation": ACTIVATIONS},
+    allowed={"use_bias": (True,)},  # without them its norms have biases all the same
+    by_weights=GPT2.by_weights,
+    more=_ROPE_OPTIONS,
+    read_more=lambda theirs, ours: [*_read_rope(theirs, ours), *_window(theirs)],
+    write_more=_write_rope,
+)
+# Arcee (AFM-4.5B, 2025) is Llama with an MLP without a gate.
+ARCEE = replace(
+    LLAMA,
+    name="arcee",
+    title="Arcee",
+    preset={"norm": "rmsnorm", "position": "rotary"},
+    keys={**LLAMA.keys, "hidden_act": "activation"},
+    modules=_NO_GATE,
+    values={"activation": ACTIVATIONS},
+    allowed={},
 )

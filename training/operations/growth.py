@@ -33,11 +33,14 @@ class Arguments(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-def _size(name: str, what: str, wanted: int | None, times: int | None, present: int) -> int:
+def _size(name: str, what: str, wanted: int | None, times: float | None, present: int) -> int:
     """An absolute size, or a multiple of the present one; exactly one of them is given. Raises ScheduleError."""
     if (wanted is None) == (times is None):
         raise ScheduleError(f"{name}: give either {what} or times, got {'both' if times else 'neither'}")
-    return wanted if wanted is not None else present * (times or 1)
+    size = wanted if wanted is not None else present * (times or 1)
+    if size != int(size):
+        raise ScheduleError(f"{name}: times must make a whole number of the present {present}, got {times}")
+    return int(size)
 
 
 def _with_model(settings: Settings, **changes: Any) -> Settings:
@@ -74,10 +77,10 @@ class Stack(Arguments):
     """How many blocks (or how many times as many), what the new ones are, and where they go."""
 
     n_layer: PositiveInt | None = None
-    times: PositiveInt | None = None
-    how: Literal["identity", "copy", "cycle", "random"] = "identity"
-    """identity: fresh, with zero output projections; copy: of the block beside; cycle: of all blocks in turn;
-    random: fresh."""
+    times: Annotated[PositiveFloat, Field(le=OPTIONS["n_layer"].limit)] | None = None
+    how: Literal["identity", "identity_copy", "copy", "cycle", "depth_up_scaling", "random"] = "identity"
+    """identity: fresh, with zero output projections; identity_copy: of the block beside, with zero output projections;
+    copy: of the block beside; cycle: of all blocks in turn; depth_up_scaling: see StackLayers; random: fresh."""
     where: Literal["top", "bottom", "interleave"] = "top"
 
 
@@ -121,11 +124,13 @@ class LayerOperation(GrowthOperation):
 @operation("stack_layers")
 class StackLayers(LayerOperation):
     """Add blocks: a list of source blocks such as [0, 0, 1, 1], or {n_layer: 12, how: identity, where: top}; times: 2
-    instead of n_layer doubles.
+    instead of n_layer doubles, and 1.5 makes three of two.
 
-    how: identity (fresh blocks that add nothing at first: the function stays), copy (each new block is a copy of the
-    block beside it), cycle (copies of all blocks in turn: G_stack with where: top), random (fresh). where: top, bottom
-    or interleave. Copies and random blocks change the function, unless `over: N` fades them in.
+    how: identity (fresh blocks that add nothing at first: the function stays), identity_copy (the same, but for their
+    zero output projections copies of the block beside them: LLaMA Pro with where: interleave), copy (each new block is
+    a copy of the block beside it), cycle (copies of all blocks in turn: G_stack with where: top), depth_up_scaling (the
+    stack twice, without the last blocks of the first and as many first ones of the second: SOLAR), random (fresh).
+    where: top, bottom or interleave. Copies and random blocks change the function, unless `over: N` fades them in.
     """
 
     keeps: ClassVar = (
@@ -134,7 +139,7 @@ class StackLayers(LayerOperation):
     )
     source: ClassVar = (
         "Gong et al. 2019 (progressive stacking, ICML); Du et al. 2024 (G_stack, arXiv:2405.15319); "
-        "Wu et al. 2024 (identity blocks, arXiv:2401.02415)"
+        "Wu et al. 2024 (LLaMA Pro, arXiv:2401.02415); Kim et al. 2023 (depth up-scaling, arXiv:2312.15166)"
     )
     fades: ClassVar = True
     value: Annotated[list[NonNegativeInt], Field(min_length=1)] | Stack
@@ -149,7 +154,7 @@ class StackLayers(LayerOperation):
     @property
     def keeps_function(self) -> bool:
         if isinstance(self.value, Stack):
-            return self.value.how == "identity"
+            return self.value.how.startswith("identity")
         return self.value == list(range(len(self.value)))
 
     def layers(self, config: ModelConfig) -> list[Layer]:
@@ -165,6 +170,13 @@ class StackLayers(LayerOperation):
             raise ScheduleError(f"stack_layers: n_layer must be more than the {old} there are, got {n_layer}")
         if n_layer > OPTIONS["n_layer"].limit:
             raise ScheduleError(f"stack_layers: n_layer may be {OPTIONS['n_layer'].limit} at most, got {n_layer}")
+        if wanted.how == "depth_up_scaling":
+            if wanted.where != "top":
+                raise ScheduleError(f"stack_layers: depth_up_scaling puts one stack on the other, got {wanted.where}")
+            if n_layer % 2 or n_layer > 2 * old:
+                allowed = f"an even number of blocks, at most twice the {old} there are"
+                raise ScheduleError(f"stack_layers: depth_up_scaling makes {allowed}, got {n_layer}")
+            return [Layer(n, n) for n in (*range(n_layer // 2), *range(old - n_layer // 2, old))]
 
         def new(beside: int, turn: int) -> Layer:
             match wanted.how:
@@ -193,26 +205,32 @@ class StackLayers(LayerOperation):
     def reshape(
         self, model: GPT, target: ModelConfig, generator: torch.Generator, masked: bool = False
     ) -> tuple[GPT, Lineage]:
-        zero = isinstance(self.value, Stack) and self.value.how == "identity"
-        return growth.stack(model, target, self.layers(model.config), zero, generator, masked)
+        how = self.value.how if isinstance(self.value, Stack) else ""
+        zero, copied = how.startswith("identity"), how == "identity_copy"
+        return growth.stack(model, target, self.layers(model.config), zero, generator, masked, copied)
 
 
 @operation("drop_layers")
 class DropLayers(LayerOperation):
-    """Remove blocks by their numbers; the others close up and keep weights, adapters, flags and moments."""
+    """Remove blocks by their numbers (-1 is the last); the others close up and keep weights, adapters, flags, moments.
+
+    The loss jumps, and training on brings much of it back ("healing").
+    """
 
     keeps: ClassVar = "the parameters that stay and their moments; not the function"
-    source: ClassVar = "Fan et al. 2020 (arXiv:1909.11556), for models that bear it"
-    value: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    source: ClassVar = "Men et al. 2024 (ShortGPT, arXiv:2403.03853); Fan et al. 2020 (LayerDrop, arXiv:1909.11556)"
+    value: Annotated[list[int], Field(min_length=1)]
 
     @property
     def keeps_function(self) -> bool:
         return False
 
     def layers(self, config: ModelConfig) -> list[Layer]:
-        gone = set(self.value)
-        if max(gone) >= config.n_layer:
-            raise ScheduleError(f"drop_layers: blocks are 0 to {config.n_layer - 1}, got {max(gone)}")
+        last = config.n_layer - 1
+        for number in self.value:
+            if not -config.n_layer <= number <= last:
+                raise ScheduleError(f"drop_layers: blocks are 0 to {last} (-1 is the last), got {number}")
+        gone = {number % config.n_layer for number in self.value}
         kept = [Layer(n, n) for n in range(config.n_layer) if n not in gone]
         if not kept:
             raise ScheduleError(f"drop_layers would leave none of the {config.n_layer} blocks")
@@ -412,7 +430,9 @@ class CopyOf(Arguments):
 class Vocabulary(Arguments):
     """The new size, how new rows start, and for a smaller one which id becomes which."""
 
-    size: PositiveInt
+    size: PositiveInt | None = None
+    add: PositiveInt | None = None
+    """How many words more, instead of the size."""
     init: Literal["mean", "zero"] | CopyOf = "mean"
     noise: NonNegativeFloat = 0.0
     """Standard deviation of what is added to a new row, as a share of that of the old rows."""
@@ -422,7 +442,7 @@ class Vocabulary(Arguments):
 
 @operation("resize_vocabulary")
 class ResizeVocabulary(GrowthOperation):
-    """Grow or shrink the vocabulary: {size, init: mean | zero | {copy: ID}, noise, map}.
+    """Grow or shrink the vocabulary: {size or add, init: mean | zero | {copy: ID}, noise, map}.
 
     Old ids keep their meaning and their logits; the loss moves by what the new words take of the softmax, and with
     `over` that is faded in. To shrink, `map` lists the new id of each old one (a new row is that of the first old id
@@ -452,18 +472,21 @@ class ResizeVocabulary(GrowthOperation):
 
     def plan(self, settings: Settings) -> Settings:
         wanted, old = self.wanted, settings.model.vocab_size
-        if wanted.size == old:
+        if (wanted.size is None) == (wanted.add is None):
+            raise ScheduleError(
+                f"resize_vocabulary: give either size or add, got {'both' if wanted.add else 'neither'}"
+            )
+        size = wanted.size or old + (wanted.add or 0)
+        if size == old:
             raise ScheduleError(f"resize_vocabulary: the vocabulary has {old} already")
         if isinstance(wanted.init, CopyOf) and wanted.init.copy_ >= old:
             raise ScheduleError(f"resize_vocabulary: copy must be an id below {old}, got {wanted.init.copy_}")
-        planned = _with_model(settings, vocab_size=wanted.size)
+        planned = _with_model(settings, vocab_size=size)
         if wanted.map is None:
-            if wanted.size < old:
-                raise ScheduleError(
-                    f"resize_vocabulary: from {old} to {wanted.size} needs `map`, the new id of each old one"
-                )
+            if size < old:
+                raise ScheduleError(f"resize_vocabulary: from {old} to {size} needs `map`, the new id of each old one")
             return planned
-        if wanted.size > old:
+        if size > old:
             raise ScheduleError(
                 "resize_vocabulary: `map` is for a smaller vocabulary; old ids keep their place in a larger"
             )
@@ -471,10 +494,8 @@ class ResizeVocabulary(GrowthOperation):
             raise ScheduleError(
                 f"resize_vocabulary: map needs the new id of each of the {old} old ones, got {len(wanted.map)}"
             )
-        if set(wanted.map) != set(range(wanted.size)):
-            raise ScheduleError(
-                f"resize_vocabulary: map must name every new id from 0 to {wanted.size - 1} and no other"
-            )
+        if set(wanted.map) != set(range(size)):
+            raise ScheduleError(f"resize_vocabulary: map must name every new id from 0 to {size - 1} and no other")
         through = settings.vocabulary_map or tuple(range(old))
         return replace(planned, vocabulary_map=tuple(wanted.map[i] for i in through))
 
@@ -486,7 +507,7 @@ class ResizeVocabulary(GrowthOperation):
         old_ids = None
         if wanted.map is not None:
             first = {new: old for old, new in reversed(list(enumerate(wanted.map)))}
-            old_ids = [first[new] for new in range(wanted.size)]
+            old_ids = [first[new] for new in range(target.vocab_size)]
         return growth.resize_vocabulary(model, target, init, wanted.noise, old_ids, generator)
 
 
@@ -526,7 +547,8 @@ class ExtendContext(GrowthOperation):
     """A longer block_size: a number, or {block_size, how: extend | interpolate, rotary_base}.
 
     extend keeps what short sequences compute; interpolate stretches learned positions or divides rotary ones by the
-    ratio. Training and evaluation use the new length from then on.
+    ratio, after the scaling of Llama 3 where the model has it, which stays as it is. Training and evaluation use the
+    new length from then on.
     """
 
     keeps: ClassVar = "extend: the function of sequences up to the old length, and all moments"

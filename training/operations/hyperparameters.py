@@ -185,6 +185,19 @@ class SetDropout(Operation):
         return replace(settings, dropout=self.value)
 
 
+@operation("set_lora_dropout")
+class SetLoraDropout(Operation):
+    """Set the dropout probability of what the LoRA adapters of Linear layers read."""
+
+    touches: ClassVar = ("lora_dropout",)
+    ramps: ClassVar = True
+    source: ClassVar = "Hu et al. 2021 (LoRA, arXiv:2106.09685)"
+    value: Fraction
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, lora_dropout=self.value)
+
+
 @operation("rewarm_lr")
 class RewarmLearningRate(Operation):
     """Let the rate climb back from 0 to its curve over so many iterations; the curve itself goes on."""

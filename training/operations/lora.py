@@ -2,7 +2,7 @@
 
 An adapted layer's base weight is frozen while it is adapted (PEFT's convention); rank 0 merges the adapter into the
 base, which trains again. Growing pads with zeros; shrinking keeps the strongest directions in the factors and folds
-the rest into the base weight.
+the rest into the base weight. Of a layer with adapters on single projections (attn.3.q) only those train.
 """
 
 from __future__ import annotations
@@ -14,35 +14,45 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, Strict, field_validator
 
-from orchestrate.model.config import LoraSpec, ModelConfig
+from orchestrate.model.config import PROJECTIONS, LoraSpec, ModelConfig, layer_of_adapter
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import reshape_lora, restart_adapters
 from orchestrate.training.operations.base import Operation, operation
-from orchestrate.training.operations.layers import LayerNames, layers
+from orchestrate.training.operations.layers import LayerNames, adapters, layers
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import NonNegativeInt, PositiveFloat
 
 
 def adaptable(name: str) -> bool:
-    """Whether a leaf layer can carry an adapter: attention, MLP, token embedding, output head."""
-    return name.split(".")[0] in ("attn", "mlp", "wte", "lm_head")
+    """Whether a leaf layer or projection can carry an adapter: attention, MLP, token embedding, output head."""
+    return name.split(".")[0] in (*PROJECTIONS, "wte", "lm_head")
+
+
+def _on(config: ModelConfig, names: Iterable[str]) -> list[str]:
+    """The adapters that there are on these leaf layers, on projections of them too, and on these projections."""
+    named = set(names)
+    return [name for name in config.lora if name in named or layer_of_adapter(name) in named]
 
 
 def with_rank(settings: Settings, names: Iterable[str], rank: int) -> Settings:
-    """Settings with this rank on these leaf layers; new adapters get the alpha in force. Raises ScheduleError."""
-    adapters = dict(settings.model.lora)
+    """Settings with this rank on these leaf layers or projections. Raises ScheduleError.
+
+    New adapters get the alpha, the scaling and the start in force. Rank 0 of a layer is that of its projections too.
+    """
+    present = dict(settings.model.lora)
+    new = LoraSpec(rank, settings.lora_alpha, settings.use_rslora, settings.init_lora_weights)
+    names = list(names)
     for name in names:
         if not adaptable(name):
             raise ScheduleError(f"{name} cannot carry a LoRA adapter; attn.N, mlp.N, wte and lm_head can")
-        if rank == 0:
-            adapters.pop(name, None)
-        else:
-            alpha = adapters[name].alpha if name in adapters else settings.lora_alpha
-            adapters[name] = LoraSpec(rank=rank, alpha=alpha)
+        if rank:
+            present[name] = replace(present.get(name, new), rank=rank)
+    for name in _on(settings.model, names) if rank == 0 else ():
+        del present[name]
     try:
-        return replace(settings, model=replace(settings.model, lora=adapters))
+        return replace(settings, model=replace(settings.model, lora=present))
     except ValueError as error:
         raise ScheduleError(str(error)) from None
 
@@ -60,7 +70,12 @@ class LoraOperation(Operation):
 
 @operation("set_layer_lora_rank")
 class SetLayerLoraRank(LoraOperation):
-    """Set the LoRA rank of the named layers: [names, rank], e.g. ["attn.2", 16] or [["attn.*", "mlp.0"], 8]."""
+    """Set the LoRA rank of the named layers: [names, rank], e.g. ["attn.2", 16] or [["attn.*", "mlp.0"], 8].
+
+    A projection is named by itself: attn.2.q, k, v, o, mlp.2.up, gate, down, or globs such as attn.*.q, or as peft's
+    target_modules has it: q_proj, all-linear. attn.2 is all matrices of its layer, and attn.2.qkv the one of q, k, v.
+    Of a layer with adapters on projections only the adapters train.
+    """
 
     value: Annotated[tuple[LayerNames, NonNegativeInt], Strict(False)]
 
@@ -72,7 +87,7 @@ class SetLayerLoraRank(LoraOperation):
         return value
 
     def plan(self, settings: Settings) -> Settings:
-        return with_rank(settings, layers(settings.model, self.value[0]), self.value[1])
+        return with_rank(settings, adapters(settings.model, self.value[0]), self.value[1])
 
 
 @operation("set_attn_lora_rank")
@@ -106,20 +121,20 @@ class SetLoraAlpha(LoraOperation):
     value: PositiveFloat
 
     def plan(self, settings: Settings) -> Settings:
-        adapters = {name: replace(spec, alpha=self.value) for name, spec in settings.model.lora.items()}
-        return replace(settings, lora_alpha=self.value, model=replace(settings.model, lora=adapters))
+        lora = {name: replace(spec, alpha=self.value) for name, spec in settings.model.lora.items()}
+        return replace(settings, lora_alpha=self.value, model=replace(settings.model, lora=lora))
 
 
 @operation("merge_lora_weights")
 class MergeLoraWeights(LoraOperation):
-    """Merge adapters into their base weights and remove them; without a value all, else the named layers'."""
+    """Merge adapters into their base weights and remove them; without a value all, else those of the named layers or
+    projections."""
 
     value: LayerNames | None = None
 
     def plan(self, settings: Settings) -> Settings:
         adapted = settings.model.lora
-        named = adapted if self.value is None else layers(settings.model, self.value)
-        names = [name for name in named if name in adapted]
+        names = _on(settings.model, adapted if self.value is None else adapters(settings.model, self.value))
         if not names:
             raise ScheduleError(
                 f"merge_lora_weights: no adapter on {self.value or 'any layer'}; "
@@ -129,7 +144,7 @@ class MergeLoraWeights(LoraOperation):
 
 
 class Relora(BaseModel):
-    """Which adapters start anew, and how the learning rate recovers."""
+    """Which adapters start anew (of leaf layers or projections), and how the learning rate recovers."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
     layers: LayerNames | None = None
@@ -152,8 +167,7 @@ class ReloraOperation(LoraOperation):
     def names(self, config: ModelConfig) -> list[str]:
         """The adapters that start anew."""
         wanted = (self.value or Relora()).layers
-        named = list(config.lora) if wanted is None else layers(config, wanted)
-        return [name for name in named if name in config.lora]
+        return _on(config, config.lora if wanted is None else adapters(config, wanted))
 
     def plan(self, settings: Settings) -> Settings:
         if not self.names(settings.model):

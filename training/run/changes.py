@@ -9,16 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from orchestrate.model.config import ModelConfig
-from orchestrate.model.gpt import GPT, compile_blocks, set_dropout
+from orchestrate.model.gpt import GPT, compile_blocks, set_dropout, set_lora_dropout
 from orchestrate.model.lineage import Lineage, State, carry
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.run.batches import Batches
-from orchestrate.training.run.casting import Cast, is_kept, kept
+from orchestrate.training.run.casting import Cast, is_kept, kept, types_of
 from orchestrate.training.run.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from orchestrate.training.run.sharding import is_sharded
 from orchestrate.training.settings.errors import OperationFailed
@@ -123,13 +122,12 @@ def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
     model, state = run.model, run.optimizer.state_by_name()
     if not reshapes(run.settings, target):
         trains = trainable_parameters(model, target.frozen)
-        if is_kept(model, trains, target.weights_dtype):
+        if is_kept(model, types_of(model, trains, target.weights_dtype)):
             return Change(target, batches, model, make_optimizer(target, model, trains, state), rewraps=True)
         return _placed(run, target, batches, *run.ranks.whole(model, state))
     if reshape is None:
         raise ValueError("the target has another shape and nothing says how to get there")
-    seed = np.random.SeedSequence([run.config.seed, run.progress.iter, 1]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
+    generator = torch.Generator().manual_seed(run.seed(1))
     whole, state = run.ranks.whole(model, state)
     model, lineage = reshape(whole, target.model, generator)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -183,6 +181,8 @@ def _wrap(run: Run, change: Change) -> nn.Module:
             compile_blocks(model)
     if settings.dropout != model.dropout:
         set_dropout(model, settings.dropout)
+    if settings.lora_dropout != model.lora_dropout:
+        set_lora_dropout(model, settings.lora_dropout)
     if settings.fading != model.fading:
         model.set_fading(settings.fading)
     model.checkpointing = settings.activation_checkpointing

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -138,6 +139,11 @@ class Run:
         s, p = self.settings, self.progress
         rewarm = p.iter - p.rewarm_start_iter if s.rewarms else None
         return learning_rate(s, p.iter - p.lr_start_iter, rewarm)
+
+    def seed(self, n: int) -> int:
+        """A seed made of the run's own, the iteration and a number: the same on every rank and after a resume."""
+        words = np.random.SeedSequence([self.config.seed, self.progress.iter, n]).generate_state(1, np.uint64)
+        return int(words[0]) >> 1
 
     def largest_batch(self, target: float, candidates: Sequence[int]) -> int:
         """The largest micro-batch that trains within a share of memory; see `batch_memory.largest_batch_that_fits`."""

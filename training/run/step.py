@@ -144,6 +144,5 @@ def _loss_of_all(run: Run, total: Tensor, fits: bool) -> float:
 
 def _seed_dropout(run: Run, micro: int) -> None:
     """Dropout is a function of (seed, iteration, micro-step): equal after a resume and for any number of ranks."""
-    if run.settings.dropout > 0:
-        words = np.random.SeedSequence([run.config.seed, run.progress.iter, micro]).generate_state(1, np.uint64)
-        torch.manual_seed(int(words[0]) >> 1)
+    if run.settings.dropout > 0 or run.settings.lora_dropout > 0:
+        torch.manual_seed(run.seed(micro))

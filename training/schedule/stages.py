@@ -85,6 +85,11 @@ def _trainable(shape: str, frozen: tuple[str, ...]) -> frozenset[str]:
     return frozenset(trainable)
 
 
+def model_on_meta(config: ModelConfig) -> GPT:
+    """A model of this shape without values, made once for the check and the plan of a schedule: leave it as it is."""
+    return _model(_shape_key(config))
+
+
 def trainable_names(config: ModelConfig, frozen: tuple[str, ...]) -> frozenset[str]:
     """Names of the parameters that train under these settings, without allocating any."""
     return _trainable(_shape_key(config), frozen)

@@ -24,8 +24,7 @@ def by_signal(session: Session, number: int) -> None:
 def by_itself(session: Session, reason: str) -> None:
     """Record and tell the end of a run, for a reason of `Session.why_end`; the state is saved."""
     p, limit = session.run.progress, session.config.max_iters
-    missed = [entry.number for entry in session.orchestrator.missed()]
-    session.event("end", reason=reason, best_val_loss=p.best_val_loss, not_fired=missed)
+    session.event("end", reason=reason, best_val_loss=p.best_val_loss, not_fired=_not_fired(session))
     more = ""
     if reason == "max_iters":
         reason, more = f"max_iters {limit} is reached", f"--max_iters=N (N above {p.iter})"
@@ -44,11 +43,16 @@ def tell(session: Session, why: str, more: str = "") -> None:
     facts = [f"ended at iteration {p.iter}: {why}"]
     if p.best_val_loss is not None:
         facts.append(f"best validation loss {p.best_val_loss:.4f} at iteration {p.best_iter}")
-    if missed := [entry.number for entry in session.orchestrator.missed()]:
+    if missed := _not_fired(session):
         facts.append(f"{'entry' if len(missed) == 1 else 'entries'} {ranges(missed)} never fired")
     say("; ".join(facts))
     saved = checkpoint.find(session.config.out_dir)
     say(f"saved: {saved[0]}; to go on: {command(session)} {more}".rstrip() if saved else "nothing is saved")
+
+
+def _not_fired(session: Session) -> list[int]:
+    """Numbers of the entries that never fired."""
+    return [entry.number for entry in session.orchestrator.missed()]
 
 
 def ranges(numbers: list[int]) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from orchestrate.data.keeping import keep
 from orchestrate.training.run import out_of_memory
+from orchestrate.training.run.casting import in_words
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.run.distributed import Meeting, Ranks
 from orchestrate.training.run.run import Run
@@ -219,7 +220,7 @@ def announce(session: Session, resumed: Resumed | None) -> None:
         + (", sharded (fsdp)" if run.ranks.sharded else "")
     )
     if run.cast:
-        session.reporter.say(f"note: {run.cast}")
+        session.reporter.say(f"note: {in_words(run.cast.to_json())}")
     if run.optimizer.note:
         session.reporter.say(f"note: {run.optimizer.note}")
     trained = resumed.loaded.state.tokenizer if resumed is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+from orchestrate.training.run.casting import Casting
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.run import Run
@@ -48,5 +49,8 @@ def open_run(
     model_config, _ = planned_model_config(config, foreign)
     settings = settings_from(config, model_config)
     check_data(data, config, plan_stages(schedule, settings, ranks.world_size))
-    model = initial_model(config, model_config, foreign)
-    return Run(config, settings, Progress.start(settings), model, data, ranks, device)
+    casting = Casting.at_start(settings)
+    model = initial_model(config, model_config, foreign, casting)
+    run = Run(config, settings, Progress.start(settings), model, data, ranks, device)
+    run.cast += casting.cast
+    return run

@@ -39,7 +39,10 @@ _MADE = "the checkpoint's weights were trained with it, and no operation changes
 # Keys that a resume must not change, and why.
 FIXED = {
     **{key: _SHAPE if OPTIONS[name].by_operation else _MADE for key, name in MODEL_KEYS.items()},
-    **dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank shrunken_vocab_size".split(), _SHAPE),
+    **dict.fromkeys(
+        "attn_lora_rank mlp_lora_rank embedding_rank lora_targets lora_rank shrunken_vocab_size".split(), _SHAPE
+    ),
+    "base_model": "the checkpoint holds the weights of the base",
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "frozen_layers": "freeze_layer and unfreeze_layer in a schedule change it",
     "vocab_remapping_file": "the tokens that the weights know would change their meaning",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestrate.training.run.casting import Cast
+from orchestrate.training.run.casting import in_words
 from orchestrate.training.run.device import on_its_way
 from orchestrate.training.run.run import Run
 from orchestrate.training.run.step import StepResult
@@ -86,7 +86,7 @@ class Session:
             if fields["val_loss_after"] is not None:
                 losses = f"; val loss {fields['val_loss_before']:.4f} -> {fields['val_loss_after']:.4f}"
             if "cast" in fields:
-                losses += f"; {Cast(**fields['cast'])}"
+                losses += f"; {in_words(fields['cast'])}"
             desc = f" ({fields['desc']})" if fields["desc"] else ""
             number = "-" if fields["entry"] is None else fields["entry"]
             self.reporter.say(

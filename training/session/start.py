@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,15 @@ import torch
 from orchestrate.data.keeping import check_kept, differs, kept_with_data, named
 from orchestrate.data.stream import DataSet, Meta, find_folder, open_data, read_meta, read_remap, within
 from orchestrate.data.tokenizer import has_tokenizer, tells_apart
-from orchestrate.model import hugging_face, nanogpt
-from orchestrate.model.config import OPTIONS, LoraSpec, ModelConfig, expand_layers
+from orchestrate.model import hugging_face, nanogpt, peft_folder
+from orchestrate.model.config import (
+    LoraSpec,
+    ModelConfig,
+    expand_adapters,
+    expand_layers,
+    layer_names,
+    layer_of_adapter,
+)
 from orchestrate.model.gpt import GPT, crop_block_size, init_weights
 from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
@@ -37,7 +45,7 @@ IN_SETTINGS = {
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
             "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_iters log_interval "
-            "activation_checkpointing weights_dtype"
+            "use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
@@ -47,17 +55,37 @@ IN_SETTINGS = {
 def model_config_from(config: TrainConfig, vocab_size: int) -> ModelConfig:
     """The model that a configuration describes from scratch. Raises Refused."""
     try:
-        adapters = _adapters(config, min(config.n_layer, OPTIONS["n_layer"].limit))
-        return ModelConfig(vocab_size=vocab_size, **model_values(config), lora=adapters)
+        return _adapted(config, ModelConfig(vocab_size=vocab_size, **model_values(config)))
     except ValueError as error:
         raise Refused(str(error).split("; ")) from None
 
 
-def _adapters(config: TrainConfig, n_layer: int) -> dict[str, LoraSpec]:
-    """The adapters that a configuration asks for from the start."""
-    ranks = {f"{kind}.{n}": getattr(config, f"{kind}_lora_rank") for n in range(n_layer) for kind in ("attn", "mlp")}
+def _adapted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+    """A model with the adapters that a configuration asks for from the start. Raises ValueError."""
+    ranks = {
+        f"{kind}.{n}": getattr(config, f"{kind}_lora_rank") for n in range(model.n_layer) for kind in ("attn", "mlp")
+    }
     ranks["wte"] = config.embedding_rank
-    return {name: LoraSpec(rank, config.lora_alpha) for name, rank in ranks.items() if rank}
+    asked = {name: rank for name, rank in ranks.items() if rank}
+    if bool(config.lora_targets) != bool(config.lora_rank):
+        raise ValueError(
+            f"lora_targets and lora_rank go together, got {shown(config.lora_targets)} and {config.lora_rank}"
+        )
+    if config.lora_targets:
+        named = expand_adapters(model, [name.strip() for name in config.lora_targets.split(",")])
+        if twice := [name for name in named if name in asked]:
+            raise ValueError(f"lora_targets: {twice[0]} has a rank from another key already")
+        asked.update(dict.fromkeys(named, config.lora_rank))
+    how = (config.lora_alpha, config.use_rslora, config.init_lora_weights)
+    return replace(model, lora={name: LoraSpec(rank, *how) for name, rank in asked.items()})
+
+
+def _without_adapters(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
+    """The layers that do not train from the start: those without an adapter where PEFT's keys or folder say which."""
+    if not config.lora_targets and not peft_folder.is_peft(config.init_from):
+        return ()
+    adapted = {layer_of_adapter(name) for name in model.lora}
+    return tuple(name for name in layer_names(model) if name not in adapted)
 
 
 def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
@@ -65,17 +93,18 @@ def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
     values = {name: getattr(config, key) for key, name in IN_SETTINGS.items()}
     try:
         named = [name.strip() for name in config.frozen_layers.split(",")] if config.frozen_layers else []
-        frozen = tuple(expand_layers(model, named))
+        frozen = {*expand_layers(model, named), *_without_adapters(config, model)}
     except ValueError as error:
         raise Refused(f"frozen_layers: {error}") from None
-    return Settings(model=model, lora_alpha=config.lora_alpha, frozen=frozen, **values)
+    ordered = tuple(name for name in layer_names(model) if name in frozen)
+    return Settings(model=model, lora_alpha=config.lora_alpha, frozen=ordered, **values)
 
 
 class Foreign(NamedTuple):
     """Weights from elsewhere, looked at once: what they are, and what loads them (it raises ValueError)."""
 
     model: ModelConfig
-    load: Callable[[], GPT]
+    load: Callable[[hugging_face.Keep], GPT]
 
 
 def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
@@ -84,12 +113,22 @@ def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
     None, and the configuration as it is, where it starts from no weights of others. A key that was given and
     contradicts the weights is refused. Raises Refused and ValueError.
     """
+    given, peft = config.model_fields_set, peft_folder.is_peft(config.init_from)
+    if config.base_model and not peft:
+        raise Refused(f"base_model {config.base_model}: init_from {config.init_from} is no PEFT folder and has no base")
     if config.init_from in ("scratch", "resume"):
         return config, None
-    is_file = Path(config.init_from).is_file()
-    foreign = Foreign(*(nanogpt if is_file else hugging_face).open_model(config.init_from))
-    keys = {key: value for key, value in keys_of(foreign.model).items() if key != "block_size"}
-    given = config.model_fields_set
+    if peft:
+        described = peft_folder.describe(config.init_from, config.base_model)
+        foreign = Foreign(described.model, partial(peft_folder.load, config.init_from, config.base_model))
+        more = _peft_keys(described)
+    elif Path(config.init_from).is_file():
+        shape, load = nanogpt.open_model(config.init_from)
+        # A ckpt.pt is mapped into memory: what is rounded of it is when the run is opened.
+        foreign, more = Foreign(shape, lambda keep: load()), {}
+    else:
+        foreign, more = Foreign(*hugging_face.open_model(config.init_from)), {}
+    keys = {key: value for key, value in keys_of(foreign.model).items() if key != "block_size"} | more
     problems = [
         f"{key}: got {shown(getattr(config, key))}, but the weights of {config.init_from} have {key} {shown(value)}"
         for key, value in keys.items()
@@ -97,6 +136,8 @@ def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
     ]
     if problems:
         raise Refused(problems)
+    if peft and "lora_dropout" not in given:  # a number of the training, like dropout
+        keys["lora_dropout"] = described.dropout
     if "block_size" not in given:
         keys["block_size"] = min(config.block_size, foreign.model.block_size)
     return config.model_copy(update=keys), foreign
@@ -116,6 +157,13 @@ def planned_model_config(config: TrainConfig, foreign: Foreign | None = None) ->
     return model_config_from(config, vocab), notes
 
 
+def _peft_keys(described: peft_folder.Described) -> dict[str, Any]:
+    """What a PEFT folder says of keys on adapters: those that are added start as its own; which there are, it says."""
+    how = {name: getattr(described, name) for name in ("lora_alpha", "use_rslora", "init_lora_weights")}
+    ranks = "attn_lora_rank mlp_lora_rank embedding_rank lora_rank"
+    return {**how, **dict.fromkeys(ranks.split(), 0), "lora_targets": ""}
+
+
 def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     """A foreign model's configuration with this run's adapters and (shorter) block_size. Raises Refused."""
     if config.block_size > model.block_size:
@@ -123,19 +171,28 @@ def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
             f"block_size {config.block_size} is longer than the {model.block_size} that {config.init_from} was made for"
         )
     try:
-        adapters = _adapters(config, model.n_layer)
-        return replace(model, block_size=config.block_size, lora=adapters)
+        shorter = replace(model, block_size=config.block_size)
+        return shorter if model.lora else _adapted(config, shorter)
     except ValueError as error:
         raise Refused(str(error).split("; ")) from None
 
 
-def initial_model(config: TrainConfig, model_config: ModelConfig, foreign: Foreign | None = None) -> GPT:
-    """Fresh or foreign weights in the planned shape. Raises ValueError."""
+def initial_model(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    foreign: Foreign | None = None,
+    keep: hugging_face.Keep = hugging_face.as_is,
+) -> GPT:
+    """Fresh or foreign weights in the planned shape. Raises ValueError.
+
+    Args:
+        keep: what becomes of each foreign weight once it is read, before there are adapters.
+    """
     if foreign is None:
         model = GPT(model_config)
         init_weights(model, config.seed)
         return model
-    model = crop_block_size(foreign.load(), config.block_size)
+    model = crop_block_size(foreign.load(keep), config.block_size)
     if model_config.lora:
         model, _ = reshape_lora(model, model_config, torch.Generator().manual_seed(config.seed))
     return model
@@ -194,7 +251,10 @@ def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = N
     elif config.init_from in ("scratch", "resume") or config.shrunken_vocab_size or Path(config.init_from).is_file():
         return ""
     else:
-        other = differs(data.meta, data.folder, config.init_from, config.init_from in hugging_face.GPT2_MODELS)
+        source = config.init_from
+        if peft_folder.is_peft(source) and not has_tokenizer(source):
+            source = peft_folder.describe(source, config.base_model).base  # which the adapter was trained on
+        other = differs(data.meta, data.folder, source, source in hugging_face.GPT2_MODELS)
         whose = f"{config.init_from} speaks"
     said = f"dataset {config.dataset} is written in tokens of {named(data.meta)}, and {whose} {other}"
     return f"{said}: a token means something else to it" if other else ""

@@ -74,8 +74,9 @@ class _RunKeys(BaseModel):
         False, "write the checkpoints of evaluations in the background; a save blocks for a copy only"
     )
     init_from: str = _key(
-        "scratch", "scratch | resume | gpt2[-medium|-large|-xl] | a Hugging Face folder | a nanoGPT ckpt.pt"
+        "scratch", "scratch | resume | gpt2[-medium|-large|-xl] | a Hugging Face or PEFT folder | a nanoGPT ckpt.pt"
     )
+    base_model: str = _key("", "of a PEFT folder as init_from: its base; empty: base_model_name_or_path of the folder")
     schedule: str = _key("", "the schedule file, YAML or JSON (also spelled scaling_schedule_file)")
     file_logging: bool = _key(False, "also write the console's lines to a file in log_dir")
     log_dir: str = _key("", "folder of that file; empty: the run folder")
@@ -155,7 +156,17 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     attn_lora_rank: NonNegativeInt = _key(0, "LoRA rank of every attention layer; 0: none")
     mlp_lora_rank: NonNegativeInt = _key(0, "LoRA rank of every MLP; 0: none")
     embedding_rank: NonNegativeInt = _key(0, "LoRA rank of the token embedding; 0: none")
+    lora_targets: str = _key(
+        "",
+        "adapters on these, e.g. q_proj,v_proj or all-linear or attn.*.q,mlp.3; all layers without start frozen",
+    )
+    lora_rank: NonNegativeInt = _key(0, "LoRA rank of lora_targets")
     lora_alpha: PositiveFloat = _key(8.0, "LoRA alpha; an adapter's output is scaled by alpha / rank")
+    use_rslora: bool = _key(False, "scale the output of adapters that are added by alpha / sqrt(rank)")
+    init_lora_weights: Literal["default", "pissa"] = _key(
+        "default", "adapters that are added start: default, from zero | pissa, from the weight's principal part"
+    )
+    lora_dropout: Fraction = _key(0.0, "dropout probability of what the adapters of Linear layers read")
     # optimizer and learning rate
     learning_rate: NonNegativeFloat = _key(6e-4, "peak learning rate")
     max_iters: NonNegativeInt = _key(600000, "iterations of the whole run")

@@ -66,6 +66,11 @@ class Settings:
     log_interval: PositiveInt
     lora_alpha: PositiveFloat
     """Alpha given to adapters that are added from now on."""
+    use_rslora: bool = False
+    init_lora_weights: Literal["default", "pissa"] = "default"
+    """How adapters that are added from now on are scaled, and how they start."""
+    lora_dropout: Fraction = 0.0
+    """Of what the adapters of Linear layers read."""
     dropout: Fraction = 0.0
     activation_checkpointing: bool = False
     """Whether the backward pass computes the inside of each block again instead of keeping it."""

@@ -60,19 +60,18 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> dict[str, Tensor]:
-        """Every parameter by name, whole, on the CPU."""
-        return {name: value for name, value in self._whole.items() if "|" not in name}
+        """Every parameter by name, whole, on the CPU; the optimizer's state is not read."""
+        return self._whole(_MODEL, [name for name in self.shapes if "|" not in name])
 
     @cached_property
     def optimizer(self) -> Moments:
         """The optimizer's state by parameter name, whole, on the CPU."""
-        return by_parameter({key: value for key, value in self._whole.items() if "|" in key})
+        return by_parameter(self._whole(_OPTIMIZER, [name for name in self.shapes if "|" in name]))
 
-    @cached_property
-    def _whole(self) -> dict[str, Tensor]:
+    def _whole(self, file: str, names: Iterable[str]) -> dict[str, Tensor]:
         if (self.path / _MODEL).exists():
-            return {**load_file(self.path / _MODEL), **load_file(self.path / _OPTIMIZER)}
-        tensors = {name: torch.zeros(shape) for name, shape in self.shapes.items()}
+            return load_file(self.path / file)
+        tensors = {name: torch.zeros(self.shapes[name]) for name in names}
         self.read_into(tensors)
         return tensors
 
