@@ -98,6 +98,7 @@ MODELS = [
         "activation": "swiglu",
         "norm": "rmsnorm",
         "activation_checkpointing": True,
+        "weights_dtype": "bfloat16",
     },
     {"lora_targets": "q_proj,v_proj,down_proj,wte", "lora_rank": 2, "use_rslora": True, "lora_dropout": 0.1},
 ]
