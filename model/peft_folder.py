@@ -403,8 +403,8 @@ def _whole(number: float) -> float | int:
 
 
 def _alpha(spec: LoraSpec, rslora: bool) -> float:
-    """The alpha that gives the spec's scaling under the one use_rslora of a PEFT folder."""
-    return spec.alpha if spec.use_rslora == rslora else spec.scaling * spec.rank ** (0.5 if rslora else 1.0)
+    """The alpha that gives the spec's scaling under the one use_rslora of a PEFT folder, true where it is of all."""
+    return spec.alpha if spec.use_rslora == rslora else spec.scaling * spec.rank
 
 
 def _targets(named: list[str], modules: list[str]) -> list[str]:

@@ -448,6 +448,10 @@ def test_a_model_and_data_of_another_tokenizer_are_refused(tmp_path, capsys):
     both_refuse(given, said)
     assert not (tmp_path / "run").exists()
     both_refuse(arguments(_texts(tmp_path / "c", "char"), tmp_path / "run", init_from=hf, **FEW), "tokens of char")
+    with pytest.raises(Refused, match="tokens of huggingface .*, and gpt2 speaks gpt2"):
+        train_orchestrated.main(
+            [f"--dataset={folder}", "--init_from=gpt2", "--device=cpu", "--block_size=16", "--plan"]
+        )
     plain = with_ids(tmp_path / "plain", [0, 1, 2] * 99)  # no meta: GPT-2's, by nanoGPT's convention
     both_refuse(arguments(plain, tmp_path / "run", init_from=hf, **FEW), "tokens of gpt2, and")
     (hf / "tokenizer.json").write_text("{")

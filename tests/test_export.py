@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arguments
+from conftest import ROOT, arguments, state_of
 
 import train_orchestrated
 from orchestrate.model import export as forms
@@ -18,7 +18,9 @@ from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.nanogpt import load_checkpoint
 from orchestrate.tools import export
 from orchestrate.training.session import exporting
+from orchestrate.training.session.model_card import fired
 from orchestrate.training.settings.errors import Refused, Stopped
+from orchestrate.training.store.run_folder import RunRecord
 
 GPT2_STYLE = ModelConfig(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 ROTARY = replace(GPT2_STYLE, position="rotary")
@@ -233,7 +235,7 @@ def test_nanogpt_reads_what_we_write(changes, steps, tmp_path):
         ({"activation": "gelu_tanh"}, "activation 'gelu_tanh'"),
         ({"norm_eps": 1e-6}, "norm_eps 1e-06"),
         ({"position": "rotary"}, "position 'rotary'"),
-        ({"n_hidden": (128, 129)}, "MLPs of different widths"),
+        ({"n_hidden": (128, 129)}, r"n_hidden \(129, 129\)"),
         ({"n_hidden": 129}, r"n_hidden \(129, 129\)"),
     ],
 )
@@ -362,6 +364,14 @@ def test_why_no_tokenizer_goes_along_is_said(data, tmp_path, capsys, tiny):
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_stays_behind(run, tmp_path):
+    source = exporting.open_source(str(run))
+    source = replace(source, model=shaken(replace(source.model.config, vocab_size=22, lora={})))
+    done = exporting.export(source, "hf", str(tmp_path / "hf"))
+    assert "there is no tokenizer in it: it has 23 tokens and the model 22" in done.notes
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+
+
 def test_the_model_card(run, tmp_path):
     export.main([str(run), "--to", "hf", str(tmp_path / "hf"), "--dtype", "bfloat16"])
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -392,6 +402,31 @@ def test_a_named_checkpoint_and_its_operations(run, tmp_path):
     export.main([str(run), "--to", "hf", str(tmp_path / "best"), "--checkpoint", "best"])
     best = Path(os.path.realpath(run / "checkpoints" / "best")).name
     assert f"| steps | {int(best.removeprefix('iter_'))} |" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_which_operations_made_a_checkpoint():
+    """Recoveries (no entry) and entries of other tracks go by iteration, those of the checkpoint's own by number."""
+    lines = [(1, 9), (4, None), (4, 2), (4, 3), (5, None), (5, 2)]
+    events = [{"kind": "operation", "iter": at, "entry": entry} for at, entry in lines]
+    events += [{"kind": "operation", "iter": 1, "entry": 1, "void": True}, {"kind": "decision", "iter": 1, "entry": 1}]
+    record = RunRecord(Path(), None, [], events, [], {})
+    state = replace(state_of(iter=4), orchestrator={"position": {"fired": 2}, "ramps": []})
+    assert [(event["iter"], event["entry"]) for event in fired(state, record)] == lines[:3]
+
+
+def test_a_run_in_the_middle_of_a_fade(tmp_path, tiny):
+    schedule = [{"name": "widen_mlp", "value": 96, "over": 10, "at_iter": 1}]
+    assert tiny(schedule, max_iters=4, learning_rate=0.05)[0] == 0
+    source = exporting.open_source(str(tiny.folder("run")))
+    shares = {layer: fade.share for layer, fade in source.state.settings.fading.items()}
+    assert shares.keys() == {"mlp.0", "mlp.1"} and all(0 < share < 1 for share in shares.values())
+    assert export.main([str(tiny.folder("run")), "--to", "hf", str(tmp_path / "hf")]) == 0
+    plain = exporting.from_weights(source.model.config, source.model.state_dict()).eval()
+    x = torch.arange(16)[None]
+    with torch.no_grad():
+        logits, faded = theirs(tmp_path / "hf")(x).logits, plain.logits(x)
+        plain.set_fading(source.state.settings.fading)
+        assert (logits - plain.logits(x)).abs().max() <= 1e-5 < (logits - faded).abs().max()
 
 
 def test_a_run_for_nanogpt(run, data, tmp_path, capsys, tiny):
@@ -477,7 +512,7 @@ def test_what_must_not_be_replaced(run, tmp_path):
         (["nowhere", "--to", "hf", "x"], "nowhere"),
         (["FOLDER", "--to", "hf", "x"], "neither a run folder .no checkpoints/. nor a Hugging Face folder"),
         (["EMPTY", "--to", "hf", "x"], "there is no complete checkpoint"),
-        (["RUN", "--to", "onnx", "x"], "--to onnx: allowed are hf, nanogpt"),
+        (["RUN", "--to", "onnx", "x"], "--to onnx: allowed are hf, peft, nanogpt"),
         (["RUN", "--to", "hf", "x", "--checkpoint", "iter_9"], "no checkpoint iter_9; there are iter_000000008"),
         (["FILE", "--to", "hf", "x"], "not a checkpoint"),
         (["FILE", "--to", "hf", "x", "--checkpoint", "best"], "is no run folder and has no checkpoints"),
@@ -512,6 +547,58 @@ def test_the_command(run, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     done = command(str(run), "--to", "hf", str(tmp_path / "hf"))
     assert (done.returncode, done.stderr) == (0, "") and str(tmp_path / "hf") in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- peft
+
+
+def test_adapters_for_peft(tmp_path, tiny, capsys):
+    """On the base that the run began with they give the run's logits, and read back they are the same model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "base")
+    schedule = [{"name": "set_layer_lora_rank", "value": ["attn.1.o", 3], "at_iter": 1}]
+    keys = dict(max_iters=4, lora_targets="q_proj,v_proj,down_proj", lora_rank=2, lora_dropout=0.1, learning_rate=0.05)
+    keys |= dict(n_head=4, n_embd=32)
+    code, out = tiny(schedule, init_from=tmp_path / "base", **keys)
+    assert code == 0 and export.main([str(out), "--to", "peft", str(tmp_path / "peft")]) == 0
+    ours = exporting.open_source(str(out)).model.eval()
+    model = PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "peft").eval()
+    x = torch.randint(0, 40, (2, 16))
+    with torch.no_grad():
+        logits = ours.logits(x)
+        assert (model(x).logits - logits).abs().max() <= 1e-5
+        assert (theirs(tmp_path / "base")(x).logits - logits).abs().max() > 1e-3, "the adapters count"
+        read = exporting.open_source(str(tmp_path / "peft"))
+        assert read.model.config.lora and (read.model.eval().logits(x) - logits).abs().max() <= 1e-5
+        # An adapter and its base in one folder.
+        assert export.main([str(tmp_path / "peft"), "--to", "hf", str(tmp_path / "merged")]) == 0
+        assert (theirs(tmp_path / "merged")(x).logits - logits).abs().max() <= 1e-5
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert "library_name: peft" in card and "base_model: base" in card and "set_layer_lora_rank" in card
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(Refused, match="no Hugging Face folder here: adapters are on one .--base FOLDER"):
+        export.main([str(out), "--to", "peft", str(tmp_path / "peft"), "--overwrite"])
+    given = ["--overwrite", "--base", str(tmp_path / "moved")]
+    assert export.main([str(out), "--to", "peft", str(tmp_path / "peft"), *given]) == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == given[2]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--to", "peft", "x"], "began with scratch, which is no Hugging Face folder here"),
+        (["--to", "peft", "x", "--dtype", "float16"], "--dtype float16: adapters are written in float32"),
+        (["--to", "hf", "x", "--base", "y"], "--base y: --to hf has no base"),
+    ],
+)
+def test_what_has_no_form_for_peft_is_refused(run, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=message):
+        export.main([str(run), *args])
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------- every family

@@ -25,6 +25,10 @@ from orchestrate.training import plan
 from orchestrate.training.operations import make
 from orchestrate.training.plan import activation_bytes
 from orchestrate.training.run.casting import kept
+from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.schedule.file import Schedule
+from orchestrate.training.session.opening import open_run
+from orchestrate.training.session.start import opened
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
@@ -485,8 +489,10 @@ def test_a_folder_is_read_without_float32_whole(data, tmp_path, stored):
     theirs = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=32, num_key_value_heads=2))
     theirs.to(getattr(torch, stored)).save_pretrained(tmp_path / "llama")
     keys = dict(init_from=str(tmp_path / "llama"), frozen_layers="wte,lm_head,ln_*", weights_dtype="bfloat16")
+    keys |= dict(attn_lora_rank=2, mlp_lora_rank=2, block_size=16, dataset=str(data), device="cpu", compile=False)
     with Live() as live:
-        run = make_run(str(data), **keys, attn_lora_rank=2, mlp_lora_rank=2, n_layer=6, n_embd=64, n_head=4)
+        config, foreign = opened(TrainConfig(**keys, gradient_accumulation_steps=1))
+        run = open_run(config, None, Schedule(), Ranks("cpu"), foreign)
     matrices = sum(p.numel() for p in theirs.parameters() if p.dim() == 2)
     assert run.cast.rounded == matrices
     assert (run.cast.error == 0) == (stored == "bfloat16") and run.cast.error < 3e-3

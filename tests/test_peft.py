@@ -15,6 +15,9 @@ from orchestrate.model import hugging_face, peft_folder
 from orchestrate.model.config import LoraSpec, ModelConfig, expand_adapters
 from orchestrate.model.gpt import GPT, from_weights, init_weights, set_lora_dropout
 from orchestrate.model.lora import reshape_lora, trainable_parameters
+from orchestrate.training.plan import _graphs
+from orchestrate.training.session.start import opened, settings_from
+from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.store import checkpoint
 
 IDS = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -544,3 +547,29 @@ def test_both_at_once_is_refused_in_a_schedule(data):
     assert list(run.settings.model.lora) == ["attn.0", "attn.1.q", "attn.1.o"]
     apply(run, "set_attn_lora_rank", 0)
     assert not run.settings.model.lora, "rank 0 of a layer is that of its projections too"
+
+
+@on("gpt2")
+def test_dropout_of_a_folder_can_be_another(base, tmp_path):
+    """It is a number of the training, as dropout is, and no property of the weights."""
+    adapter(base, tmp_path / "adapter", r=2, target_modules=["c_attn"], lora_dropout=0.25)
+    given = {"init_from": str(tmp_path / "adapter")}
+    assert opened(TrainConfig(**given))[0].lora_dropout == 0.25
+    assert opened(TrainConfig(**given, lora_dropout=0.5))[0].lora_dropout == 0.5
+    there = opened(TrainConfig(**given, base_model=str(base)))[1]
+    assert there is not None and list(there.model.lora) == ["attn.0.qkv", "attn.1.qkv"]
+
+
+def test_the_plan_counts_graphs_by_projections_and_dropout():
+    config = replace(SHAPE, n_layer=3, n_hidden=24)
+
+    def graphs(*names, **more):
+        model = replace(config, lora={name: LoraSpec(2, 4.0) for name in names})
+        return _graphs(settings_from(TrainConfig(**more), model))
+
+    plain = graphs()
+    assert len(plain) == 3, "one for all blocks, one before them and one after"
+    assert len(graphs("attn.0.q")) == 4 and len(graphs("attn.0.q", "attn.2.q")) == 4
+    assert len(graphs("attn.0.q", "attn.2.k")) == 5 and len(graphs("attn.0.q", "attn.2")) == 5
+    assert graphs(lora_dropout=0.5) == plain
+    assert len(graphs("attn.0.q", lora_dropout=0.5) - graphs("attn.0.q")) == 1

@@ -15,7 +15,9 @@ from fuzzing import seal, write_manifest
 from safetensors.torch import load_file, save_file
 
 import train_orchestrated
+from orchestrate.tools import export
 from orchestrate.training.run.fingerprint import bit_sums
+from orchestrate.training.session.exporting import open_source
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
@@ -90,7 +92,7 @@ def test_sharded_is_the_same_run(data, tmp_path, processes):
     some = SCHEDULE if processes == 2 else SCHEDULE[:7]
     schedule.write_text(json.dumps(some))
     given = {
-        **keys(schedule=schedule, dropout=0.1, qk_norm=True, head_size=6),
+        **keys(schedule=schedule, dropout=0.1, qk_norm=True, head_size=6, attn_bias="qkv"),
         "max_iters": 24 if processes == 2 else 13,
     }
     commands = [
@@ -288,6 +290,16 @@ def test_weights_and_moments_of_a_rank_lie_in_files_of_their_own(sharded):
             name = f"shard-{rank:05d}-model-{kind:05d}-of-00002.safetensors"
             tensors = load_file(sharded / "checkpoints" / "iter_000000004" / name)
             assert tensors and {"|" in key for key in tensors} == {kind == 2}
+
+
+def test_a_sharded_run_is_exported_as_any_other(sharded, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    assert export.main([str(sharded), "--to", "hf", str(tmp_path / "hf")]) == 0
+    x = torch.arange(16)[None]
+    ours, theirs = open_source(str(sharded)).model.eval(), AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        assert (theirs(x).logits - ours.logits(x)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from orchestrate.data.tokenizer import (
     HuggingFaceTokenizer,
     Pieces,
     RemappedTokenizer,
+    tells_apart,
     tiktoken_tokenizer,
     tokenizer_of,
 )
@@ -47,7 +49,7 @@ def byte_level(size: int = 400) -> Inner:
 def encoding(pattern: str = PATTERN, special: dict[str, int] | None = None) -> BpeTokenizer:
     """A tiktoken encoding with pairs for the tests' text; its special tokens leave holes, as cl100k's do."""
     ranks = {bytes([i]): i for i in range(256)}
-    for pair in (b"to", b" b", b" be", b"12", b"123", b"no", b"not", b"es", b"ti", b"on", b"\n\n", b"  "):
+    for pair in (b"to", b" b", b" be", b"12", b"123", b"no", b"not", b"es", b"ti", b"on", b"\n\n", b"  ", b"00"):
         ranks[pair] = len(ranks)
     special = special or {EOT: 270, "<|fim|>": 275}
     return BpeTokenizer(tiktoken.Encoding("pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
@@ -174,6 +176,9 @@ def test_added_words_that_are_not_special_stay_words(tmp_path):
     tokenizer = saved(inner, tmp_path, eos_token=EOT)
     assert tokenizer.encode_plain("<think>") == [tokenizer.vocab_size - 1]
     assert tokenizer.decode([tokenizer.vocab_size - 1]) == "<think>"
+    inner.add_tokens([AddedToken("né", special=False, normalized=False)])  # é is also how this vocabulary writes a byte
+    tokenizer = saved(inner, tmp_path, eos_token=EOT)
+    assert tokenizer.decode(tokenizer.encode_plain("né<think>")) == "né<think>"
 
 
 def test_a_limit_of_length_in_the_file_cuts_no_document(tmp_path):
@@ -221,6 +226,17 @@ def test_the_fingerprint_of_characters_is_pinned():
     found = CharTokenizer("ab").fingerprint
     assert found == "65bf89634ad9d7e4867f478de3fada7e48fa617390f24b87afaf50b552f464e8"
     assert found != CharTokenizer("ba").fingerprint
+
+
+def test_data_without_fingerprints_is_known_by_its_kind():
+    """Data sets and checkpoints of earlier versions; of characters the meta has all that is needed."""
+    old, new = Meta(), Meta(fingerprint="a" * 64)
+    assert not tells_apart(old, new) and not tells_apart(new, old) and not tells_apart(old, old)
+    assert tells_apart(new, Meta(fingerprint="b" * 64))
+    assert tells_apart(old, Meta(tokenizer="huggingface", fingerprint="a" * 64))
+    char = Meta(2, tokenizer="char", itos=("a", "b"))
+    assert not tells_apart(char, replace(char, fingerprint=CharTokenizer("ab").fingerprint))
+    assert tells_apart(char, replace(char, itos=("b", "a"))) and tells_apart(char, old)
 
 
 # ---------------------------------------------------------------------------------------------- files

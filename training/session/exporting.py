@@ -18,7 +18,7 @@ from typing import Any
 from orchestrate.data import keeping
 from orchestrate.data.stream import Meta
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
-from orchestrate.model import hugging_face, nanogpt
+from orchestrate.model import hugging_face, nanogpt, peft_folder
 from orchestrate.model.export import (
     SHARD_BYTES,
     Form,
@@ -33,7 +33,7 @@ from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.training.run.device import DTYPES
 from orchestrate.training.session.model_card import card, fired
 from orchestrate.training.session.resume import latest_good, named, reading
-from orchestrate.training.settings.errors import Refused, Stopped
+from orchestrate.training.settings.errors import Refused, Stopped, refusing
 from orchestrate.training.settings.values import shown
 from orchestrate.training.store.run_folder import RunRecord, read_run
 from orchestrate.training.store.state import State
@@ -67,7 +67,7 @@ class Exported:
 
 
 def open_source(name: str, checkpoint: str = "latest") -> Source:
-    """A run folder, a Hugging Face folder or a nanoGPT ckpt.pt. Raises ValueError."""
+    """A run folder, a Hugging Face or PEFT folder or a nanoGPT ckpt.pt. Raises ValueError."""
     path = Path(name)
     if (path / "checkpoints").is_dir():
         loaded, passed_over, _ = latest_good(name) if checkpoint == "latest" else (named(name, checkpoint), [], [])
@@ -75,6 +75,8 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
             model = from_weights(loaded.state.settings.model, loaded.model)
         model.set_fading(loaded.state.settings.fading)
         return Source(name, model, loaded.state, read_run(path), tuple(passed_over))
+    if peft_folder.is_peft(name) and checkpoint == "latest":
+        return Source(name, peft_folder.load(name))
     if path.is_dir() and not (path / "config.json").is_file():
         raise Refused(f"{name}: neither a run folder (no checkpoints/) nor a Hugging Face folder (no config.json)")
     if checkpoint != "latest":
@@ -133,6 +135,53 @@ def _tokenizer(source: Source) -> Tokenizer:
     return tokenizer_of(meta, keeping.kept_with_run(source.name, meta))
 
 
+def to_peft(
+    source: Source, target: str, *, dtype: str = "float32", overwrite: bool = False, base: str = ""
+) -> Exported:
+    """A folder for peft: the adapters, on the model that the run began with. Raises Refused and Stopped.
+
+    Args:
+        base: where that model is now, a Hugging Face folder or a name on the hub; empty: where it was.
+    """
+    path = _target(source, target, overwrite, is_folder=True)
+    if dtype != "float32":
+        raise Refused(f"--dtype {dtype}: adapters are written in float32")
+    base, notes = base or _base(source), []
+    dropout = 0.0 if source.state is None else source.state.settings.lora_dropout
+
+    def write(folder: Path) -> None:
+        notes.extend(peft_folder.write(source.model, folder, base, lora_dropout=dropout))
+        _write_tokenizer(source, source.model.config.vocab_size, folder, notes)
+        head = {"library_name": "peft", "base_model": Path(base).name if Path(base).is_dir() else base}
+        _write_card(source, folder, source.model, {"architecture": f"LoRA adapters on {base}"}, notes, **head)
+
+    try:
+        _whole_or_absent(path, write)
+    except Refused:
+        raise
+    except ValueError as error:
+        raise Refused(f"{source.name}: {error}") from None
+    return Exported(path, f"adapters of {base}", tuple(notes), tuple(sorted(os.listdir(path))))
+
+
+def _base(source: Source) -> str:
+    """What a run's adapters are on: the model that it began with. Raises Refused where peft cannot load that."""
+    begun, named = source.name, ""
+    if source.record is not None:
+        first = next((e["config"] for e in source.record.events if e["kind"] == "start"), {})
+        begun, named = first.get("init_from", "scratch"), first.get("base_model", "")
+    if begun in hugging_face.GPT2_MODELS:
+        return f"openai-community/{begun}"
+    with refusing():
+        base = peft_folder.describe(begun, named).base if peft_folder.is_peft(begun) else begun
+    if not (Path(base) / "config.json").is_file():
+        raise Refused(
+            f"{source.name}: began with {begun}, which is no Hugging Face folder here: adapters are on one (--base "
+            "FOLDER says where it is), or --to hf exports the whole model"
+        )
+    return base
+
+
 def to_nanogpt(source: Source, target: str, *, dtype: str = "float32", overwrite: bool = False) -> Exported:
     """A ckpt.pt for nanoGPT's sample.py, without the optimizer's state. Raises Refused and Stopped."""
     path = _target(source, target, overwrite, is_folder=False)
@@ -155,7 +204,7 @@ def to_nanogpt(source: Source, target: str, *, dtype: str = "float32", overwrite
     return Exported(path, form.family.title, tuple(notes), (path.name,))
 
 
-FORMATS: dict[str, Callable[..., Exported]] = {"hf": to_hugging_face, "nanogpt": to_nanogpt}
+FORMATS: dict[str, Callable[..., Exported]] = {"hf": to_hugging_face, "peft": to_peft, "nanogpt": to_nanogpt}
 
 
 def export(source: Source, to: str, target: str, **options: Any) -> Exported:
