@@ -61,6 +61,9 @@ class _RunKeys(BaseModel):
     # where things go, and how often
     out_dir: str = _key("out", "the run folder")
     eval_interval: PositiveInt = _key(2000, "iterations between evaluations")
+    eval_interval_tokens: NonNegativeInt = _key(
+        0, "tokens between evaluations, to the iteration, whatever a schedule makes of the batch; 0: eval_interval"
+    )
     eval_iters: PositiveInt = _key(200, "batches of one evaluation, the same fixed windows each time")
     eval_batch_size: NonNegativeInt = _key(0, "sequences in a batch of an evaluation; 0: batch_size at the start")
     eval_only: bool = _key(False, "evaluate once, write nothing, exit")
@@ -68,8 +71,14 @@ class _RunKeys(BaseModel):
     sample_tokens: PositiveInt = _key(64, "tokens of each continuation of sample_prompts")
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
+    save_interval: NonNegativeInt = _key(0, "iterations between checkpoints beside those of evaluations; 0: none")
+    save_interval_tokens: NonNegativeInt = _key(0, "tokens between such checkpoints, to the iteration; 0: none")
     keep_last: PositiveInt = _key(2, "how many of the latest checkpoints are kept")
     keep_best: NonNegativeInt = _key(1, "how many of the best checkpoints are kept")
+    keep_every: NonNegativeInt = _key(
+        0, "keep the first checkpoint at or after each multiple of so many iterations for good; 0: none"
+    )
+    checkpoint: str = _key("latest", "with eval_only and init_from=resume: latest | best | a checkpoint's name")
     async_save: bool = _key(
         False, "write the checkpoints of evaluations in the background; a save blocks for a copy only"
     )
@@ -431,6 +440,11 @@ def check_config(config: TrainConfig) -> TrainConfig:
         parse_faults(config.inject)
     except ValueError as error:
         problems.append(str(error))
+    if config.checkpoint != "latest" and not (config.eval_only and config.init_from == "resume"):
+        problems.append(
+            f"checkpoint {shown(config.checkpoint)} is for eval_only with init_from=resume: "
+            "a run goes on from its latest checkpoint"
+        )
     if not config.out_dir:
         problems.append("out_dir is empty")
     if problems:
