@@ -233,7 +233,7 @@ def test_nanogpt_reads_what_we_write(changes, steps, tmp_path):
         ({"activation": "gelu_tanh"}, "activation 'gelu_tanh'"),
         ({"norm_eps": 1e-6}, "norm_eps 1e-06"),
         ({"position": "rotary"}, "position 'rotary'"),
-        ({"n_hidden": (128, 129)}, "MLPs of different widths"),
+        ({"n_hidden": (128, 129)}, r"n_hidden \(129, 129\)"),
         ({"n_hidden": 129}, r"n_hidden \(129, 129\)"),
     ],
 )
