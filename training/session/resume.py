@@ -42,6 +42,7 @@ FIXED = {
     **dict.fromkeys(
         "attn_lora_rank mlp_lora_rank embedding_rank lora_targets lora_rank shrunken_vocab_size".split(), _SHAPE
     ),
+    "depth": _SHAPE,
     "base_model": "the checkpoint holds the weights of the base",
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "frozen_layers": "freeze_layer and unfreeze_layer in a schedule change it",
