@@ -106,7 +106,8 @@ MODELS = [
 FIELDS = {
     "reevaluate": True,
     "desc": "why",
-    "style": "cosine",
+    "style": "power",
+    "exponent": 2.0,
     "on_error": "skip",
     "guard": {"max_increase": 0.1, "within_iters": 3, "then": "keep"},
     "trigger_plateau": {"evals": 2, "min_delta": 0.1},
