@@ -158,7 +158,7 @@ class Meta:
     """For tokenizer "char": the character of each id."""
     fingerprint: str = ""
     """Of the tokenizer (data/tokenizer.py); empty in folders of nanoGPT and of earlier versions."""
-    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_FILES))
+    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_FILES), hash=False)
     """The token files of train and val, in the order in which they are read as one."""
     masks: tuple[str, ...] = ()
     """Which of train and val have a mask beside each of their files."""
