@@ -18,7 +18,7 @@ import torch
 from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig, layer_of_adapter
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
-from orchestrate.training.run.casting import types_of
+from orchestrate.training.run.casting import kept
 from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
@@ -164,7 +164,6 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
     model = model_on_meta(stages[0].settings.model)
     trained = trainable_parameters(model, stages[0].settings.frozen)
     kinds: set[str] = set()
-    narrow: set[str] = set()
     batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.dropout > 0
     rows = []
     for i, stage in enumerate(stages):
@@ -180,10 +179,8 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         trained = trained | trainable  # a parameter that ever trained keeps its moments
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
-        types = types_of(model, trainable, s.weights_dtype)
-        narrow, narrow_before = {name for name, dtype in types.items() if dtype == torch.bfloat16}, narrow
-        rounds = before is not None and not reshapes(before, s) and bool(narrow - narrow_before)
-        weights = sum(size * types[name].itemsize for name, size in sizes.items())
+        model, cast = kept(model, trainable, s.weights_dtype)
+        weights = sum(p.nbytes for p in model.parameters())
         state_bytes = OPTIMIZERS[s.optimizer].state_bytes
         graphs = _graphs(s)
         recompiles = len(graphs - kinds) if i else 0
@@ -208,7 +205,7 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
                 activation_bytes=activation_bytes(s, 4 if config.dtype in ("auto", "float32") else 2),
                 rewraps=int(before is not None and needs_agreement(before, s)),
                 recompiles=recompiles if config.compile else 0,
-                keeps_function=_keeps_function(stage.entry) and not rounds,
+                keeps_function=_keeps_function(stage.entry) and not cast.rounded,
                 changes={name: [old[name], now[name]] for name in now},
             )
         )

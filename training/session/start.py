@@ -251,13 +251,18 @@ def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = N
     elif config.init_from in ("scratch", "resume") or config.shrunken_vocab_size or Path(config.init_from).is_file():
         return ""
     else:
-        source = config.init_from
-        if peft_folder.is_peft(source) and not has_tokenizer(source):
-            source = peft_folder.describe(source, config.base_model).base  # which the adapter was trained on
+        source = speaker(config.init_from, config.base_model)
         other = differs(data.meta, data.folder, source, source in hugging_face.GPT2_MODELS)
         whose = f"{config.init_from} speaks"
     said = f"dataset {config.dataset} is written in tokens of {named(data.meta)}, and {whose} {other}"
     return f"{said}: a token means something else to it" if other else ""
+
+
+def speaker(source: str, base_model: str = "") -> str:
+    """The folder or release that has a model's tokenizer: of a PEFT folder without one, its base. Raises ValueError."""
+    if peft_folder.is_peft(source) and not has_tokenizer(source):
+        return peft_folder.describe(source, base_model).base
+    return source
 
 
 def doubts(data: DataSet, config: TrainConfig, settings: Settings, trained: Meta | None = None) -> list[str]:
