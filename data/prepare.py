@@ -346,7 +346,8 @@ def prepare(
         limit_each: the same of each file.
         pack_length: tokens of the rows that documents are packed into (packing.py); 0: they follow each other.
         weights: how often a document of each of the reading's sources is for training, 1 where none are given; of a
-            fraction so many of the documents, chosen by a hash of their content. For validation each is there once, unless its weight is 0.
+            fraction so many of the documents, chosen by a hash of their content. For validation each is there once,
+            unless its weight is 0.
         facts: what meta.json says besides.
     """
     if not 0 < val < 1:
