@@ -333,11 +333,7 @@ def _numbered(part: Part) -> Iterator[tuple[int, bytes]]:
     """The lines of a part that are not empty."""
     with _open(part.path) as file:
         file.seek(part.start)
-        left = part.stop - part.start
-        for number, line in enumerate(file, part.first):
-            if part.stop >= 0 and left <= 0:
-                return
-            left -= len(line)
+        for number, line in enumerate(file, part.first):  # whoever reads ends with the part's last document
             if line.strip():
                 yield number, line.removeprefix(b"\xef\xbb\xbf")
 
