@@ -55,6 +55,15 @@ def _counted(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int) else value
 
 
+def _assigned(value: Any) -> Any:
+    """ "n_layer=12, n_embd=768" as a mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    return {name.strip(): parse_text(text.strip()) for name, _, text in pairs}
+
+
+Architecture = Annotated[dict[str, bool | int | float | str], BeforeValidator(_assigned)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_counted)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
@@ -98,6 +107,9 @@ class _RunKeys(BaseModel):
     base_model: str = _key("", "of a PEFT folder as init_from: its base; empty: base_model_name_or_path of the folder")
     schedule: str = _key("", "the schedule file, YAML or JSON (also spelled scaling_schedule_file)")
     file_logging: bool = _key(False, "also write the console's lines to a file in log_dir")
+    target_architecture: Architecture = _key(
+        {}, "what the schedule must make of the model in the end, e.g. n_layer=12,n_embd=768; {}: not checked"
+    )
     log_dir: str = _key("", "folder of that file; empty: the run folder")
     # W&B
     wandb_log: bool = _key(False, "log to Weights & Biases (WANDB_MODE=offline needs no network)")
@@ -250,7 +262,7 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     )
 
 
-ALIASES = {"scaling_schedule_file": "schedule"}
+ALIASES = {"scaling_schedule_file": "schedule", "target_architecture_config": "target_architecture"}
 KEYS = tuple(TrainConfig.model_fields)
 
 
@@ -486,6 +498,12 @@ def check_config(config: TrainConfig) -> TrainConfig:
             f"checkpoint {shown(config.checkpoint)} is for eval_only with init_from=resume: "
             "a run goes on from its latest checkpoint"
         )
+    known = [*MODEL_KEYS, "vocab_size"]
+    problems += [
+        f"target_architecture: {shown(key)} is nothing that a model has{nearest(key, known)}"
+        for key in config.target_architecture
+        if key not in known
+    ]
     if len(set(config.seeds)) < len(config.seeds):
         problems.append(f"seeds {','.join(map(str, config.seeds))}: each seed is one run, give it once")
     if config.seeds and config.eval_only:
