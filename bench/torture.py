@@ -47,6 +47,7 @@ from orchestrate.training.store.run_folder import read_run  # noqa: E402
 SCHEDULE = [
     {"name": "set_batch_size", "value": 6, "at_iter": 3},
     {"name": "stack_layers", "value": {"times": 2}, "max_wait_iters": 3, "reevaluate": True},
+    {"name": "set_weights_dtype", "value": "bfloat16", "max_wait_iters": 1},
     {"name": "set_eval_interval_tokens", "value": 700, "max_wait_iters": 1},
     {"name": "set_attn_lora_rank", "value": 2, "max_wait_iters": 2},
     {"name": "set_lr", "value": 3e-3, "over": 4, "style": "power", "exponent": 2.0,
