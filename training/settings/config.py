@@ -267,8 +267,8 @@ KEYS = tuple(TrainConfig.model_fields)
 # Keys of other programs (nanoGPT's fork with an orchestrator, CleanGPT, the NanoGPT 124M trainer) -> what is ours.
 # docs/migrating.md has the whole table.
 OTHER_KEYS = {
-    **dict.fromkeys(("train_shard_filenames", "num_train_shards"), "dataset names a folder with its files: leave it out"),
-    "rotary_max_position_embeddings": "rotary positions have no largest number: leave it out",
+    **dict.fromkeys(("train_shard_filenames", "num_train_shards"), "dataset names a folder and all its files"),
+    "rotary_max_position_embeddings": "they have no largest number; block_size is the longest sequence",
     "embedding_mode": "write embedding_rank, the rank of the embedding's adapter; 0: none",
     "scaling_schedule": "write the entries into a file and give it as schedule",
     "ignored_outlayers_sum": "leave it out: no loss here is computed without some targets",
