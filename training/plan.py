@@ -30,6 +30,7 @@ from orchestrate.training.schedule.stages import Stage, model_on_meta, plan_stag
 from orchestrate.training.session.resume import check_fingerprint, resume
 from orchestrate.training.session.start import (
     check_data,
+    check_target,
     data_of,
     doubts,
     opened,
@@ -44,6 +45,7 @@ from orchestrate.training.settings.records import Progress, Settings, difference
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.run_folder import METRICS, METRICS_KINDS, read_lines
 
+_SHAPE = "n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "n_hidden", "block_size", "vocab_size"
 _LONGEST = 10**7
 """Iterations of a recorded run; every one of them is replayed."""
 
@@ -136,11 +138,18 @@ def make(
         settings = settings_from(config, model)
     stages, data = plan_stages(schedule, settings, world_size), data_of(config)
     check_data(data, config, stages)
+    check_target(stages, config)
     if config.init_from == "resume":
         check_fingerprint(config, resumed.loaded.state, data)
     notes += doubts(data, config, settings, resumed.loaded.state.tokenizer if config.init_from == "resume" else None)
     share = world_size if config.parallel == "fsdp" else 1
     rows = _rows(stages, config, schedule.source, share)
+    final = stages[-1].settings.model
+    if config.target_architecture or final != stages[0].settings.model:
+        shape = {key: getattr(final, key) for key in _SHAPE} | {"n_hidden": brief(list(final.n_hidden))}
+        told = ", ".join(f"{key} {value}" for key, value in shape.items())
+        reached = ", as target_architecture says" if config.target_architecture else ""
+        notes.append(f"the final model: {told}, {rows[-1].parameters:,} parameters{reached}")
     if config.parallel == "fsdp":
         notes.append(f"model and optimizer memory is that of one of {share} processes, sharded evenly")
     later = [stage.entry for stage in stages if stage.entry and stage.entry.operation.decided_on_machine]

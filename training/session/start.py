@@ -211,6 +211,22 @@ def data_of(config: TrainConfig) -> DataSet:
     return open_data(config.dataset, config.block_size, remap)
 
 
+def check_target(stages: list[Stage], config: TrainConfig) -> None:
+    """Raises Refused where the last stage's model is not the `target_architecture`."""
+    model = stages[-1].settings.model
+    last = keys_of(model) | {"vocab_size": model.vocab_size}
+    if len(set(model.n_hidden)) > 1:
+        last["n_hidden"] = list(model.n_hidden)
+    if missed := [key for key, value in config.target_architecture.items() if last[key] != value]:
+        raise Refused(
+            [
+                f"target_architecture: {key} {shown(config.target_architecture[key])} is not reached: "
+                f"{'the schedule ends' if len(stages) > 1 else 'the model stays'} at {shown(last[key])}"
+                for key in missed
+            ]
+        )
+
+
 def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
     """Raises Refused where the data does not fit the models of a run, or where sample_prompts cannot be read.
 
