@@ -284,7 +284,7 @@ class Session:
             wandb_id=self.wandb_id,
             log_sizes=self.reporter.sizes(),
             data=run.batches.opened.fingerprint(),
-            tokenizer=run.data.meta,
+            tokenizer=run.data.meta.of_tokens(),
             world_size=run.ranks.world_size,
             operations=tuple(UserFile(**file.to_json()) for file in self.operations),
         )
