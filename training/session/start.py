@@ -30,6 +30,7 @@ from orchestrate.model.gpt import GPT, crop_block_size, init_weights
 from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
 from orchestrate.training.schedule.stages import Stage
+from orchestrate.training.session.scores import check_tasks
 from orchestrate.training.session.texts import check_prompts
 from orchestrate.training.settings.config import TrainConfig, keys_of, model_values, stands_for_more
 from orchestrate.training.settings.errors import Refused
@@ -214,7 +215,8 @@ def data_of(config: TrainConfig) -> DataSet:
 def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
     """Raises Refused where the data does not fit the models of a run, or where sample_prompts cannot be read.
 
-    There may be too few tokens, or ids that a model lacks, or ids that mean something else to it.
+    There may be too few tokens, or ids that a model lacks, or ids that mean something else to it. A task of eval_tasks
+    may not fit, or one is missing that a metric asks for.
 
     Of the files only samples are looked at; a batch is looked at whole before it is used.
     """
@@ -237,6 +239,7 @@ def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
         except ValueError as error:
             raise Refused(f"dataset {config.dataset}: {error}") from None
     check_prompts(config, data.meta, settings)
+    check_tasks(config, data.meta, stages)
 
 
 def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = None) -> str:

@@ -66,6 +66,12 @@ class _RunKeys(BaseModel):
     eval_only: bool = _key(False, "evaluate once, write nothing, exit")
     sample_prompts: Texts = _key((), "prompts that are continued at every evaluation, a list of texts; (): none")
     sample_tokens: PositiveInt = _key(64, "tokens of each continuation of sample_prompts")
+    eval_tasks: Texts = _key(
+        (), "tasks that evaluations score, a list of NAME or NAME:FOLDER (adder, multiplier); (): none"
+    )
+    eval_tasks_interval: NonNegativeInt = _key(
+        0, "iterations between task scores, a multiple of eval_interval; 0: every evaluation scores them"
+    )
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
     keep_last: PositiveInt = _key(2, "how many of the latest checkpoints are kept")
@@ -427,6 +433,11 @@ def check_config(config: TrainConfig) -> TrainConfig:
         )
     if config.wsd_decay_fraction > 1:
         problems.append(f"wsd_decay_fraction must be in (0, 1], got {config.wsd_decay_fraction}")
+    if config.eval_tasks_interval % config.eval_interval:
+        problems.append(
+            f"eval_tasks_interval {config.eval_tasks_interval} must be a multiple of eval_interval "
+            f"{config.eval_interval}: tasks are scored with evaluations"
+        )
     try:
         parse_faults(config.inject)
     except ValueError as error:
