@@ -1,16 +1,21 @@
-"""Masks and several files as one: what the loss does not count is -1, and how a set is cut into files is not seen."""
+"""Masks, several files as one, reading ahead: a batch is the same however its tokens lie and whoever reads them."""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import arguments, write_data
+from test_operations import live_run
 
 import train_orchestrated
 from orchestrate.data.files import Bits, Joined, packed
 from orchestrate.data.stream import Cursor, Meta, Stream, TokenFile, eval_windows, gather, open_data, read_meta
+from orchestrate.training.run.batches import Batches
 from orchestrate.training.settings.errors import Refused
 
 
@@ -190,3 +195,71 @@ def test_a_run_trains_and_resumes_on_a_masked_folder(tmp_path):
 def test_an_evaluation_of_which_nothing_counts_is_refused(tmp_path):
     with pytest.raises(Refused, match="its mask leaves out every target of an evaluation"):
         train(with_mask(tmp_path / "d", val=0.0), tmp_path / "run")
+
+
+class Counting:
+    """Tokens that tell who reads them, and can be slow."""
+
+    def __init__(self, tokens, seconds=0.0):
+        self.tokens, self.seconds, self.readers, self.dtype = tokens, seconds, [], tokens.dtype
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, where):
+        self.readers.append(threading.current_thread().name)
+        time.sleep(self.seconds)
+        return self.tokens[where]
+
+
+def batches(folder, seconds=0.0) -> tuple[Batches, Counting]:
+    data = open_data(str(folder), 4)
+    data.train.tokens = Counting(data.train.tokens, seconds)
+    return Batches(data, 1337, torch.device("cpu")), data.train.tokens
+
+
+def test_a_batch_is_read_ahead_by_a_thread(tmp_path):
+    folder = masked_folder(tmp_path / "d", np.arange(400) % 3 > 0)
+    ours, seen = batches(folder, 0.2)
+    wanted = Stream(open_data(str(folder), 4).train, 1337).batch(Cursor(4, 4, 8), 3)
+    begin = time.perf_counter()
+    ours.read_ahead(Cursor(4, 4, 8), 3, 600)
+    assert time.perf_counter() - begin < 0.1, "nobody waits"
+    batch = ours.read(Cursor(4, 4, 8), 3, 600)
+    assert all(np.array_equal(a, b) for a, b in zip(batch[:2], wanted, strict=True)) and batch.targets < 12
+    assert len(seen.readers) == 1 and seen.readers[0].startswith("read-ahead")
+    ours.read(Cursor(4, 4, 8), 3, 600)
+    assert seen.readers[1:] == ["MainThread"], "it is used once"
+
+
+@pytest.mark.parametrize("other", [(Cursor(4, 4, 9), 3, 600), (Cursor(4, 4, 8), 2, 600), (Cursor(4, 4, 8), 3, 601)])
+def test_what_was_read_ahead_for_something_else_is_not_used(tmp_path, other):
+    folder = masked_folder(tmp_path / "d", np.ones(400))
+    ours, _ = batches(folder)
+    ours.read_ahead(Cursor(4, 4, 8), 3, 600)
+    wanted = Stream(open_data(str(folder), 4).train, 1337).batch(*other)
+    assert all(np.array_equal(a, b) for a, b in zip(ours.read(*other)[:2], wanted, strict=True))
+    ours.read_ahead(Cursor(4, 4, 8), 3, 600)
+    ours.stream = Stream(ours.data.train, 7)
+    wanted = ours.stream.batch(Cursor(4, 4, 8), 3)
+    assert np.array_equal(ours.read(Cursor(4, 4, 8), 3, 600).x, wanted[0]), "of another stream"
+
+
+def test_a_fault_in_what_was_read_ahead_is_told_by_who_asks_for_it(tmp_path):
+    ours, _ = batches(masked_folder(tmp_path / "d", np.ones(400)))
+    ours.read_ahead(Cursor(4, 4, 8), 3, 101)
+    ours.read(Cursor(4, 4, 0), 3)
+    ours.read_ahead(Cursor(4, 4, 8), 3, 101)
+    with pytest.raises(Refused, match="is beyond the model's vocabulary of 101"):
+        ours.read(Cursor(4, 4, 8), 3, 101)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_every_batch_of_a_run_but_the_first_is_read_ahead(data, accumulation):
+    run = live_run(data, steps=0, gradient_accumulation_steps=accumulation)
+    seen = run.stream.tokens.tokens = Counting(run.stream.tokens.tokens)
+    for _ in range(4):
+        run.step()
+    run.batches._ahead[1].result()
+    names = [name.partition("_")[0] for name in seen.readers]
+    assert names == ["MainThread"] + ["read-ahead"] * (4 * accumulation)
