@@ -194,7 +194,13 @@ def prepare(
         counts = {"train": len(train.ids), "val": len(val_lines.ids)}
         facts = dict(kind=kind.name, lengths=list(lengths), reverse=reverse, seed=seed, share=val, problems=counts)
         write_meta(
-            folder, tokenizer, masks=["train", "val"], arithmetic=facts, source="generated", licence="none needed"
+            folder,
+            tokenizer,
+            masks=["train", "val"],
+            row=train.ids.shape[1],
+            arithmetic=facts,
+            source="generated",
+            licence="none needed",
         )
         for name, some in (("val", val_lines), ("train", train)):
             _write(folder, name, some, tokenizer.vocab_size)

@@ -273,6 +273,9 @@ def doubts(data: DataSet, config: TrainConfig, settings: Settings, trained: Meta
     known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
     if known and not settings.vocabulary_map and size > -(-known // 128) * 128:  # more than padding
         told.append(f"dataset {config.dataset} has {known} tokens, and the model's vocabulary is {size}")
+    if settings.model.block_size % data.meta.row:
+        lines = f"lines of {data.meta.row} tokens, and block_size {settings.model.block_size} is no multiple of that"
+        told.append(f"dataset {config.dataset} has {lines}: windows begin anywhere in a line")
     if settings.decay_lr and config.max_iters <= settings.warmup_iters and config.max_iters:
         told.append(
             f"the run ends within its warm-up (max_iters {config.max_iters}, warmup_iters {settings.warmup_iters}): "
