@@ -99,13 +99,15 @@ MODELS = [
         "activation": "swiglu",
         "norm": "rmsnorm",
         "activation_checkpointing": True,
+        "weights_dtype": "bfloat16",
     },
     {"lora_targets": "q_proj,v_proj,down_proj,wte", "lora_rank": 2, "use_rslora": True, "lora_dropout": 0.1},
 ]
 FIELDS = {
     "reevaluate": True,
     "desc": "why",
-    "style": "cosine",
+    "style": "power",
+    "exponent": 2.0,
     "on_error": "skip",
     "guard": {"max_increase": 0.1, "within_iters": 3, "then": "keep"},
     "trigger_plateau": {"evals": 2, "min_delta": 0.1},

@@ -1,4 +1,4 @@
-"""The whole way that a user goes: a published folder in, trained under a schedule, killed, resumed, out, and in again."""
+"""The whole way of a published model: in, trained under a schedule, killed, resumed, out, and in again."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from orchestrate.training.session.start import (
     settings_from,
     the_schedule,
 )
-from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.config import TrainConfig, depth_told
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.metrics import LOGGED, is_of_task, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
@@ -132,6 +132,7 @@ def make(
     else:
         schedule, (config, foreign) = the_schedule(config), opened(config)
         model, notes = planned_model_config(config, foreign)
+        notes += depth_told(config, given)
         settings = settings_from(config, model)
     stages, data = plan_stages(schedule, settings, world_size), data_of(config)
     check_data(data, config, stages)

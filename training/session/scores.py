@@ -42,12 +42,14 @@ def check_tasks(config: TrainConfig, meta: Meta, stages: Sequence[Stage]) -> Non
 def scores(run: Run, tasks: Sequence[Task], ends: bool, poll: Callable[[], int]) -> dict[str, float] | None:
     """Metric -> value of the tasks that are due at an evaluation, {} where none is; None where `poll` said stop.
 
+    Progress knows the evaluation before this one.
+
     Args:
         ends: whether this is the evaluation at the end of the run, or the only one.
     """
-    every = run.config.eval_tasks_interval
+    every, p = run.config.eval_tasks_interval, run.progress
     found: dict[str, float] = {}
-    if every and run.progress.iter % every and not ends:
+    if every and p.iter // every == p.last_eval_iter // every and not ends:
         return found
     for task in tasks:
         score = task.score(run, poll)

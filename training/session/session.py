@@ -71,6 +71,7 @@ class Session:
         self._clock = time.perf_counter()
         self._logged_tokens = run.progress.tokens
         self._stopping_looked_at = -1
+        self._boundary_tokens = run.progress.tokens
         self._without_value: set[str] = set()
 
     # ------------------------------------------------------------------------------------------ telling
@@ -199,6 +200,24 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ measuring
 
+    def must_evaluate(self, ends: bool) -> bool:
+        """Whether an evaluation is due at this boundary: at the start, the end, each interval; never twice at one."""
+        p, s = self.run.progress, self.run.settings
+        if self.config.eval_only or p.last_eval_iter == p.iter:
+            return self.config.eval_only
+        every = s.eval_interval_tokens
+        on_time = p.tokens // every > p.last_eval_tokens // every if every else p.iter % s.eval_interval == 0
+        return ends or on_time
+
+    def must_save(self) -> bool:
+        """Whether save_interval or save_interval_tokens asks for a checkpoint at this boundary. Once for each."""
+        p, config = self.run.progress, self.config
+        before, self._boundary_tokens = self._boundary_tokens, p.tokens
+        every, tokens = config.save_interval, config.save_interval_tokens
+        return p.iter > self.began_at and bool(
+            (every and p.iter % every == 0) or (tokens and p.tokens // tokens > before // tokens)
+        )
+
     def evaluate(self) -> float | None:
         """The evaluation of this boundary: best loss, early stopping and metrics follow. None where a signal came."""
         loss = self.run.evaluate(self.signals.poll)
@@ -208,7 +227,8 @@ class Session:
             return None
         self.tick()
         p = self.run.progress
-        p.last_val_loss, p.last_eval_iter = loss, p.iter
+        recorded = p.last_val_loss if p.last_eval_iter == p.iter and not p.changed_since_eval else None
+        p.last_val_loss, p.last_eval_iter, p.last_eval_tokens, p.changed_since_eval = loss, p.iter, p.tokens, False
         if p.best_val_loss is None or loss < p.best_val_loss:
             p.best_val_loss, p.best_iter = loss, p.iter
         if self.config.early_stopping_metric == VAL_LOSS:
@@ -220,6 +240,9 @@ class Session:
         if scored:
             self.reporter.say(f"step {p.iter}: " + ", ".join(f"{name} {value:.4f}" for name, value in scored.items()))
         self.orchestrator.observe(scored)
+        if recorded is not None:  # with eval_only
+            same = "equals" if loss == recorded else f"differs by {loss - recorded:.3g} from"
+            self.reporter.say(f"val loss {loss!r} {same} what the checkpoint recorded")
         if self.config.sample_prompts:
             try:
                 self.event("samples", texts=continue_prompts(self.run))

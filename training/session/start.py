@@ -45,8 +45,8 @@ IN_SETTINGS = {
         key: key
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
-            "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_iters log_interval "
-            "use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype"
+            "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_interval_tokens "
+            "eval_iters log_interval use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
