@@ -110,7 +110,8 @@ def test_scores_of_an_oracle(made):
         end = right.index("\n")
         broken = [
             str((int(right[0]) + 1) % 10) + right[1:], right[: end - 1] + "=" + right[end:], right[:end] + "0" * 9,
-            right[: end - 1] + "\n" * 9, "?" + right[1:], "+" + right[1:], "\n" + right[1:], right[:end] + "?" + "0" * 9,
+            right[: end - 1] + "\n" * 9, "?" + right[1:], "+" + right[1:], "\n" + right[1:],
+            right[:end] + "?" + "0" * 9,
         ]  # fmt: skip
         return broken[(int(a) * 7 + int(b)) % len(broken)]
 

@@ -47,7 +47,7 @@ class Guard(BaseModel):
     max_increase: NonNegativeFloat = 0.05
     """How much higher the metric may be than right before the entry; must be given where it is not a loss, in nats."""
     max_decrease: NonNegativeFloat = 0.0
-    """How much lower a task's score may be, of which more is better: to be given in the place of max_increase."""
+    """How much lower a task's score may be: more is better of it, so this is given in the place of max_increase."""
     within_iters: PositiveInt = 200
     then: Literal["revert", "keep", "stop"] = "revert"
 
