@@ -40,7 +40,7 @@ from orchestrate.training.session.start import (
 )
 from orchestrate.training.settings.config import TrainConfig, depth_told
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.metrics import LOGGED, numbers
+from orchestrate.training.settings.metrics import LOGGED, is_of_task, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.run_folder import METRICS, METRICS_KINDS, read_lines
@@ -331,7 +331,7 @@ def _replay(schedule: Schedule, settings: Settings, run: Path) -> tuple[dict[int
     ]
     dry = DryRun(settings, Progress.start(settings))
     orchestrator = Orchestrator(Schedule(tuple(entries), schedule.source, schedule.text), dry, dry)
-    asked = orchestrator.asked.intersection(LOGGED)
+    asked = {name for name in orchestrator.asked if name in LOGGED or is_of_task(name)}
     recorded = _recorded(run, asked)
     losses, logged, p = recorded.losses, recorded.logged, dry.progress
     iters = sorted(recorded.clock)
@@ -377,8 +377,11 @@ def _recorded(run: Path, asked: Set[str]) -> _Recorded:
             found.clock[iteration] = record["tokens"], record["seconds"]
             if record["kind"] == "eval" and "why" not in record and record["val_loss"] is not None:
                 found.losses[iteration] = record["val_loss"]
-            if record["kind"] == "train" and asked:
-                found.logged[iteration] = {name: v for name, v in numbers(record).items() if name in asked}
+            if asked and "why" not in record:
+                values = {name: v for name, v in numbers(record).items() if name in asked}
+                # Others of LOGGED are those of the lines of log_interval.
+                of_kind = {name: v for name, v in values.items() if is_of_task(name) or record["kind"] == "train"}
+                found.logged.setdefault(iteration, {}).update(of_kind)
     except OSError as error:
         raise Refused(f"--against {run}: {path} cannot be read ({error})") from None
     if not found.losses:
