@@ -24,7 +24,8 @@ HEAD = """# Operations
 Written by docs/generate_operations.py from the classes in training/operations/; do not edit by hand.
 
 An entry's `value` is the operation's argument. `over: N` moves a number there in N iterations
-(`style: linear | cosine`) where it says *over: moves*, and fades new weights in where it says *over: fades*.
+(`style: linear | cosine | constant | power`) where it says *over: moves*, and fades new weights in where it says
+*over: fades*. `power` has an `exponent` (share of N to that power); `constant` holds the old value for N iterations.
 """
 METRICS = """## Metrics
 
@@ -32,6 +33,8 @@ METRICS = """## Metrics
 
 - with every evaluation at eval_interval: {}
 - with every line of log_interval: {}
+- with the evaluations that score `eval_tasks`: the numbers of those tasks, such as `eval/adder_accuracy`, of which more
+  is better: a plateau is one below the highest, and a guard gives `max_decrease`. Names that no task gives are refused.
 
 Of clocks and machines (`tokens_per_second`, `seconds_by_part`, `machine`) rank 0's number counts.
 """

@@ -30,6 +30,7 @@ from orchestrate.training.schedule.stages import Stage, model_on_meta, plan_stag
 from orchestrate.training.session.resume import check_fingerprint, resume
 from orchestrate.training.session.start import (
     check_data,
+    check_target,
     data_of,
     doubts,
     opened,
@@ -37,13 +38,14 @@ from orchestrate.training.session.start import (
     settings_from,
     the_schedule,
 )
-from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.config import TrainConfig, depth_told
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.metrics import LOGGED, numbers
+from orchestrate.training.settings.metrics import LOGGED, is_of_task, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.run_folder import METRICS, METRICS_KINDS, read_lines
 
+_SHAPE = "n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "n_hidden", "block_size", "vocab_size"
 _LONGEST = 10**7
 """Iterations of a recorded run; every one of them is replayed."""
 
@@ -132,14 +134,22 @@ def make(
     else:
         schedule, (config, foreign) = the_schedule(config), opened(config)
         model, notes = planned_model_config(config, foreign)
+        notes += depth_told(config, given)
         settings = settings_from(config, model)
     stages, data = plan_stages(schedule, settings, world_size), data_of(config)
     check_data(data, config, stages)
+    check_target(stages, config)
     if config.init_from == "resume":
         check_fingerprint(config, resumed.loaded.state, data)
     notes += doubts(data, config, settings, resumed.loaded.state.tokenizer if config.init_from == "resume" else None)
     share = world_size if config.parallel == "fsdp" else 1
     rows = _rows(stages, config, schedule.source, share)
+    final = stages[-1].settings.model
+    if config.target_architecture or final != stages[0].settings.model:
+        shape = {key: getattr(final, key) for key in _SHAPE} | {"n_hidden": brief(list(final.n_hidden))}
+        told = ", ".join(f"{key} {value}" for key, value in shape.items())
+        reached = ", as target_architecture says" if config.target_architecture else ""
+        notes.append(f"the final model: {told}, {rows[-1].parameters:,} parameters{reached}")
     if config.parallel == "fsdp":
         notes.append(f"model and optimizer memory is that of one of {share} processes, sharded evenly")
     later = [stage.entry for stage in stages if stage.entry and stage.entry.operation.decided_on_machine]
@@ -321,7 +331,7 @@ def _replay(schedule: Schedule, settings: Settings, run: Path) -> tuple[dict[int
     ]
     dry = DryRun(settings, Progress.start(settings))
     orchestrator = Orchestrator(Schedule(tuple(entries), schedule.source, schedule.text), dry, dry)
-    asked = orchestrator.asked.intersection(LOGGED)
+    asked = {name for name in orchestrator.asked if name in LOGGED or is_of_task(name)}
     recorded = _recorded(run, asked)
     losses, logged, p = recorded.losses, recorded.logged, dry.progress
     iters = sorted(recorded.clock)
@@ -367,8 +377,11 @@ def _recorded(run: Path, asked: Set[str]) -> _Recorded:
             found.clock[iteration] = record["tokens"], record["seconds"]
             if record["kind"] == "eval" and "why" not in record and record["val_loss"] is not None:
                 found.losses[iteration] = record["val_loss"]
-            if record["kind"] == "train" and asked:
-                found.logged[iteration] = {name: v for name, v in numbers(record).items() if name in asked}
+            if asked and "why" not in record:
+                values = {name: v for name, v in numbers(record).items() if name in asked}
+                # Others of LOGGED are those of the lines of log_interval.
+                of_kind = {name: v for name, v in values.items() if is_of_task(name) or record["kind"] == "train"}
+                found.logged.setdefault(iteration, {}).update(of_kind)
     except OSError as error:
         raise Refused(f"--against {run}: {path} cannot be read ({error})") from None
     if not found.losses:

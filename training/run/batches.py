@@ -1,7 +1,12 @@
-"""Batches of the training stream on the device; on a GPU the next one is copied while the present one computes."""
+"""Batches of the training stream on the device, read ahead: nothing waits for a disk that is fast enough on average.
+
+While a batch is computed on, a thread reads the next one from the files; on a GPU it is then copied there too. A batch
+is a function of its place alone, so what was read ahead is what would have been read, or it is not used.
+"""
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +15,9 @@ from torch import Tensor
 
 from orchestrate.data.stream import Cursor, DataSet, Stream
 from orchestrate.training.settings.errors import RefusedHere
+
+_Asked = tuple[Stream, Cursor, int, int | None]
+_Read = tuple[np.ndarray, np.ndarray]
 
 
 class Batch(NamedTuple):
@@ -34,7 +42,9 @@ class Batches:
         self.opened, self.seed, self.device = opened, seed, device
         self.data = opened.remapped(np.array(vocabulary_map, dtype=np.int64) if vocabulary_map else None)
         self.stream = Stream(self.data.train, seed)
-        self._prefetched: tuple[tuple[Cursor, int], Batch] | None = None
+        self._prefetched: tuple[_Asked, Batch] | None = None
+        self._ahead: tuple[_Asked, Future[_Read]] | None = None
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
 
     def mapped(self, vocabulary_map: tuple[int, ...]) -> Batches:
         """The same samples, every token of the files read as its new id; () reads them as they are."""
@@ -42,21 +52,35 @@ class Batches:
 
     def read(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> Batch:
         """The next `count` samples from a place on, for a model of so many tokens. Raises RefusedHere for others."""
-        if self._prefetched is not None and self._prefetched[0] == (cursor, count):
+        if self._prefetched is not None and self._prefetched[0] == self._asked(cursor, count, vocab_size):
             batch, self._prefetched = self._prefetched[1], None
             return batch
         return self.load(cursor, count, vocab_size)
 
+    def read_ahead(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> None:
+        """Let the thread read a batch, for `read` or `prefetch` to take; one at a time."""
+        asked = self._asked(cursor, count, vocab_size)
+        self._ahead = asked, self._reader.submit(self.stream.batch, cursor, count, vocab_size)
+
     def prefetch(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> None:
         """Copy a batch to the GPU while it computes; a change of settings simply makes it unused."""
-        self._prefetched = ((cursor, count), self.load(cursor, count, vocab_size))
+        self._prefetched = self._asked(cursor, count, vocab_size), self.load(cursor, count, vocab_size)
 
     def load(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> Batch:
         try:
-            x, y = (torch.from_numpy(a) for a in self.stream.batch(cursor, count, vocab_size))
+            x, y = (torch.from_numpy(a) for a in self._read(cursor, count, vocab_size))
         except ValueError as error:
             raise RefusedHere(f"the data does not fit the model: {error}") from None
         targets = int((y != -1).sum()) if self.stream.masks else y.numel()
         if self.device.type == "cuda":
             x, y = (tensor.pin_memory().to(self.device, non_blocking=True) for tensor in (x, y))
         return Batch(x.to(self.device), y.to(self.device), targets)
+
+    def _asked(self, cursor: Cursor, count: int, vocab_size: int | None) -> _Asked:
+        return self.stream, cursor, count, vocab_size
+
+    def _read(self, cursor: Cursor, count: int, vocab_size: int | None) -> _Read:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == self._asked(cursor, count, vocab_size):
+            return ahead[1].result()
+        return self.stream.batch(cursor, count, vocab_size)

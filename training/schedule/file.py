@@ -20,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from orchestrate.training.operations import Operation, make
 from orchestrate.training.schedule.triggers import TRIGGERS, Trigger
 from orchestrate.training.settings.errors import Refused, ScheduleError
-from orchestrate.training.settings.metrics import NAMES, VAL_LOSS, MetricName, in_nats
+from orchestrate.training.settings.metrics import NAMES, VAL_LOSS, MetricName, in_nats, is_metric, rises
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import (
     MOST_PROBLEMS,
     NonNegativeFloat,
+    PositiveFloat,
     PositiveInt,
     nearest,
     problems_of,
@@ -45,16 +46,28 @@ class Guard(BaseModel):
     metric: MetricName = VAL_LOSS
     max_increase: NonNegativeFloat = 0.05
     """How much higher the metric may be than right before the entry; must be given where it is not a loss, in nats."""
+    max_decrease: NonNegativeFloat = 0.0
+    """How much lower a task's score may be: more is better of it, so this is given in the place of max_increase."""
     within_iters: PositiveInt = 200
     then: Literal["revert", "keep", "stop"] = "revert"
 
     @model_validator(mode="after")
     def _in_units_of_the_metric(self) -> Guard:
-        if not in_nats(self.metric) and "max_increase" not in self.model_fields_set:
+        limits = {"max_increase", "max_decrease"}.intersection(self.model_fields_set)
+        if rises(self.metric) and limits != {"max_decrease"}:
+            raise ValueError(f"must give max_decrease and no max_increase: more is better of {self.metric}")
+        if not rises(self.metric) and "max_decrease" in limits:
+            raise ValueError(f"max_decrease is for scores of tasks: less is better of {self.metric}")
+        if not in_nats(self.metric) and not limits:
             raise ValueError(
                 f"must give max_increase: its default {self.max_increase} is in nats, {self.metric} is not"
             )
         return self
+
+
+RampStyle = Literal["constant", "linear", "cosine", "power"]
+"""How `over: N` moves a number: not at all until its end | evenly | by half a cosine | by the share of N to the power
+`exponent`. All begin at the value in force and end at the operation's, exactly."""
 
 
 class _EntryFields(BaseModel):
@@ -66,7 +79,8 @@ class _EntryFields(BaseModel):
     reevaluate: bool = False
     desc: str = ""
     over: PositiveInt | None = None
-    style: Literal["linear", "cosine"] = "linear"
+    style: RampStyle = "linear"
+    exponent: PositiveFloat | None = None
     on_error: Literal["stop", "skip"] = "stop"
     guard: Guard | None = None
 
@@ -93,7 +107,9 @@ class Entry:
     reevaluate: bool
     desc: str
     over: int | None
-    style: str
+    style: RampStyle
+    exponent: float
+    """1.0 where the style is not power."""
     on_error: str
     guard: Guard | None
     given: Mapping[str, Any]
@@ -411,12 +427,14 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         f"{title}{one.field} looks at {shown(name)}, which is no metric{nearest(name, NAMES)}"
         for one in triggers
         for name in one.looks_at
-        if name not in NAMES
+        if not is_metric(name)
     ]
     if operation and common and common.over and not (operation.ramps or operation.fades):
         problems.append(f"{title}`over` moves a number or fades new weights in; {operation.name} does neither")
     if "style" in fields and "over" not in fields:
         problems.append(f"{title}`style` says how `over` moves a number, and there is no `over`")
+    if common and (common.style == "power") != (common.exponent is not None):
+        problems.append(f"{title}style power and `exponent` go together: got {common.style} and {common.exponent}")
     try:
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -432,6 +450,7 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         desc=common.desc,
         over=common.over,
         style=common.style,
+        exponent=1.0 if common.exponent is None else common.exponent,
         on_error=common.on_error,
         guard=common.guard,
         given=given,

@@ -28,7 +28,7 @@ from orchestrate.training.schedule.file import Entry, Guard, Schedule
 from orchestrate.training.schedule.ramps import Ramp
 from orchestrate.training.schedule.stages import check_settings
 from orchestrate.training.settings.errors import OperationFailed, ScheduleError, Stopped
-from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, finite, spoken, told
+from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, falling, finite, rises, spoken, told
 from orchestrate.training.settings.records import (
     EXACTLY,
     Elapsed,
@@ -113,7 +113,7 @@ class Position:
     """(iteration, value) of what was logged last, for the metrics that are asked for; None for what is not finite."""
     history: dict[str, tuple[Finite, ...]] = field(default_factory=dict)
     """Values since the head became the head: all of val_loss; of other metrics that its triggers look back on, the
-    lowest of the oldest and then as many as they compare."""
+    best of the oldest and then as many as they compare."""
     round_loss: float | None = None
     """The loss of the round under way: a checkpoint between two entries of a chain resumes in the middle of it."""
     round_open: bool = False
@@ -217,7 +217,7 @@ class Orchestrator:
             if looked_back.get(name) and finite(value):
                 values, compared = (*position.history.get(name, ()), value), looked_back[name]
                 if len(values) > compared + 1:
-                    values = (min(values[:-compared]), *values[-compared:])
+                    values = (min(values[:-compared], key=partial(falling, name)), *values[-compared:])
                 position.history[name] = values
 
     def _looked_back(self) -> dict[str, int]:
@@ -348,6 +348,8 @@ class Orchestrator:
             # With a name of its own: this boundary may save again, when the entry has fired.
             why = f"before entry {entry.number}, which has a guard"
             snapshot = self.host.save(why, mark=f"_before_entry_{entry.number}")
+        elif 0 < run.progress.iter == run.progress.best_iter and self._changes_the_measured(entry):
+            self.host.save("best validation loss, before an entry", mark=f"_before_entry_{entry.number}")
         before, goal, started = run.settings, self._settled(), time.perf_counter()
         try:
             with run.stopwatch.part("operation"):
@@ -402,7 +404,7 @@ class Orchestrator:
             entry.number,
             entry.operation.name,
             before,
-            before + guard.max_increase,
+            before - guard.max_decrease if rises(guard.metric) else before + guard.max_increase,
             self.run.progress.iter + guard.within_iters,
             guard.then,
             snapshot,
@@ -421,7 +423,9 @@ class Orchestrator:
         now = self._now(val_loss)
         for watch in [watch for watch in position.watches if watch.metric in now]:
             value = now[watch.metric]
-            if not value <= watch.limit:  # what is not a number is beyond it too
+            if not falling(watch.metric, value) <= falling(
+                watch.metric, watch.limit
+            ):  # what is not a number is beyond it too
                 if watch.then == "revert":
                     self._revert(watch, value)
                     return True
@@ -461,7 +465,8 @@ class Orchestrator:
             "rollback",
             entry=watch.entry,
             name=watch.name,
-            reason=f"guard: {spoken(metric)} {told(metric, value)} > {told(metric, watch.limit)}",
+            reason=f"guard: {spoken(metric)} {told(metric, value)} "
+            f"{'<' if rises(metric) else '>'} {told(metric, watch.limit)}",
             from_iter=from_iter,
             checkpoint=watch.checkpoint,
             **{f"{metric}_before": watch.before, metric: value},
@@ -497,6 +502,14 @@ class Orchestrator:
             cast = run.adopt(target, operation.reshape)
             self._drop_from_ramps(overridden)
         return cast
+
+    def _changes_the_measured(self, entry: Entry) -> bool:
+        """Whether what the loss of this boundary was measured on is there for the last time."""
+        try:
+            after = entry.plan(self.run.settings)
+        except ScheduleError:  # told when it is applied
+            return False
+        return not (self.run.progress.changed_since_eval or self.run.settings.evaluates_as(after))
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         skip = entry.on_error == "skip"

@@ -27,7 +27,7 @@ from orchestrate.training.session.resume import Resumed, resume
 from orchestrate.training.session.session import Session
 from orchestrate.training.session.start import doubts, opened, the_schedule
 from orchestrate.training.session.stopping import SignalWatch
-from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.config import TrainConfig, depth_told
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.manifest import held, refuse_to_overwrite, set_aside
@@ -75,7 +75,7 @@ def launch(
         session = Session(config, run, orchestrator, reporter, watch, wandb_id, operations)
         code = 1
         try:
-            announce(session, resumed)
+            announce(session, resumed, given)
             begin(session, watch)
             code = train(session)
         finally:
@@ -178,7 +178,7 @@ def begin(session: Session, watch: SignalWatch) -> None:
         raise Stopped(f"another rank ended before the first step ({error})") from error
 
 
-def announce(session: Session, resumed: Resumed | None) -> None:
+def announce(session: Session, resumed: Resumed | None, given: dict[str, str]) -> None:
     """Write down and say how this start begins."""
     config, run = session.config, session.run
     total, trainable = run.parameter_counts()
@@ -198,6 +198,8 @@ def announce(session: Session, resumed: Resumed | None) -> None:
     }
     if resumed is None:
         session.event("start", **facts)
+        for line in depth_told(config, given):
+            session.reporter.say(line)
     else:
         path = str(resumed.loaded.path)
         writes = run.ranks.is_first and not config.eval_only

@@ -19,15 +19,17 @@ from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.session import healing
 from orchestrate.training.session.resume import open_model
 from orchestrate.training.session.saving import Saver
+from orchestrate.training.session.scores import scores
 from orchestrate.training.session.stopping import NoSignals, SignalWatch
 from orchestrate.training.session.texts import continue_prompts
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused, Stopped
-from orchestrate.training.settings.metrics import LOGGED, ON_FIRST_RANK, PARTS, VAL_LOSS, finite, numbers
+from orchestrate.training.settings.metrics import LOGGED, ON_FIRST_RANK, PARTS, VAL_LOSS, falling, finite, numbers
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Silent, machine, memory_percent
 from orchestrate.training.store.state import ScheduleText, State, UserFile
+from orchestrate.training.tasks import make as tasks_of
 
 
 class Session:
@@ -55,6 +57,7 @@ class Session:
         self.signals = signals
         self.wandb_id = wandb_id
         self.operations = operations
+        self.tasks = tasks_of(config.eval_tasks)
         self.orchestrator = orchestrator
         orchestrator.host = self
         self.began_at = run.progress.iter
@@ -68,6 +71,7 @@ class Session:
         self._clock = time.perf_counter()
         self._logged_tokens = run.progress.tokens
         self._stopping_looked_at = -1
+        self._boundary_tokens = run.progress.tokens
         self._without_value: set[str] = set()
 
     # ------------------------------------------------------------------------------------------ telling
@@ -196,20 +200,49 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ measuring
 
+    def must_evaluate(self, ends: bool) -> bool:
+        """Whether an evaluation is due at this boundary: at the start, the end, each interval; never twice at one."""
+        p, s = self.run.progress, self.run.settings
+        if self.config.eval_only or p.last_eval_iter == p.iter:
+            return self.config.eval_only
+        every = s.eval_interval_tokens
+        on_time = p.tokens // every > p.last_eval_tokens // every if every else p.iter % s.eval_interval == 0
+        return ends or on_time
+
+    def must_save(self) -> bool:
+        """Whether save_interval or save_interval_tokens asks for a checkpoint at this boundary. Once for each."""
+        p, config = self.run.progress, self.config
+        before, self._boundary_tokens = self._boundary_tokens, p.tokens
+        every, tokens = config.save_interval, config.save_interval_tokens
+        return p.iter > self.began_at and bool(
+            (every and p.iter % every == 0) or (tokens and p.tokens // tokens > before // tokens)
+        )
+
     def evaluate(self) -> float | None:
         """The evaluation of this boundary: best loss, early stopping and metrics follow. None where a signal came."""
         loss = self.run.evaluate(self.signals.poll)
-        if loss is None:
+        ends = self.config.eval_only or self.run.progress.iter >= self.config.max_iters or bool(self.why_end())
+        scored = None if loss is None else scores(self.run, self.tasks, ends, self.signals.poll)
+        if loss is None or scored is None:
             return None
         self.tick()
         p = self.run.progress
-        p.last_val_loss, p.last_eval_iter = loss, p.iter
+        recorded = p.last_val_loss if p.last_eval_iter == p.iter and not p.changed_since_eval else None
+        p.last_val_loss, p.last_eval_iter, p.last_eval_tokens, p.changed_since_eval = loss, p.iter, p.tokens, False
         if p.best_val_loss is None or loss < p.best_val_loss:
             p.best_val_loss, p.best_iter = loss, p.iter
         if self.config.early_stopping_metric == VAL_LOSS:
             self._look_for_gain(VAL_LOSS, loss)
-        self.metrics("eval", val_loss=loss, best_val_loss=p.best_val_loss)
+        if (metric := self.config.early_stopping_metric) in scored:
+            self._look_for_gain(metric, scored[metric])
+        self.metrics("eval", val_loss=loss, **scored, best_val_loss=p.best_val_loss)
         self.reporter.say(f"step {p.iter}: val loss {loss:.4f}" + (" (best)" if p.best_iter == p.iter else ""))
+        if scored:
+            self.reporter.say(f"step {p.iter}: " + ", ".join(f"{name} {value:.4f}" for name, value in scored.items()))
+        self.orchestrator.observe(scored)
+        if recorded is not None:  # with eval_only
+            same = "equals" if loss == recorded else f"differs by {loss - recorded:.3g} from"
+            self.reporter.say(f"val loss {loss!r} {same} what the checkpoint recorded")
         if self.config.sample_prompts:
             try:
                 self.event("samples", texts=continue_prompts(self.run))
@@ -224,7 +257,8 @@ class Session:
         if p.stopping_metric != metric:  # a resume has chosen another
             p.stopping_metric, p.stopping_best, p.evals_without_gain = metric, None, 0
         if finite(value) and (
-            p.stopping_best is None or value < p.stopping_best - self.config.early_stopping_min_delta
+            p.stopping_best is None
+            or falling(metric, value) < falling(metric, p.stopping_best) - self.config.early_stopping_min_delta
         ):
             p.stopping_best, p.evals_without_gain = value, 0
         else:
@@ -284,7 +318,7 @@ class Session:
             wandb_id=self.wandb_id,
             log_sizes=self.reporter.sizes(),
             data=run.batches.opened.fingerprint(),
-            tokenizer=run.data.meta,
+            tokenizer=run.data.meta.of_tokens(),
             world_size=run.ranks.world_size,
             operations=tuple(UserFile(**file.to_json()) for file in self.operations),
         )
