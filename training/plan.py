@@ -18,7 +18,7 @@ import torch
 from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig, layer_of_adapter
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
-from orchestrate.training.run.casting import types_of
+from orchestrate.training.run.casting import kept
 from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
@@ -40,7 +40,7 @@ from orchestrate.training.session.start import (
 )
 from orchestrate.training.settings.config import TrainConfig, depth_told
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.metrics import LOGGED, numbers
+from orchestrate.training.settings.metrics import LOGGED, is_of_task, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.run_folder import METRICS, METRICS_KINDS, read_lines
@@ -173,7 +173,6 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
     model = model_on_meta(stages[0].settings.model)
     trained = trainable_parameters(model, stages[0].settings.frozen)
     kinds: set[str] = set()
-    narrow: set[str] = set()
     batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.dropout > 0
     rows = []
     for i, stage in enumerate(stages):
@@ -189,10 +188,8 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         trained = trained | trainable  # a parameter that ever trained keeps its moments
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
-        types = types_of(model, trainable, s.weights_dtype)
-        narrow, narrow_before = {name for name, dtype in types.items() if dtype == torch.bfloat16}, narrow
-        rounds = before is not None and not reshapes(before, s) and bool(narrow - narrow_before)
-        weights = sum(size * types[name].itemsize for name, size in sizes.items())
+        model, cast = kept(model, trainable, s.weights_dtype)
+        weights = sum(p.nbytes for p in model.parameters())
         state_bytes = OPTIMIZERS[s.optimizer].state_bytes
         graphs = _graphs(s)
         recompiles = len(graphs - kinds) if i else 0
@@ -217,7 +214,7 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
                 activation_bytes=activation_bytes(s, 4 if config.dtype in ("auto", "float32") else 2),
                 rewraps=int(before is not None and needs_agreement(before, s)),
                 recompiles=recompiles if config.compile else 0,
-                keeps_function=_keeps_function(stage.entry) and not rounds,
+                keeps_function=_keeps_function(stage.entry) and not cast.rounded,
                 changes={name: [old[name], now[name]] for name in now},
             )
         )
@@ -334,7 +331,7 @@ def _replay(schedule: Schedule, settings: Settings, run: Path) -> tuple[dict[int
     ]
     dry = DryRun(settings, Progress.start(settings))
     orchestrator = Orchestrator(Schedule(tuple(entries), schedule.source, schedule.text), dry, dry)
-    asked = orchestrator.asked.intersection(LOGGED)
+    asked = {name for name in orchestrator.asked if name in LOGGED or is_of_task(name)}
     recorded = _recorded(run, asked)
     losses, logged, p = recorded.losses, recorded.logged, dry.progress
     iters = sorted(recorded.clock)
@@ -380,8 +377,11 @@ def _recorded(run: Path, asked: Set[str]) -> _Recorded:
             found.clock[iteration] = record["tokens"], record["seconds"]
             if record["kind"] == "eval" and "why" not in record and record["val_loss"] is not None:
                 found.losses[iteration] = record["val_loss"]
-            if record["kind"] == "train" and asked:
-                found.logged[iteration] = {name: v for name, v in numbers(record).items() if name in asked}
+            if asked and "why" not in record:
+                values = {name: v for name, v in numbers(record).items() if name in asked}
+                # Others of LOGGED are those of the lines of log_interval.
+                of_kind = {name: v for name, v in values.items() if is_of_task(name) or record["kind"] == "train"}
+                found.logged.setdefault(iteration, {}).update(of_kind)
     except OSError as error:
         raise Refused(f"--against {run}: {path} cannot be read ({error})") from None
     if not found.losses:

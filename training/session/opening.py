@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from orchestrate.training.run.casting import Casting
 from orchestrate.training.run.device import pick_device
@@ -37,18 +38,13 @@ def open_run(
         stages = plan_stages(pending(schedule, state.fired), settings, ranks.world_size)
         check_data(data, config, stages)
         check_target(stages, config)
-        model, moments = open_model(resumed.loaded, settings, ranks, device)
-        return Run(
-            config,
-            settings,
-            copy.deepcopy(state.progress),
-            model,
-            data,
-            ranks,
-            device,
-            moments,
-            state.scaler,
-        )
+        # In the number types of the checkpoint: what an override of this start rounds is measured where all is whole.
+        saved = replace(settings, weights_dtype=state.settings.weights_dtype)
+        model, moments = open_model(resumed.loaded, saved, ranks, device)
+        run = Run(config, saved, copy.deepcopy(state.progress), model, data, ranks, device, moments, state.scaler)
+        if settings != saved:
+            run.cast += run.adopt(settings)
+        return run
     model_config, _ = planned_model_config(config, foreign)
     settings = settings_from(config, model_config)
     stages = plan_stages(schedule, settings, ranks.world_size)
