@@ -186,6 +186,11 @@ def test_nothing_is_kept_before_an_entry_that_leaves_the_loss_as_it_is(tiny):
     assert recorded(out, "iter_000000004") is not None
 
 
+def test_nothing_is_kept_before_an_entry_where_there_is_no_best_of_this_boundary(tiny):
+    _, out = tiny([{"name": "drop_layers", "value": [0], "at_iter": 5}], eval_interval=4, max_iters=8, keep_last=9)
+    assert [path.name for path in checkpoint.find(out)] == ["iter_000000008", "iter_000000004"]
+
+
 def test_other_checkpoints_are_for_evaluation_alone(tiny, resume):
     _, out = tiny(max_iters=4)
     with pytest.raises(Refused, match="checkpoint 'best' is for eval_only with init_from=resume"):
