@@ -237,7 +237,7 @@ def write_tokens(path: Path, ids: Sequence[int] | np.ndarray, vocab_size: int) -
     write_whole(path, np.asarray(ids).astype(dtype_of(vocab_size)).tobytes())
 
 
-def write_meta(folder: Path, tokenizer: Tokenizer, *, masks: tuple[str, ...] = (), row: int = 0, **facts: Any) -> None:
+def write_meta(folder: Path, tokenizer: Tokenizer, *, masks: tuple[str, ...] = (), row: int = 1, **facts: Any) -> None:
     """meta.json, and the tokenizer's files beside it; what cannot be kept is said. `facts` say how it was made."""
     kept = kept_with_data(folder)
     shutil.rmtree(kept, ignore_errors=True)
@@ -554,7 +554,7 @@ def _join(shards: list[Path], out: Path, tokenizer: Tokenizer, split: _Split, fa
         }
         told["packing"] = {"how": "best-fit", "length": length, "padding": padding}
     masks = ("train", "val") if masked else ()
-    write_meta(out, tokenizer, masks=masks, row=length, **told, val=split.val, **facts)
+    write_meta(out, tokenizer, masks=masks, row=length or 1, **told, val=split.val, **facts)
     for side in reversed(sides.values()):
         for temporary in reversed(side.temporary):
             os.replace(temporary, temporary.with_suffix(""))

@@ -477,11 +477,6 @@ def tiktoken_tokenizer(name: str) -> BpeTokenizer:
         ) from None
 
 
-def gpt2_tokenizer() -> BpeTokenizer:
-    """GPT-2's encoding. Raises ValueError where its vocabulary is neither cached nor to be downloaded."""
-    return tiktoken_tokenizer("gpt2")
-
-
 def tokenizer_of(meta: Meta, folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer that a data set's or a run's meta names. Raises ValueError.
 

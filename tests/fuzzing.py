@@ -742,7 +742,7 @@ def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
         if data.draw(st.booleans()):
             (folder / "ckpt.pt").write_bytes(noisy(data, (folder / "ckpt.pt").read_bytes()))
         try:
-            nanogpt.config_from_checkpoint(folder / "ckpt.pt")
+            nanogpt.open_model(folder / "ckpt.pt")
             nanogpt.load_checkpoint(folder / "ckpt.pt")
         except ValueError:
             return "refused"

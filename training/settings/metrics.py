@@ -7,6 +7,7 @@ no run: the session makes the numbers, the orchestrator remembers those that som
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -30,6 +31,32 @@ ON_FIRST_RANK = (
 LOGGED = ("loss", "grad_norm", "lr", "step_lr", "batch_size", "grad_accum", "passes", "coverage", *ON_FIRST_RANK)
 """Values come with the lines of every log_interval."""
 NAMES = (*EVALUATED, *LOGGED)
+_OF_TASK = "eval/"
+
+
+def of_task(what: str) -> str:
+    """The name of a metric that a task of eval_tasks gives, with evaluations."""
+    return f"{_OF_TASK}{what}"
+
+
+def is_of_task(name: str) -> bool:
+    """Whether a task may give this; of tasks that are not the run's nobody does."""
+    return re.fullmatch(r"eval/[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
+
+
+def is_metric(name: str) -> bool:
+    """Whether a run may measure this."""
+    return name in NAMES or is_of_task(name)
+
+
+def rises(name: str) -> bool:
+    """Whether more of a metric is better; of all others less is."""
+    return is_of_task(name)
+
+
+def falling(name: str, value: float) -> float:
+    """A metric's value as one of which less is better. Twice, it is the value again."""
+    return -value if rises(name) else value
 
 
 def in_nats(name: str) -> bool:
@@ -62,7 +89,7 @@ def finite(value: float | None) -> bool:
 
 
 def _known(name: str) -> str:
-    if name not in NAMES:
+    if not is_metric(name):
         hint = nearest(name, NAMES).removeprefix("; ") or ", ".join(NAMES)
         raise ValueError(f"must be the name of a metric ({hint})")
     return name

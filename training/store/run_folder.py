@@ -23,7 +23,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.metrics import NAMES as METRIC_NAMES
+from orchestrate.training.settings.metrics import is_metric
 from orchestrate.training.store import manifest
 
 METRICS, EVENTS, CONFIG, SCHEDULE = "metrics.jsonl", "events.jsonl", "config.json", "schedule.yaml"
@@ -91,6 +91,7 @@ class Eval(_Metrics):
     """Mean loss of the validation windows in nats per token."""
     best_val_loss: NotRequired[_Number]
     """The lowest so far."""
+    # Scores of eval_tasks stand beside these under their own names, such as eval/adder_accuracy.
     why: NotRequired[str]
     """Of an extra evaluation around an operation, which does not count as best: its reason."""
 
@@ -329,7 +330,7 @@ def event(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     record = {"kind": kind, **fields, "time": time.time()}
     required, optional = EVENT_KINDS[kind].__required_keys__, EVENT_KINDS[kind].__optional_keys__
     if kind in ("decision", "rollback"):
-        optional = optional | {key for key in record if key.removesuffix("_before") in METRIC_NAMES}
+        optional = optional | {key for key in record if is_metric(key.removesuffix("_before"))}
     wrong = (required - record.keys()) | (record.keys() - required - optional)
     if wrong:
         raise TypeError(
