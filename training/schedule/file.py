@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from orchestrate.training.operations import Operation, make
 from orchestrate.training.schedule.triggers import TRIGGERS, Trigger
 from orchestrate.training.settings.errors import Refused, ScheduleError
-from orchestrate.training.settings.metrics import NAMES, VAL_LOSS, MetricName, in_nats
+from orchestrate.training.settings.metrics import NAMES, VAL_LOSS, MetricName, in_nats, is_metric
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import (
     MOST_PROBLEMS,
@@ -411,7 +411,7 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         f"{title}{one.field} looks at {shown(name)}, which is no metric{nearest(name, NAMES)}"
         for one in triggers
         for name in one.looks_at
-        if name not in NAMES
+        if not is_metric(name)
     ]
     if operation and common and common.over and not (operation.ramps or operation.fades):
         problems.append(f"{title}`over` moves a number or fades new weights in; {operation.name} does neither")

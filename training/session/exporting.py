@@ -32,7 +32,8 @@ from orchestrate.model.families import FAMILIES, Family
 from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.training.run.device import DTYPES
 from orchestrate.training.session.model_card import card, fired
-from orchestrate.training.session.resume import latest_good, named, reading
+from orchestrate.training.session.resume import latest_good, reading
+from orchestrate.training.session.start import named_checkpoint
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
 from orchestrate.training.settings.values import shown
 from orchestrate.training.store.run_folder import RunRecord, read_run
@@ -70,7 +71,9 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
     """A run folder, a Hugging Face or PEFT folder or a nanoGPT ckpt.pt. Raises ValueError."""
     path = Path(name)
     if (path / "checkpoints").is_dir():
-        loaded, passed_over, _ = latest_good(name) if checkpoint == "latest" else (named(name, checkpoint), [], [])
+        loaded, passed_over, _ = (
+            latest_good(name) if checkpoint == "latest" else (named_checkpoint(name, checkpoint), [], [])
+        )
         with reading(loaded.path):
             model = from_weights(loaded.state.settings.model, loaded.model)
         model.set_fading(loaded.state.settings.fading)
@@ -130,7 +133,7 @@ def _tokenizer(source: Source) -> Tokenizer:
             raise ValueError("a nanoGPT checkpoint does not say which it is")
         return HuggingFaceTokenizer(source.name) if Path(source.name).is_dir() else tokenizer_of(Meta())
     meta = source.state.tokenizer
-    if source.state.config.shrunken_vocab_size or source.state.settings.vocabulary_map:
+    if source.state.present.vocabulary_map:
         raise ValueError("the run's vocabulary is a remapped one, which tokenizer.json cannot say")
     return tokenizer_of(meta, keeping.kept_with_run(source.name, meta))
 

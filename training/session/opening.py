@@ -28,17 +28,19 @@ def open_run(
 ) -> Run:
     """Data, weights and optimizer on this rank's device. Raises Refused or ValueError."""
     device = pick_device(config.device, ranks.local_rank)
-    data = data_of(config)
     if resumed is not None:
-        state = resumed.loaded.state
+        state, settings = resumed.loaded.state, resumed.settings
+        stages = plan_stages(pending(schedule, state.fired), settings, ranks.world_size)
+        data = data_of(config, stages)
         check_fingerprint(config, state, data)
-        settings = resumed.settings
-        check_data(data, config, plan_stages(pending(schedule, state.fired), settings, ranks.world_size))
+        check_data(data, config, stages)
+        progress = copy.deepcopy(state.progress)
+        progress.cursor = settings.followed(progress.cursor, settings)
         model, moments = open_model(resumed.loaded, settings, ranks, device)
         return Run(
             config,
             settings,
-            copy.deepcopy(state.progress),
+            progress,
             model,
             data,
             ranks,
@@ -47,8 +49,10 @@ def open_run(
             state.scaler,
         )
     model_config, _ = planned_model_config(config, foreign)
-    settings = settings_from(config, model_config)
-    check_data(data, config, plan_stages(schedule, settings, ranks.world_size))
+    settings = settings_from(config, model_config, foreign)
+    stages = plan_stages(schedule, settings, ranks.world_size)
+    data = data_of(config, stages)
+    check_data(data, config, stages, foreign)
     casting = Casting.at_start(settings)
     model = initial_model(config, model_config, foreign, casting)
     run = Run(config, settings, Progress.start(settings), model, data, ranks, device)

@@ -12,7 +12,8 @@ from orchestrate.data.stream import Meta
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.gpt import GPT, from_weights
-from orchestrate.training.session.resume import latest_good, named, reading
+from orchestrate.training.session.resume import latest_good, reading
+from orchestrate.training.session.start import named_checkpoint
 from orchestrate.training.session.texts import remapped
 
 
@@ -27,13 +28,13 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
     if name == "latest":
         loaded, passed_over, _ = latest_good(out_dir)
     else:
-        loaded = named(out_dir, name)
-    recorded, settings = loaded.state.config, loaded.state.settings
+        loaded = named_checkpoint(out_dir, name)
+    settings = loaded.state.present
     with reading(loaded.path):
         model = from_weights(settings.model, loaded.model)
     meta = loaded.state.tokenizer
     tokenizer = of_data(dataset) if dataset else tokenizer_of(meta, kept_with_run(out_dir, meta))
-    return model, remapped(tokenizer, recorded, settings.vocabulary_map), passed_over
+    return model, remapped(tokenizer, settings.vocabulary_map), passed_over
 
 
 def open_foreign(source: str, dataset: str = "") -> tuple[GPT, Tokenizer]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from orchestrate.model.config import DEFAULTS, OPTIONS, ModelConfig
 from orchestrate.training.settings.errors import Refused
@@ -23,6 +23,7 @@ from orchestrate.training.settings.faults import parse_faults
 from orchestrate.training.settings.metrics import VAL_LOSS, MetricName
 from orchestrate.training.settings.values import (
     MOST_PROBLEMS,
+    MOST_SOURCES,
     OPTIMIZER_NUMBERS,
     Fraction,
     NonNegativeFloat,
@@ -30,12 +31,15 @@ from orchestrate.training.settings.values import (
     OptimizerName,
     PositiveFloat,
     PositiveInt,
+    SourceName,
     WeightsDtype,
     is_large,
     nearest,
     problems_of,
     read_at_most,
+    shares_of,
     shown,
+    weighty,
 )
 
 
@@ -47,6 +51,8 @@ def _listed(value: Any) -> Any:
 
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Weights = Annotated[dict[SourceName, NonNegativeFloat], Field(max_length=MOST_SOURCES), AfterValidator(weighty)]
+DataSets = str | Annotated[Weights, Field(min_length=1)]
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -74,7 +80,11 @@ class _RunKeys(BaseModel):
         False, "write the checkpoints of evaluations in the background; a save blocks for a copy only"
     )
     init_from: str = _key(
-        "scratch", "scratch | resume | gpt2[-medium|-large|-xl] | a Hugging Face or PEFT folder | a nanoGPT ckpt.pt"
+        "scratch",
+        "scratch | resume | gpt2[-medium|-large|-xl] | a run, Hugging Face or PEFT folder | a nanoGPT ckpt.pt",
+    )
+    init_checkpoint: str = _key(
+        "", "of a run folder as init_from: latest, best or the name of a checkpoint; '': latest"
     )
     base_model: str = _key("", "of a PEFT folder as init_from: its base; empty: base_model_name_or_path of the folder")
     schedule: str = _key("", "the schedule file, YAML or JSON (also spelled scaling_schedule_file)")
@@ -85,13 +95,21 @@ class _RunKeys(BaseModel):
     wandb_project: str = _key("owt", "W&B project")
     wandb_run_name: str = _key("gpt2", "W&B run name")
     # data
-    dataset: str = _key("openwebtext", "a folder under data/, or a path to one, with train.bin and val.bin")
+    dataset: DataSets = _key(
+        "openwebtext", "a folder under data/, or a path to one; or several with a weight each: {'a': 0.7, 'b': 0.3}"
+    )
+    eval_mixture: Weights = _key(
+        {}, "what val_loss means with several data sets: a weight each; {}: the weights that dataset gives"
+    )
     allow_changed_data: bool = _key(False, "on resume: go on although train.bin or val.bin is not what it was")
     allow_other_tokenizer: bool = _key(
         False, "go on although the data is in tokens of another tokenizer than the model's"
     )
     gradient_accumulation_steps: PositiveInt = _key(40, "micro-steps in one iteration, over all ranks together")
     batch_size: PositiveInt = _key(12, "sequences in one micro-step on one rank")
+    curriculum_alpha: Annotated[NonNegativeFloat, Field(le=1)] = _key(
+        0.0, "sample rare tokens more often: 0 the data as it is, to 1 (data/curriculum.py)"
+    )
     shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
     vocab_remapping_file: str = _key("", ".npy or .json array that maps each old token id to a new one")
 
@@ -223,6 +241,16 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     compile: bool = _key(True, "torch.compile, block by block")
     seed: NonNegativeInt = _key(1337, "of the initial weights, the order of the data and dropout")
 
+    @property
+    def datasets(self) -> dict[str, float]:
+        """The data sets of `dataset` and their shares, which add up to 1."""
+        return {self.dataset: 1.0} if isinstance(self.dataset, str) else shares_of(self.dataset)
+
+    @property
+    def evaluated(self) -> dict[str, float]:
+        """The data sets that `val_loss` is made of and their shares, which add up to 1."""
+        return shares_of(self.eval_mixture) if self.eval_mixture else self.datasets
+
 
 ALIASES = {"scaling_schedule_file": "schedule"}
 KEYS = tuple(TrainConfig.model_fields)
@@ -300,6 +328,8 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
             return names[name]
         case ast.Name(id=name):
             raise ValueError(f"the name {name} is not assigned above{nearest(name, names)}")
+        case ast.Dict(keys=keys, values=values) if len(keys) <= MOST_SOURCES and None not in keys:
+            return {_evaluate(key, names): _evaluate(value, names) for key, value in zip(keys, values, strict=True)}
         case ast.List(elts=elements) | ast.Tuple(elts=elements):
             return [_evaluate(element, names) for element in elements]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
@@ -397,6 +427,7 @@ def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
         key = ALIASES.get(key, key)
         kind = TrainConfig.model_fields[key].annotation if key in KEYS else None
         is_text = kind is str or (kind == tuple[str, ...] and text[:1] not in "[(")
+        is_text |= kind == DataSets and text[:1] != "{"
         given[key] = (text if is_text else parse_text(text), f"--{key}")
 
     for i, key in enumerate([key for key in given if key not in KEYS]):

@@ -7,7 +7,7 @@ no run: the session makes the numbers, the orchestrator remembers those that som
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
@@ -30,16 +30,39 @@ ON_FIRST_RANK = (
 LOGGED = ("loss", "grad_norm", "lr", "step_lr", "batch_size", "grad_accum", "passes", "coverage", *ON_FIRST_RANK)
 """Values come with the lines of every log_interval."""
 NAMES = (*EVALUATED, *LOGGED)
+_OF_SOURCES = {VAL_LOSS: EVALUATED, "passes": LOGGED, "coverage": LOGGED}
+"""What a run with several data sets measures of each, as val_loss/NAME and so on."""
+
+
+def of_source(name: str, source: str) -> str:
+    """The name of a metric of one of several data sets."""
+    return f"{name}/{source}"
+
+
+def source_of(name: str) -> str:
+    """The data set that a metric is about; nothing where it is about all."""
+    kind, _, source = name.partition("/")
+    return source if kind in _OF_SOURCES else ""
+
+
+def comes_with(name: str, kinds: Container[str]) -> bool:
+    """Whether a metric's values come with the evaluations (EVALUATED), or with the lines of log_interval (LOGGED)."""
+    return name.partition("/")[0] in kinds if source_of(name) else name in kinds
+
+
+def is_metric(name: str) -> bool:
+    """Whether a run may measure this; of data sets that are not the run's it does not."""
+    return name in NAMES or bool(source_of(name))
 
 
 def in_nats(name: str) -> bool:
     """Whether a metric is a cross-entropy."""
-    return name in (VAL_LOSS, "loss")
+    return name in (VAL_LOSS, "loss") or name.startswith(of_source(VAL_LOSS, ""))
 
 
 def spoken(name: str) -> str:
     """A metric's name in a sentence."""
-    return "val loss" if name == VAL_LOSS else name
+    return "val loss" if name == VAL_LOSS else name.replace(of_source(VAL_LOSS, ""), "val loss of ", 1)
 
 
 def told(name: str, value: float) -> str:
@@ -62,7 +85,7 @@ def finite(value: float | None) -> bool:
 
 
 def _known(name: str) -> str:
-    if name not in NAMES:
+    if not is_metric(name):
         hint = nearest(name, NAMES).removeprefix("; ") or ", ".join(NAMES)
         raise ValueError(f"must be the name of a metric ({hint})")
     return name

@@ -23,7 +23,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.metrics import NAMES as METRIC_NAMES
+from orchestrate.training.settings.metrics import is_metric
 from orchestrate.training.store import manifest
 
 METRICS, EVENTS, CONFIG, SCHEDULE = "metrics.jsonl", "events.jsonl", "config.json", "schedule.yaml"
@@ -146,6 +146,8 @@ class Start(_Begins):
     """A run begins."""
 
     kind: Literal["start"]
+    parent: NotRequired[dict[str, Any]]
+    """Of a run that begins with the weights of another: run, its folder; checkpoint; iter, tokens, val_loss of that."""
 
 
 class Resume(_Begins):
@@ -329,7 +331,7 @@ def event(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     record = {"kind": kind, **fields, "time": time.time()}
     required, optional = EVENT_KINDS[kind].__required_keys__, EVENT_KINDS[kind].__optional_keys__
     if kind in ("decision", "rollback"):
-        optional = optional | {key for key in record if key.removesuffix("_before") in METRIC_NAMES}
+        optional = optional | {key for key in record if is_metric(key.removesuffix("_before"))}
     wrong = (required - record.keys()) | (record.keys() - required - optional)
     if wrong:
         raise TypeError(
