@@ -47,8 +47,11 @@ from orchestrate.training.store.run_folder import read_run  # noqa: E402
 SCHEDULE = [
     {"name": "set_batch_size", "value": 6, "at_iter": 3},
     {"name": "stack_layers", "value": {"times": 2}, "max_wait_iters": 3, "reevaluate": True},
-    {"name": "set_attn_lora_rank", "value": 2, "max_wait_iters": 3},
-    {"name": "set_lr", "value": 3e-3, "over": 4, "trigger": {"metric": "loss", "below": 99.0}},
+    {"name": "set_weights_dtype", "value": "bfloat16", "max_wait_iters": 1},
+    {"name": "set_eval_interval_tokens", "value": 700, "max_wait_iters": 1},
+    {"name": "set_attn_lora_rank", "value": 2, "max_wait_iters": 2},
+    {"name": "set_lr", "value": 3e-3, "over": 4, "style": "power", "exponent": 2.0,
+     "trigger": {"metric": "loss", "below": 99.0}},
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 4, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 2},
     {"name": "set_layer_lora_rank", "value": [["attn.*.q", "attn.*.v", "mlp.0.up"], 2], "max_wait_iters": 1},
@@ -67,6 +70,7 @@ KEYS = dict(
     n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=40,
     lr_decay_iters=40, warmup_iters=2, learning_rate=1e-2, eval_interval=5, eval_iters=2, log_interval=1, dropout=0.1,
     device="cpu", compile=False, qk_norm=True, head_size=6, attn_bias="qkv", sample_prompts="The", sample_tokens=9,
+    save_interval_tokens=900, keep_every=16,
 )  # fmt: skip
 
 

@@ -268,11 +268,7 @@ def _values(part: Part, key: str) -> Iterator[str]:
 def _objects(part: Part, key: str) -> Iterator[tuple[int, str]]:
     with _open(part.path) as file:
         file.seek(part.start)
-        left = part.stop - part.start
-        for number, line in enumerate(file, part.first):
-            if part.stop >= 0 and left <= 0:
-                return
-            left -= len(line)
+        for number, line in enumerate(file, part.first):  # whoever reads ends with the part's last document
             if line.strip():
                 yield number, _value(line.removeprefix(b"\xef\xbb\xbf"), key, f"{part.path}:{number}")
 

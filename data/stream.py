@@ -1,13 +1,15 @@
 """The token stream: a batch is a pure function of (seed, global sample index).
 
 A .bin file is memory-mapped and cut into windows of block_size tokens; every pass visits each of its windows once, in
-an order that a keyed permutation gives without storing it. So there is no state to save and no epoch in memory: any
+an order that a keyed permutation gives without storing it. Several files may be one sequence, and a mask says which
+tokens the loss counts (files.py). So there is no state to save and no epoch in memory: any
 sample can be asked for at any time, and the stream goes on without a gap or a repeat when batch size, accumulation
 or the number of processes change. Nothing here knows torch.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import io
@@ -15,13 +17,14 @@ import json
 import pickle
 import pickletools
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
+from orchestrate.data.files import MASK, Bits, Joined, mask_of, packed
 from orchestrate.data.proportions import UNITS, in_units, turns
 
 # Far above any data set there is. More is a slip of the pen, or meant to fill the memory of who reads it.
@@ -29,7 +32,10 @@ _LARGEST_VOCABULARY = 2**24
 _LONGEST_META = 4 * 2**20
 _LONGEST_PICKLE = 2 * 2**20
 _LONGEST_MAP = 8 * 2**20
+_SAMPLED = 2**16
 """Bytes."""
+_MOST_FILES = 2**16
+_FILES = {"train": ("train.bin",), "val": ("val.bin",)}
 _TOKENIZERS = r"char|gpt2|huggingface|tiktoken:[\w.-]{1,80}"
 _ROUNDS = 4
 _EVALUATION_KEY = 0x5EED_0F_E7A1
@@ -39,38 +45,73 @@ _EVALUATION_KEY = 0x5EED_0F_E7A1
 
 
 class TokenFile:
-    """A memory-mapped file of token ids, read-only.
+    """A memory-mapped file of token ids, read-only; or several, one behind the other, as one.
 
     Args:
+        path: of the file, or of each.
         dtype: of the file, little-endian unsigned integers.
         remap: array from old token id to new one, applied to what is read.
+        masked: whether a mask lies beside each file.
 
-    Raises ValueError for a file that is missing, empty or no whole number of tokens.
+    Attributes:
+        mask: whether the loss counts a token, one by one; None where it counts all.
+
+    Raises ValueError for a file that is missing, empty or no whole number of tokens, or a mask that does not fit.
     """
 
-    def __init__(self, path: str | Path, dtype: str = "uint16", remap: np.ndarray | None = None) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Path | Sequence[Path],
+        dtype: str = "uint16",
+        remap: np.ndarray | None = None,
+        masked: bool = False,
+    ) -> None:
+        self.paths = [Path(path)] if isinstance(path, (str, Path)) else list(path)
+        self.path = self.paths[0]
         self.dtype = np.dtype(dtype)
         self.remap = remap
+        maps = [self._map(path) for path in self.paths]
+        self.tokens = maps[0] if len(maps) == 1 else Joined(maps)
+        masks = [Bits(mask_of(path), len(part)) for path, part in zip(self.paths, maps, strict=True) if masked]
+        self.mask = None if not masks else masks[0] if len(masks) == 1 else Joined(masks)
+        self._fingerprint = ""
+
+    def _map(self, path: Path) -> np.ndarray:
         try:
-            size = self.path.stat().st_size
+            size = path.stat().st_size
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
         if size == 0 or size % self.dtype.itemsize:
             raise ValueError(f"{path}: {size} bytes are not a whole number of {self.dtype} tokens (at least 1)")
-        self.tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
-        self._fingerprint = ""
+        return np.memmap(path, dtype=self.dtype, mode="r")
+
+    def through(self, remap: np.ndarray) -> TokenFile:
+        """The same files read through a map."""
+        other = copy.copy(self)
+        other.remap, other._fingerprint = remap, ""
+        return other
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def fingerprint(self) -> str:
-        """SHA-256 over length, type and 64 evenly spaced samples of 64 KiB: cheap for a file of any size. Made once."""
+        """SHA-256 over length, type and 64 evenly spaced samples of 64 KiB: cheap for a file of any size. Made once.
+
+        The same of the mask. Where there are several files, their lengths and the beginning of each are in it too.
+        """
         if self._fingerprint:
             return self._fingerprint
         digest = hashlib.sha256(f"{len(self)} {self.dtype}".encode())
-        for piece in self._pieces():
-            digest.update(piece.tobytes())
+        for start, stop in self._places():
+            digest.update(self.tokens[start:stop].tobytes())
+        if isinstance(self.tokens, Joined):
+            for tokens in self.tokens.parts:
+                digest.update(f"file {len(tokens)}".encode() + tokens[:_SAMPLED].tobytes())
+        if self.mask is not None:
+            for start, stop in self._places():
+                digest.update(b"mask" + packed(self.mask[start:stop]))
+            for mask in self.mask.parts if isinstance(self.mask, Joined) else ():
+                digest.update(b"mask" + packed(mask[:_SAMPLED]))
         if self.remap is not None:
             digest.update(np.ascontiguousarray(self.remap).tobytes())
         self._fingerprint = digest.hexdigest()
@@ -82,14 +123,14 @@ class TokenFile:
 
     def stored(self) -> np.ndarray:
         """The same samples as they are in the file."""
-        return np.concatenate(list(self._pieces()))
+        return np.concatenate([self.tokens[start:stop] for start, stop in self._places()])
 
-    def _pieces(self) -> Iterator[np.ndarray]:
+    def _places(self) -> Iterator[tuple[int, int]]:
         """64 evenly spaced pieces of 64 KiB; the whole of a short file."""
-        size = 65536 // self.dtype.itemsize
+        size = _SAMPLED // self.dtype.itemsize
         last = max(0, len(self) - size)
         for start in sorted({last * i // 63 for i in range(64)}):
-            yield self.tokens[start : start + size]
+            yield start, start + size
 
     def mapped(self, ids: np.ndarray) -> np.ndarray:
         """Ids as they are in the file as the int64 ids that they are read as. Raises ValueError."""
@@ -122,8 +163,14 @@ class Meta:
     """For tokenizer "char": the character of each id."""
     fingerprint: str = ""
     """Of the tokenizer (data/tokenizer.py); empty in folders of nanoGPT and of earlier versions."""
+    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_FILES))
+    """The token files of train and val, in the order in which they are read as one."""
+    masks: tuple[str, ...] = ()
+    """Which of train and val have a mask beside each of their files."""
 
     def to_json(self) -> dict[str, Any]:
+        """What is as in any other folder is left out."""
+        files = {} if self.files == _FILES else {"files": {name: list(names) for name, names in self.files.items()}}
         return {
             "format": 1,
             "vocab_size": self.vocab_size,
@@ -131,7 +178,13 @@ class Meta:
             "tokenizer": self.tokenizer,
             "itos": list(self.itos),
             "fingerprint": self.fingerprint,
+            **files,
+            **({"masks": list(self.masks)} if self.masks else {}),
         }
+
+    def of_tokens(self) -> Meta:
+        """What the ids mean, without the files that they lie in: what a run keeps."""
+        return replace(self, files=dict(_FILES), masks=())
 
     @classmethod
     def from_json(cls, values: Any, place: str = "meta.json") -> Meta:
@@ -154,7 +207,29 @@ class Meta:
             raise ValueError(f"{place}: itos must be a list of texts")
         if not isinstance(fingerprint, str) or not re.fullmatch("([0-9a-f]{64})?", fingerprint):
             raise ValueError(f"{place}: fingerprint must be 64 hexadecimal digits, got {fingerprint!r:.80}")
-        return cls(vocab_size, values.get("dtype", "uint16"), tokenizer, tuple(itos), fingerprint)
+        files, masks = values.get("files", {}), values.get("masks", [])
+        if not isinstance(files, dict) or not set(files) <= set(_FILES) or not all(map(_are_names, files.values())):
+            raise ValueError(
+                f"{place}: files must give under train and val the names of token files beside it, each ending in "
+                f".bin, at most {_MOST_FILES} and none twice, got {files!r:.80}"
+            )
+        if not isinstance(masks, list) or not all(isinstance(name, str) and name in _FILES for name in masks):
+            raise ValueError(f"{place}: masks must be a list of train or val, got {masks!r:.80}")
+        files = {**_FILES, **{name: tuple(names) for name, names in files.items()}}
+        if set(files["train"]) & set(files["val"]):
+            raise ValueError(f"{place}: files: a file is named for train and for val")
+        return cls(vocab_size, values.get("dtype", "uint16"), tokenizer, tuple(itos), fingerprint, files, tuple(masks))
+
+
+def _are_names(names: Any) -> bool:
+    """Whether these are names of token files in the folder itself."""
+    return (
+        isinstance(names, list)
+        and 1 <= len(names) <= _MOST_FILES
+        and all(isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,200}\.bin", name) for name in names)
+        and not any(name.endswith(MASK) for name in names)
+        and len(set(names)) == len(names)
+    )
 
 
 def _are_texts(values: Iterable[Any]) -> bool:
@@ -260,7 +335,7 @@ class DataSet:
                 last = f"{len(new_ids)} entries of the vocabulary map"
                 raise ValueError(f"{file.path}: token id {file.remap.max()} is beyond the {last}")
             remap = new_ids if file.remap is None else new_ids[file.remap]
-            return TokenFile(file.path, file.dtype.name, remap)
+            return file.through(remap)
 
         return replace(self, train=through(self.train), val=through(self.val))
 
@@ -278,18 +353,23 @@ def _places(name: str) -> list[Path]:
 def open_data(name: str, block_size: int, remap: np.ndarray | None = None) -> DataSet:
     """Open a data set by its name under data/ or by its path. Raises ValueError with what is missing."""
     folder = find_folder(name)
-    if not (folder / "train.bin").exists() or not (folder / "val.bin").exists():
+    meta = read_meta(folder)
+    missing = [file for files in meta.files.values() for file in files if not (folder / file).exists()]
+    if missing:
         script = folder / "prepare.py"
         how = f"make them with: python data/{name}/prepare.py" if script.exists() else "a data set has both"
         where = folder if folder.is_dir() else " or ".join(str(place) for place in dict.fromkeys(_places(name)))
-        raise ValueError(f"dataset {name}: no train.bin and val.bin in {where}; {how}")
-    meta = read_meta(folder)
-    data = DataSet(
-        TokenFile(folder / "train.bin", meta.dtype, remap),
-        TokenFile(folder / "val.bin", meta.dtype, remap),
-        meta,
-        name,
-    )
+        what = "train.bin and val.bin" if meta.files == _FILES else f"{missing[0]} (meta.json names it)"
+        raise ValueError(f"dataset {name}: no {what} in {where}; {how}")
+
+    def opened(split: str) -> TokenFile:
+        paths = [folder / file for file in meta.files[split]]
+        stray = [mask_of(path) for path in paths if split not in meta.masks and mask_of(path).exists()]
+        if stray:
+            raise ValueError(f"{stray[0]}: a mask that meta.json does not name (masks)")
+        return TokenFile(paths, meta.dtype, remap, split in meta.masks)
+
+    data = DataSet(opened("train"), opened("val"), meta, name)
     data.train.require(block_size)
     data.val.require(block_size)
     return data
@@ -408,12 +488,15 @@ def gather(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(x, y), each (len(starts), block_size) int64: the windows and, one further, what follows each token.
 
+    A target that the file's mask leaves out is -1.
     Raises ValueError for an id that the file's map or a model with vocab_size ids does not have.
     """
-    windows = tokens.mapped(tokens.tokens[starts[:, None] + np.arange(block_size + 1)])
+    places = starts[:, None] + np.arange(block_size + 1)
+    windows = tokens.mapped(tokens.tokens[places])
     if vocab_size is not None:
         within(windows, vocab_size, tokens.path)
-    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+    x, y = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+    return x, y if tokens.mask is None else np.where(tokens.mask[places[:, 1:]], y, -1)
 
 
 @dataclass(frozen=True)
@@ -516,8 +599,11 @@ class Stream:
 
     tokens: TokenFile
     seed: int
-    masks: ClassVar[bool] = False
-    """Whether targets may be -1, which do not count. Where none ever is, nobody looks for them."""
+
+    @property
+    def masks(self) -> bool:
+        """Whether targets may be -1, which do not count. Where none ever is, nobody looks for them."""
+        return self.tokens.mask is not None
 
     def batch(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The next `count` samples from a place on, as (x, y), each (count, cursor.length) int64; as `gather` does it.

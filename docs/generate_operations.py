@@ -24,7 +24,8 @@ HEAD = """# Operations
 Written by docs/generate_operations.py from the classes in training/operations/; do not edit by hand.
 
 An entry's `value` is the operation's argument. `over: N` moves a number there in N iterations
-(`style: linear | cosine`) where it says *over: moves*, and fades new weights in where it says *over: fades*.
+(`style: linear | cosine | constant | power`) where it says *over: moves*, and fades new weights in where it says
+*over: fades*. `power` has an `exponent` (share of N to that power); `constant` holds the old value for N iterations.
 """
 METRICS = """## Metrics
 

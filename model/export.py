@@ -108,11 +108,11 @@ def _fit(config: ModelConfig, families: Iterable[Family]) -> tuple[Family, list[
                 if (after := step(shape)) != shape:
                     path.append((after, said))
                 shape = after
-            if len(path) == count:
-                for family in families:
-                    if not problems(family, shape):
-                        return family, path
-    reasons = sorted(((problems(family, config), family.title) for family in families), key=lambda pair: len(pair[0]))
+            for family in families:
+                if not problems(family, shape):
+                    return family, path
+    shape = _equal_widths(config)  # which every format can be given
+    reasons = sorted(((problems(family, shape), family.title) for family in families), key=lambda pair: len(pair[0]))
     nearest = "; ".join(f"{title} cannot hold {', '.join(lacking)}" for lacking, title in reasons[:2])
     raise NoForm(nearest, {word for lacking in reasons[0][0] for word in lacking.split() if word in OPTIONS})
 

@@ -431,9 +431,8 @@ class GPT(nn.Module):
         """The residual stream (batch, time, n_embd) after the last block."""
         x, rope = self._start(idx)
         # Around a compiled block and not in it: switching recompiles nothing, and dropout breaks no more graphs.
-        again = self.checkpointing and torch.is_grad_enabled()
         for block in self.transformer["h"]:
-            x = checkpoint(block, x, rope, use_reentrant=False) if again else block(x, rope)
+            x = checkpoint(block, x, rope, use_reentrant=False) if self.checkpointing else block(x, rope)
         return x
 
     def _head(self, x: Tensor) -> Tensor:

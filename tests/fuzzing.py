@@ -35,9 +35,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train_orchestrated
+from orchestrate.data.files import packed
 from orchestrate.data.keeping import as_hugging_face, save
 from orchestrate.data.prepare import prepare, trained_tokenizer
-from orchestrate.data.stream import open_data, read_meta, read_remap
+from orchestrate.data.stream import Meta, gather, open_data, read_meta, read_remap
 from orchestrate.data.tokenizer import CharTokenizer, HuggingFaceTokenizer, Pieces
 from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.config import Fade, LoraSpec, ModelConfig
@@ -98,13 +99,15 @@ MODELS = [
         "activation": "swiglu",
         "norm": "rmsnorm",
         "activation_checkpointing": True,
+        "weights_dtype": "bfloat16",
     },
     {"lora_targets": "q_proj,v_proj,down_proj,wte", "lora_rank": 2, "use_rslora": True, "lora_dropout": 0.1},
 ]
 FIELDS = {
     "reevaluate": True,
     "desc": "why",
-    "style": "cosine",
+    "style": "power",
+    "exponent": 2.0,
     "on_error": "skip",
     "guard": {"max_increase": 0.1, "within_iters": 3, "then": "keep"},
     "trigger_plateau": {"evals": 2, "min_delta": 0.1},
@@ -613,6 +616,33 @@ def metas(data: st.DataObject, workspace: Workspace) -> str:
         return "accepted"
 
 
+def token_folders(data: st.DataObject, workspace: Workspace) -> str:
+    """A folder of token files and masks, its meta.json wrong or a file damaged: what opens gives whole batches."""
+    with workspace.case() as folder, in_bounds():
+        lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3))
+        files = {name: [f"{name}_{i:03d}.bin" for i in range(len(lengths))] for name in ("train", "val")}
+        for name in (name for names in files.values() for name in names):
+            np.arange(lengths[int(name[-5])], dtype=np.uint16).tofile(folder / name)
+            (folder / name).with_suffix(".mask.bin").write_bytes(packed(np.ones(lengths[int(name[-5])])))
+        meta = Meta(20).to_json() | {"files": files, "masks": ["train", "val"]}
+        if data.draw(st.booleans()):
+            meta = mutated(data, meta)
+        (folder / "meta.json").write_text(json.dumps(meta))
+        if data.draw(st.booleans()):
+            damaged = data.draw(st.sampled_from(sorted(folder.glob("*.bin"))))
+            damaged.write_bytes(noisy(data, damaged.read_bytes()))
+        try:
+            opened = open_data(str(folder), 1)
+            assert all(path.parent == folder for path in (*opened.train.paths, *opened.val.paths))
+            x, y = gather(opened.train, np.arange(len(opened.train) - 1), 1, 20)
+        except ValueError:
+            return "refused"
+        assert (
+            x.shape == y.shape and x.min() >= 0 and y.min() >= -1 and (y == -1).any() <= (opened.train.mask is not None)
+        )
+        return "accepted"
+
+
 def tokenizer_folders(data: st.DataObject, workspace: Workspace) -> str:
     """The files of a Hugging Face tokenizer with wrong parts, or with noise in them: what is read works on any text."""
     with workspace.case() as folder, in_bounds():
@@ -737,8 +767,8 @@ def exported_shapes(data: st.DataObject, workspace: Workspace) -> str:
 TARGETS: dict[str, Callable[[st.DataObject, Workspace], str]] = {
     f.__name__: f
     for f in (schedule_entries, schedule_text, large_schedules, schedule_runs, config_values, config_file,
-              growing_configs, forged_state, forged_tensors, damaged_files, jsonl, metas, tokenizer_folders, documents,
-              foreign_checkpoints, exported_shapes)
+              growing_configs, forged_state, forged_tensors, damaged_files, jsonl, metas, token_folders,
+              tokenizer_folders, documents, foreign_checkpoints, exported_shapes)
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ EXAMPLES = {
     "change_grad_accum": 2,
     "adjust_batch_size": {"target": 1.0, "keep_global_batch": True},
     "set_eval_interval": 3,
+    "set_eval_interval_tokens": 200,
     "set_eval_iters": 2,
     "set_log_interval": 2,
     "set_data_mixture": {"first": 1, "second": 3},

@@ -150,3 +150,20 @@ def test_the_host_does_not_wait_for_a_step(data, monkeypatch):
             Run.step(run)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_texts_of_the_gpu_are_those_of_the_cpu(tiny, capsys):
+    """The random numbers are the host's, so in float32 only a near tie can tell the two apart."""
+    import sample
+
+    _, out = tiny(sample_prompts=["To be", "q"], sample_tokens=30, **GPU)
+    assert [len(text["text"]) for text in events(out, "samples")[-1]["texts"]] == [35, 31]
+    capsys.readouterr()
+    given = [f"--out_dir={out}", "--start=To be", "--num_samples=3", "--max_new_tokens=30", "--top_p=0.9",
+             "--repetition_penalty=1.1", "--dtype=float32"]  # fmt: skip
+    told = []
+    for device in ("cuda", "cpu"):
+        assert sample.main([*given, f"--device={device}"]) == 0
+        told.append(capsys.readouterr().out.split("---------------\n"))
+    assert len(told[0]) == 4 and sum(one == other for one, other in zip(*told, strict=True)) >= 3
+    assert sample.main([*given, "--device=cuda", "--dtype=bfloat16"]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arguments
+from conftest import ROOT, arguments, state_of
 
 import train_orchestrated
 from orchestrate.model import export as forms
@@ -18,7 +18,9 @@ from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.model.nanogpt import load_checkpoint
 from orchestrate.tools import export
 from orchestrate.training.session import exporting
+from orchestrate.training.session.model_card import fired
 from orchestrate.training.settings.errors import Refused, Stopped
+from orchestrate.training.store.run_folder import RunRecord
 
 GPT2_STYLE = ModelConfig(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 ROTARY = replace(GPT2_STYLE, position="rotary")
@@ -233,7 +235,7 @@ def test_nanogpt_reads_what_we_write(changes, steps, tmp_path):
         ({"activation": "gelu_tanh"}, "activation 'gelu_tanh'"),
         ({"norm_eps": 1e-6}, "norm_eps 1e-06"),
         ({"position": "rotary"}, "position 'rotary'"),
-        ({"n_hidden": (128, 129)}, "MLPs of different widths"),
+        ({"n_hidden": (128, 129)}, r"n_hidden \(129, 129\)"),
         ({"n_hidden": 129}, r"n_hidden \(129, 129\)"),
     ],
 )
@@ -362,6 +364,14 @@ def test_why_no_tokenizer_goes_along_is_said(data, tmp_path, capsys, tiny):
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_stays_behind(run, tmp_path):
+    source = exporting.open_source(str(run))
+    source = replace(source, model=shaken(replace(source.model.config, vocab_size=22, lora={})))
+    done = exporting.export(source, "hf", str(tmp_path / "hf"))
+    assert "there is no tokenizer in it: it has 23 tokens and the model 22" in done.notes
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+
+
 def test_the_model_card(run, tmp_path):
     export.main([str(run), "--to", "hf", str(tmp_path / "hf"), "--dtype", "bfloat16"])
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -392,6 +402,31 @@ def test_a_named_checkpoint_and_its_operations(run, tmp_path):
     export.main([str(run), "--to", "hf", str(tmp_path / "best"), "--checkpoint", "best"])
     best = Path(os.path.realpath(run / "checkpoints" / "best")).name
     assert f"| steps | {int(best.removeprefix('iter_'))} |" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_which_operations_made_a_checkpoint():
+    """Recoveries (no entry) and entries of other tracks go by iteration, those of the checkpoint's own by number."""
+    lines = [(1, 9), (4, None), (4, 2), (4, 3), (5, None), (5, 2)]
+    events = [{"kind": "operation", "iter": at, "entry": entry} for at, entry in lines]
+    events += [{"kind": "operation", "iter": 1, "entry": 1, "void": True}, {"kind": "decision", "iter": 1, "entry": 1}]
+    record = RunRecord(Path(), None, [], events, [], {})
+    state = replace(state_of(iter=4), orchestrator={"position": {"fired": 2}, "ramps": []})
+    assert [(event["iter"], event["entry"]) for event in fired(state, record)] == lines[:3]
+
+
+def test_a_run_in_the_middle_of_a_fade(tmp_path, tiny):
+    schedule = [{"name": "widen_mlp", "value": 96, "over": 10, "at_iter": 1}]
+    assert tiny(schedule, max_iters=4, learning_rate=0.05)[0] == 0
+    source = exporting.open_source(str(tiny.folder("run")))
+    shares = {layer: fade.share for layer, fade in source.state.settings.fading.items()}
+    assert shares.keys() == {"mlp.0", "mlp.1"} and all(0 < share < 1 for share in shares.values())
+    assert export.main([str(tiny.folder("run")), "--to", "hf", str(tmp_path / "hf")]) == 0
+    plain = exporting.from_weights(source.model.config, source.model.state_dict()).eval()
+    x = torch.arange(16)[None]
+    with torch.no_grad():
+        logits, faded = theirs(tmp_path / "hf")(x).logits, plain.logits(x)
+        plain.set_fading(source.state.settings.fading)
+        assert (logits - plain.logits(x)).abs().max() <= 1e-5 < (logits - faded).abs().max()
 
 
 def test_a_run_for_nanogpt(run, data, tmp_path, capsys, tiny):

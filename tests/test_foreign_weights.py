@@ -237,15 +237,18 @@ def test_damaged_and_missing_files(tmp_path):
     shards[1].unlink()
     refused(f"index.json names {shards[1].name}, and there is no such file")
     shards[1].write_bytes(whole)
-    names = list(listed["weight_map"])
-    index.write_text(json.dumps({"weight_map": {**listed["weight_map"], names[0]: listed["weight_map"][names[-1]]}}))
-    refused(f"tensors are not in the files .*index.json names: {names[0]}$")
+    where = listed["weight_map"]
+    name = next(n for n in where if where[n] == shards[1].name and list(where.values()).count(where[n]) > 1)
+    index.write_text(json.dumps({"weight_map": {**where, name: shards[0].name}}))
+    refused(f"tensors are not in the files .*index.json names: {name}$")
+    index.write_text(json.dumps({"weight_map": {**where, "x": shards[0].name}}))
+    refused("tensors are not in the files .*index.json names: x$")
     for wrong in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": 3}}'):
         index.write_text(wrong)
         refused("not an index of safetensors files")
     index.write_text(json.dumps(listed))
-    save_file({names[0]: torch.ones(2)}, tmp_path / shards[0].name)
-    refused("is also in|tensors are not in the files")
+    changed(shards[0], lambda tensors: tensors.update({name: torch.ones(2)}))
+    refused(f"{shards[1].name}: {name} is also in {shards[0].name}$")
     for path in (index, *shards):
         path.unlink()
     refused("there are no weights; looked for model.safetensors and model.safetensors.index.json")

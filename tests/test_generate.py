@@ -264,6 +264,17 @@ def test_where_a_text_ends(monkeypatch, script, stop, text, in_step):
     assert "".join(pieces(monkeypatch, (script,), stop=stop, in_step=in_step)[0]) == text
 
 
+def test_in_step_every_pass_is_made_whatever_becomes_of_the_texts(monkeypatch):
+    script, steps = ([1, 2, 1, 4, 4], [2, 9, 1, 1, 1], [1, 2, 2, 2, 2]), []
+    monkeypatch.setattr(Scripted, "step", lambda self, step=Scripted.step: steps.append(len(self.live)) or step(self))
+    ended = [["xab", "cdab", "x", "x"], ["xcd"], ["xab"]]
+    assert pieces(monkeypatch, script, stop=["cdcd"]) == ended and steps == [3, 3, 2, 1, 1]
+    steps.clear()
+    assert pieces(monkeypatch, script, stop=["cdcd"], in_step=True) == ended and steps == [3] * 5
+    steps.clear()
+    assert pieces(monkeypatch, ([9, 1, 1],), in_step=True) == [["x"]] and steps == [1] * 3
+
+
 def test_pieces_come_as_soon_as_they_are_certain(monkeypatch):
     assert pieces(monkeypatch, ([1, 2, 5, 1, 3],), stop=["User:"]) == [["xab", "cd", "Usab", "\n\n"]]
     first, second = pieces(monkeypatch, ([1, 2, 1, 4], [2, 9, 1, 1]))

@@ -370,7 +370,11 @@ def test_growth_rounds_once_and_keeps_frozen_matrices_short(data, name, value, t
     run.step()
     before, function = types(run), logits(run)
     operation = make(name, {} if value is None else {"value": value})
-    run.adopt(operation.plan(run.settings), operation.reshape)
+    wide, target = kept(run.model, set(), "float32")[0], operation.plan(run.settings)
+    expected, _ = operation.reshape(wide, target.model, torch.Generator().manual_seed(run.seed(1)))
+    run.adopt(target, operation.reshape)
+    for n, p in run.model.named_parameters():
+        assert torch.equal(p, expected.get_parameter(n).to(p.dtype)), n
     trains = trainable_parameters(run.model, run.settings.frozen)
     for n, p in run.model.named_parameters():
         short = n not in trains and p.dim() >= 2

@@ -88,7 +88,8 @@ def test_all_errors_at_once_with_their_places(data, tmp_path, capsys):
         planned(tmp_path, data, bad, capsys, "--plan")
     assert [p.split(": ", 1)[1] for p in parsed.value.problems] == [
         "entry 8: untie_head: `over` moves a number or fades new weights in; untie_head does neither",
-        "entry 9: stack_layers: value.how must be 'identity', 'copy', 'cycle' or 'random', got 'sideways'",
+        "entry 9: stack_layers: value.how must be 'identity', 'identity_copy', 'copy', 'cycle', 'depth_up_scaling' or "
+        "'random', got 'sideways'",
     ]
     with pytest.raises(Refused) as whole:
         planned(tmp_path, data, bad[:7], capsys, "--plan")

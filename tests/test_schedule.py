@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_empty_schedules():
         ("- {name: set_lr, value: 1, trigger_plateau: {evals: 0}}", "trigger_plateau.evals must be greater than 0, got 0"),
         ("- {name: set_lr, value: 1, reevaluate: 1}", "reevaluate must be a valid boolean, got 1"),
         ("- {name: set_lr, value: 1, over: 0}", "over must be greater than 0"),
-        ("- {name: set_lr, value: 1, over: 5, style: cubic}", "style must be 'linear' or 'cosine'"),
+        ("- {name: set_lr, value: 1, over: 5, style: cubic}", "style must be 'constant', 'linear', 'cosine' or 'power'"),
         ("- {name: set_lr, value: 1, style: cosine}", "there is no `over`"),
         ("- {name: stop, over: 5}", "`over` moves a number or fades new weights in; stop does neither"),
         ("- {name: set_lr, value: 1, on_error: hope}", "on_error must be 'stop' or 'skip'"),
@@ -290,12 +291,20 @@ def test_there_are_shipped_files():
     assert len(CONFIGS) >= 6 and len(SCHEDULES) >= 4
 
 
+# What adds a share of the blocks takes models whose depth it divides: published ones do.
+BLOCKS = {"llama_pro.yaml": 4, "depth_up_scaling.yaml": 4}
+
+
 @pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.name)
 def test_every_shipped_schedule_plans_against_every_shipped_config(path):
     schedule = read_schedule(path)
     for config_file in CONFIGS:
         config, _ = resolve([config_file], [])
         model, _ = planned_model_config(config)
+        if model.n_layer % BLOCKS.get(path.name, 1):
+            with pytest.raises(Refused, match=r"stack_layers: (times must make a whole number|.* an even number)"):
+                plan_stages(schedule, settings_from(config, model), world_size=1)
+            continue
         stages = plan_stages(schedule, settings_from(config, model), world_size=1)
         assert len(stages) == len(schedule.entries) + 1
 
@@ -458,6 +467,63 @@ def test_a_cosine_ramp_is_slow_at_its_ends():
     ramp = Ramp.between(entry, before, entry.operation.plan(before), start_iter=0)
     values = [ramp.at(i)["learning_rate"] for i in range(5)]
     assert values == pytest.approx([0.1, 0.1 + 0.2 * (1 - 0.5**0.5), 0.3, 0.1 + 0.2 * (1 + 0.5**0.5), 0.5])
+
+
+@pytest.mark.parametrize(
+    "style, exponent, middle",
+    [
+        ("constant", None, [0.1, 0.1, 0.1]),
+        ("linear", None, [0.2, 0.3, 0.4]),
+        ("power", 2.0, [0.125, 0.2, 0.325]),
+        ("power", 0.5, [0.3, 0.1 + 0.4 * 0.5**0.5, 0.1 + 0.4 * 0.75**0.5]),
+    ],
+)
+@pytest.mark.parametrize("name, key", [("set_lr", "learning_rate"), ("set_weight_decay", "weight_decay")])
+def test_every_style_of_a_ramp_by_hand(style, exponent, middle, name, key):
+    given = {"name": name, "value": 0.5, "over": 4, "style": style, **({"exponent": exponent} if exponent else {})}
+    (entry,) = parse_schedule(json.dumps([given]), "s.json").entries
+    before = start(**{key: 0.1})
+    ramp = Ramp.between(entry, before, entry.operation.plan(before), start_iter=3)
+    ramp = Ramp.from_json(json.loads(json.dumps(ramp.to_json())))
+    values = [ramp.at(3 + i)[key] for i in range(5)]
+    assert values == pytest.approx([0.1, *middle, 0.5]) and (values[0], values[4]) == (0.1, 0.5)
+
+
+def test_an_accumulation_ramp_reaches_its_end_where_the_power_of_others_does_not():
+    """From 1 to 20 in 1000: 18 is the last that 0.1 ** share gives; here the end is the end, and once more after it."""
+    (entry,) = parse_schedule(
+        "- {name: set_grad_accum, value: 20, over: 1000, style: power, exponent: 2}", "s.yaml"
+    ).entries
+    before = start(gradient_accumulation_steps=1)
+    ramp = Ramp.between(entry, before, entry.operation.plan(before), start_iter=0)
+    values = [ramp.at(i)["grad_accum"] for i in (0, 100, 500, 900, 999, 1000, 1001)]
+    assert values == [1, 1, 6, 16, 20, 20, 20]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("style: power", "style power and `exponent` go together: got power and None"),
+        ("style: cosine, exponent: 2", "style power and `exponent` go together: got cosine and 2.0"),
+        ("style: power, exponent: 0", "exponent must be .* 0"),
+        ("exponent: 2", "got linear and 2.0"),
+    ],
+)
+def test_power_has_an_exponent_and_no_other_style_has_one(text, message):
+    (told,) = problems("- {name: set_lr, value: 0.3, over: 7, " + text + "}")
+    assert re.search(message, told), told
+
+
+def test_a_ramp_of_an_older_checkpoint_has_no_exponent():
+    saved = {
+        "entry": 1,
+        "name": "set_lr",
+        "start_iter": 0,
+        "over": 2,
+        "style": "linear",
+        "fields": {"min_lr": [0.0, 1.0]},
+    }
+    assert Ramp.from_json(saved).at(1) == {"min_lr": 0.5}
 
 
 def test_nothing_left_to_train_is_refused_whatever_causes_it():

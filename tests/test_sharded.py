@@ -92,7 +92,7 @@ def test_sharded_is_the_same_run(data, tmp_path, processes):
     some = SCHEDULE if processes == 2 else SCHEDULE[:7]
     schedule.write_text(json.dumps(some))
     given = {
-        **keys(schedule=schedule, dropout=0.1, qk_norm=True, head_size=6),
+        **keys(schedule=schedule, dropout=0.1, qk_norm=True, head_size=6, attn_bias="qkv"),
         "max_iters": 24 if processes == 2 else 13,
     }
     commands = [

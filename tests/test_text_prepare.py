@@ -145,6 +145,9 @@ def test_large_files_are_cut_into_parts(tmp_path, monkeypatch):
         if name == "a.txt":
             assert all(text.text[-1].isalnum() and not text.ends for text in read[:-1])
             assert len({text.document for text in read}) == 1
+    prepare.prepare([tmp_path / name for name in ("a.txt", "c.jsonl")], tmp_path / "cut", small_encoding())
+    texts = decoded(tmp_path / "cut")
+    assert sorted((texts["train"] + texts["val"]).split(EOT)[:-1]) == sorted([TEXT[:3000], *DOCUMENTS, TEXT[:500]])
     (tmp_path / "bad.jsonl").write_text((tmp_path / "c.jsonl").read_text() + "[]\n")
     with pytest.raises(ValueError, match=r"bad.jsonl:62: not a JSON object"):
         prepare.prepare([tmp_path / "bad.jsonl"], tmp_path / "out", small_encoding())
@@ -263,8 +266,9 @@ def test_shards_of_another_input_are_not_taken(tmp_path, monkeypatch):
     left = {path.name for path in (tmp_path / "out" / "shards").iterdir()}
     assert len(left) == 2 and not (tmp_path / "out" / "train.bin").exists()
     monkeypatch.setattr(prepare, "_join", join)
-    for tokenizer in ("char", small_encoding()):
-        lines(tmp_path / "in.jsonl", DOCUMENTS[:30])
+    for tokenizer in ("train:290", "char", small_encoding()):
+        if tokenizer != "train:290":
+            lines(tmp_path / "in.jsonl", DOCUMENTS[:30])
         prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out", tokenizer)
         prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "fresh", tokenizer)
         assert files(tmp_path / "out") == files(tmp_path / "fresh")

@@ -14,12 +14,14 @@ import argparse
 import contextlib
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from orchestrate.tools.main import called
 from orchestrate.training import plan
 from orchestrate.training.loop import train
 from orchestrate.training.schedule.own import registered
 from orchestrate.training.session.launch import launch
+from orchestrate.training.session.seeds import train_seeds
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings import config as configuration
 from orchestrate.training.settings.config import TrainConfig
@@ -85,7 +87,10 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(registered(options.operations))
         if not options.plan:
-            return launch(config, given, watch or stack.enter_context(SignalWatch().installed()), train, own)
+            watch = watch or stack.enter_context(SignalWatch().installed())
+            if config.seeds:
+                return train_seeds(config, given, arguments, watch, partial(print, flush=True))
+            return launch(config, given, watch, train, own)
         with refusing():
             planned = plan.make(config, given, int(os.environ.get("WORLD_SIZE", 1)), options.against, own)
         print(planned.to_json() if options.plan == "json" else planned.table())

@@ -22,11 +22,10 @@ def _train(session: Session) -> int:
     while True:
         p, s = run.progress, run.settings
         ends, clock = p.iter >= config.max_iters, logged_at == p.iter
-        # Validation loss at every eval_interval, at the start and at the end; never twice at one iteration.
-        due = config.eval_only or ((p.iter % s.eval_interval == 0 or ends) and p.last_eval_iter != p.iter)
+        due, saves = session.must_evaluate(ends), session.must_save()
 
         # Where something is decided, it is decided on a last step whose outcome is known.
-        if (due or orchestrator.acts(due, clock)) and not session.settle():
+        if (due or saves or orchestrator.acts(due, clock)) and not session.settle():
             continue
         loss = session.evaluate() if due else None
         if config.eval_only:
@@ -54,6 +53,8 @@ def _train(session: Session) -> int:
             return 0
         if evaluated and p.iter > 0 and (improved or config.always_save_checkpoint):
             session.save_unless_saved("best validation loss" if improved else "evaluation", required=False)
+        elif saves:
+            session.save_unless_saved("save_interval", required=False)
 
         # A step that came out sick is made again, passed over or taken back, as configured.
         result = session.heal(run.step())

@@ -37,7 +37,7 @@ from orchestrate.training.session.start import (
     settings_from,
     the_schedule,
 )
-from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.config import TrainConfig, depth_told
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.metrics import EVALUATED, LOGGED, VAL_LOSS, comes_with, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
@@ -133,6 +133,7 @@ def make(
     else:
         schedule, (config, foreign) = the_schedule(config), opened(config)
         model, notes = planned_model_config(config, foreign)
+        notes += depth_told(config, given)
         settings = settings_from(config, model, foreign)
     stages = plan_stages(schedule, settings, world_size)
     data = data_of(config, stages)

@@ -7,18 +7,29 @@ from typing import ClassVar
 
 from orchestrate.training.operations.base import Operation, operation
 from orchestrate.training.settings.records import Settings
-from orchestrate.training.settings.values import PositiveInt
+from orchestrate.training.settings.values import NonNegativeInt, PositiveInt
 
 
 @operation("set_eval_interval")
 class SetEvalInterval(Operation):
-    """Set the iterations between evaluations."""
+    """Set the iterations between evaluations; tokens between them (eval_interval_tokens) count no more."""
 
-    touches: ClassVar = ("eval_interval",)
+    touches: ClassVar = ("eval_interval", "eval_interval_tokens")
     value: PositiveInt
 
     def plan(self, settings: Settings) -> Settings:
-        return replace(settings, eval_interval=self.value)
+        return replace(settings, eval_interval=self.value, eval_interval_tokens=0)
+
+
+@operation("set_eval_interval_tokens")
+class SetEvalIntervalTokens(Operation):
+    """Set the tokens between evaluations: one at the first boundary at or after each multiple. 0: eval_interval."""
+
+    touches: ClassVar = ("eval_interval_tokens",)
+    value: NonNegativeInt
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, eval_interval_tokens=self.value)
 
 
 @operation("set_eval_iters")

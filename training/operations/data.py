@@ -10,7 +10,14 @@ from pydantic import AfterValidator, Field
 from orchestrate.training.operations.base import Operation, operation
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
-from orchestrate.training.settings.values import MOST_SOURCES, NonNegativeFloat, SourceName, shares_of, weighty
+from orchestrate.training.settings.values import (
+    MOST_SOURCES,
+    NonNegativeFloat,
+    SourceName,
+    not_empty,
+    shares_of,
+    weighty,
+)
 
 
 def _mixed(settings: Settings, name: str, weights: dict[str, float]) -> Settings:
@@ -32,7 +39,10 @@ class SetDataMixture(Operation):
     ramps: ClassVar = True
     source: ClassVar = "Tijdeman 1980 (The chairman assignment problem): whose turn it is"
     value: Annotated[
-        dict[SourceName, NonNegativeFloat], Field(min_length=1, max_length=MOST_SOURCES), AfterValidator(weighty)
+        dict[SourceName, NonNegativeFloat],
+        Field(max_length=MOST_SOURCES),
+        AfterValidator(not_empty),
+        AfterValidator(weighty),
     ]
 
     def plan(self, settings: Settings) -> Settings:

@@ -60,6 +60,7 @@ def adopt(run: Run, target: Settings, reshape: Reshape | None = None) -> Cast:
         p.lr_start_iter = p.iter
     if target.rewarms != before.rewarms:
         p.rewarm_start_iter = p.iter
+    p.changed_since_eval = p.changed_since_eval or not before.evaluates_as(target)
     p.cursor = target.followed(p.cursor, before)
     return change.cast
 

@@ -15,7 +15,7 @@ from orchestrate.data.stream import TokenFile, eval_windows, gather
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.sharding import reshard
-from orchestrate.training.settings.errors import RefusedHere
+from orchestrate.training.settings.errors import Refused, RefusedHere
 
 
 @torch.no_grad()
@@ -65,4 +65,6 @@ def validation_loss(
         if ranks.sharded:
             reshard(model)
     total, count = ranks.sum(losses.cpu().numpy()).sum(axis=1)
+    if not count:
+        raise Refused(f"{tokens.path}: its mask leaves out every target of an evaluation; more eval_iters see more")
     return float(total / count)

@@ -79,6 +79,10 @@ def _backward(run: Run, total: Tensor) -> tuple[int, bool]:
             with run.stopwatch.part("data"):
                 batch = run.batches.read(p.cursor.skip(micro * s.batch_size), s.batch_size, s.model.vocab_size)
                 targets += batch.targets
+                following = p.cursor.skip(
+                    (s.grad_accum + ranks.rank if last else micro + ranks.world_size) * s.batch_size
+                )
+                run.batches.read_ahead(following, s.batch_size, s.model.vocab_size)
             with run.stopwatch.part("forward_backward"):
                 if ranks.distributed and not ranks.sharded:
                     # Only the last backward exchanges gradients; the earlier ones add up locally. Sharded ones
@@ -95,8 +99,7 @@ def _backward(run: Run, total: Tensor) -> tuple[int, bool]:
                 total += loss.detach()
             if run.device.type == "cuda":
                 with run.stopwatch.part("data"):
-                    following = s.grad_accum + ranks.rank if last else micro + ranks.world_size
-                    run.batches.prefetch(p.cursor.skip(following * s.batch_size), s.batch_size, s.model.vocab_size)
+                    run.batches.prefetch(following, s.batch_size, s.model.vocab_size)
     except Exception as error:
         # Once gradients (or, sharded, weights) are being exchanged the other ranks cannot be joined any more.
         if exchanging or ranks.sharded or not is_out_of_memory(error):

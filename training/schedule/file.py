@@ -25,6 +25,7 @@ from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import (
     MOST_PROBLEMS,
     NonNegativeFloat,
+    PositiveFloat,
     PositiveInt,
     nearest,
     problems_of,
@@ -57,6 +58,11 @@ class Guard(BaseModel):
         return self
 
 
+RampStyle = Literal["constant", "linear", "cosine", "power"]
+"""How `over: N` moves a number: not at all until its end | evenly | by half a cosine | by the share of N to the power
+`exponent`. All begin at the value in force and end at the operation's, exactly."""
+
+
 class _EntryFields(BaseModel):
     """The fields of an entry that are neither the operation's argument nor a trigger."""
 
@@ -66,7 +72,8 @@ class _EntryFields(BaseModel):
     reevaluate: bool = False
     desc: str = ""
     over: PositiveInt | None = None
-    style: Literal["linear", "cosine"] = "linear"
+    style: RampStyle = "linear"
+    exponent: PositiveFloat | None = None
     on_error: Literal["stop", "skip"] = "stop"
     guard: Guard | None = None
 
@@ -93,7 +100,9 @@ class Entry:
     reevaluate: bool
     desc: str
     over: int | None
-    style: str
+    style: RampStyle
+    exponent: float
+    """1.0 where the style is not power."""
     on_error: str
     guard: Guard | None
     given: Mapping[str, Any]
@@ -417,6 +426,8 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         problems.append(f"{title}`over` moves a number or fades new weights in; {operation.name} does neither")
     if "style" in fields and "over" not in fields:
         problems.append(f"{title}`style` says how `over` moves a number, and there is no `over`")
+    if common and (common.style == "power") != (common.exponent is not None):
+        problems.append(f"{title}style power and `exponent` go together: got {common.style} and {common.exponent}")
     try:
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -432,6 +443,7 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         desc=common.desc,
         over=common.over,
         style=common.style,
+        exponent=1.0 if common.exponent is None else common.exponent,
         on_error=common.on_error,
         guard=common.guard,
         given=given,

@@ -349,6 +349,8 @@ class Orchestrator:
             # With a name of its own: this boundary may save again, when the entry has fired.
             why = f"before entry {entry.number}, which has a guard"
             snapshot = self.host.save(why, mark=f"_before_entry_{entry.number}")
+        elif 0 < run.progress.iter == run.progress.best_iter and self._changes_the_measured(entry):
+            self.host.save("best validation loss, before an entry", mark=f"_before_entry_{entry.number}")
         before, goal, started = run.settings, self._settled(), time.perf_counter()
         try:
             with run.stopwatch.part("operation"):
@@ -498,6 +500,14 @@ class Orchestrator:
             cast = run.adopt(target, operation.reshape)
             self._drop_from_ramps(overridden)
         return cast
+
+    def _changes_the_measured(self, entry: Entry) -> bool:
+        """Whether what the loss of this boundary was measured on is there for the last time."""
+        try:
+            after = entry.plan(self.run.settings)
+        except ScheduleError:  # told when it is applied
+            return False
+        return not (self.run.progress.changed_since_eval or self.run.settings.evaluates_as(after))
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         skip = entry.on_error == "skip"

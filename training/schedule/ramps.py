@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from orchestrate.training.schedule.file import Entry
+from orchestrate.training.schedule.file import Entry, RampStyle
 from orchestrate.training.settings.records import EXACTLY, Settings, get_field, numbers_in, present_name
-from orchestrate.training.settings.values import NonNegativeInt, PositiveInt
+from orchestrate.training.settings.values import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,11 @@ class Ramp:
     name: str
     start_iter: NonNegativeInt
     over: PositiveInt
-    style: Literal["linear", "cosine"]
+    style: RampStyle
     fields: dict[str, tuple[int | float, int | float]]
     """Dotted field name of Settings: (from, to). Whole numbers stay whole when they are read back."""
+    exponent: PositiveFloat = 1.0
+    """Of the style power."""
 
     @classmethod
     def between(cls, entry: Entry, before: Settings, after: Settings, start_iter: int) -> Ramp:
@@ -35,7 +37,7 @@ class Ramp:
         else:
             names = [name for field in entry.operation.touches for name in numbers_in(after, field)]
             fields = {name: (get_field(before, name), get_field(after, name)) for name in names}
-        return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields)
+        return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields, entry.exponent)
 
     def done(self, iteration: int) -> bool:
         return iteration >= self.start_iter + self.over
@@ -48,8 +50,13 @@ class Ramp:
         if self.done(iteration):
             return end
         share = (iteration - self.start_iter) / self.over
-        if self.style == "cosine":
-            share = 0.5 * (1.0 - math.cos(math.pi * share))
+        match self.style:
+            case "constant":
+                share = 0.0
+            case "cosine":
+                share = 0.5 * (1.0 - math.cos(math.pi * share))
+            case "power":
+                share **= self.exponent
         value = start + (end - start) * share
         if isinstance(end, int):
             # Accumulation moves in steps that both ends share, so whatever number of processes divides both ends

@@ -28,7 +28,7 @@ from orchestrate.training.session.resume import Resumed, resume
 from orchestrate.training.session.session import Session
 from orchestrate.training.session.start import doubts, opened, the_schedule
 from orchestrate.training.session.stopping import SignalWatch
-from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.config import TrainConfig, depth_told
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.manifest import held, refuse_to_overwrite, set_aside
@@ -76,7 +76,7 @@ def launch(
         session = Session(config, run, orchestrator, reporter, watch, wandb_id, operations)
         code = 1
         try:
-            announce(session, resumed, parent)
+            announce(session, resumed, given, parent)
             begin(session, watch)
             code = train(session)
         finally:
@@ -181,7 +181,9 @@ def begin(session: Session, watch: SignalWatch) -> None:
         raise Stopped(f"another rank ended before the first step ({error})") from error
 
 
-def announce(session: Session, resumed: Resumed | None, parent: dict[str, Any] | None) -> None:
+def announce(
+    session: Session, resumed: Resumed | None, given: dict[str, str], parent: dict[str, Any] | None = None
+) -> None:
     """Write down and say how this start begins; `parent` is the run whose weights it begins with."""
     config, run = session.config, session.run
     total, trainable = run.parameter_counts()
@@ -203,6 +205,8 @@ def announce(session: Session, resumed: Resumed | None, parent: dict[str, Any] |
         session.event("start", **facts, **({"parent": parent} if parent else {}))
         if parent:
             session.reporter.say(f"weights of {parent['run']}, {parent['checkpoint']}, iteration {parent['iter']}")
+        for line in depth_told(config, given):
+            session.reporter.say(line)
     else:
         path = str(resumed.loaded.path)
         writes = run.ranks.is_first and not config.eval_only

@@ -26,7 +26,7 @@ from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
 from orchestrate.training.schedule.own import OwnFile, compare
-from orchestrate.training.session.start import IN_SETTINGS, other_tokenizer
+from orchestrate.training.session.start import IN_SETTINGS, named_checkpoint, other_tokenizer
 from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings, get_field, with_field
@@ -43,6 +43,7 @@ FIXED = {
     **dict.fromkeys(
         "attn_lora_rank mlp_lora_rank embedding_rank lora_targets lora_rank shrunken_vocab_size".split(), _SHAPE
     ),
+    "depth": _SHAPE,
     "base_model": "the checkpoint holds the weights of the base",
     "lora_alpha": "set_lora_alpha in a schedule changes it without a jump",
     "frozen_layers": "freeze_layer and unfreeze_layer in a schedule change it",
@@ -145,7 +146,10 @@ def resume(
     from_first: FromFirst = _alone,
 ) -> Resumed:
     """Read the run folder and settle every key that was given. Raises Refused with all that cannot be done."""
-    loaded, passed_over, damaged = latest_good(config.out_dir, from_first)
+    if config.checkpoint == "latest":
+        loaded, passed_over, damaged = latest_good(config.out_dir, from_first)
+    else:
+        loaded, passed_over, damaged = named_checkpoint(config.out_dir, config.checkpoint), [], []
     state, recorded, settings = loaded.state, loaded.state.config, loaded.state.present
     overrides = compare(state.operations, operations)
     problems = unread(settings.optimizer, given)
@@ -175,6 +179,11 @@ def resume(
                 settings = with_field(settings, IN_SETTINGS[key], after)
             overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
 
+    if "eval_interval" in given and settings.eval_interval_tokens:
+        problems.append(
+            f"{given['eval_interval']}: eval_interval counts for nothing while eval_interval_tokens is "
+            f"{settings.eval_interval_tokens}: give --eval_interval_tokens=0 too"
+        )
     schedule, fired = parse_schedule(state.schedule.text, state.schedule.source or "schedule"), state.fired
     if "schedule" in given:
         new = read_schedule(config.schedule) if config.schedule else _only(schedule, fired)

@@ -121,6 +121,7 @@ class Saver:
             optimizer,
             keep_last=config.keep_last,
             keep_best=config.keep_best,
+            keep_every=config.keep_every,
             pinned=self.session.orchestrator.pinned,
             group=run.ranks.saving if run.ranks.sharded else None,
         )

@@ -78,6 +78,7 @@ class Session:
         self._clock = time.perf_counter()
         self._logged_tokens = run.progress.tokens
         self._stopping_looked_at = -1
+        self._boundary_tokens = run.progress.tokens
         self._without_value: set[str] = set()
 
     # ------------------------------------------------------------------------------------------ telling
@@ -218,6 +219,24 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ measuring
 
+    def must_evaluate(self, ends: bool) -> bool:
+        """Whether an evaluation is due at this boundary: at the start, the end, each interval; never twice at one."""
+        p, s = self.run.progress, self.run.settings
+        if self.config.eval_only or p.last_eval_iter == p.iter:
+            return self.config.eval_only
+        every = s.eval_interval_tokens
+        on_time = p.tokens // every > p.last_eval_tokens // every if every else p.iter % s.eval_interval == 0
+        return ends or on_time
+
+    def must_save(self) -> bool:
+        """Whether save_interval or save_interval_tokens asks for a checkpoint at this boundary. Once for each."""
+        p, config = self.run.progress, self.config
+        before, self._boundary_tokens = self._boundary_tokens, p.tokens
+        every, tokens = config.save_interval, config.save_interval_tokens
+        return p.iter > self.began_at and bool(
+            (every and p.iter % every == 0) or (tokens and p.tokens // tokens > before // tokens)
+        )
+
     def evaluate(self) -> float | None:
         """The evaluation of this boundary: best loss, early stopping and metrics follow. None where a signal came."""
         losses = self.run.evaluate_each(self.signals.poll)
@@ -225,18 +244,18 @@ class Session:
             return None
         self.tick()
         p, loss, of_sources = self.run.progress, self.run.together(losses), self._losses(losses)
-        p.last_val_loss, p.last_eval_iter = loss, p.iter
+        recorded = p.last_val_loss if p.last_eval_iter == p.iter and not p.changed_since_eval else None
+        p.last_val_loss, p.last_eval_iter, p.last_eval_tokens, p.changed_since_eval = loss, p.iter, p.tokens, False
         if p.best_val_loss is None or loss < p.best_val_loss:
             p.best_val_loss, p.best_iter = loss, p.iter
         if self.config.early_stopping_metric == VAL_LOSS:
             self._look_for_gain(VAL_LOSS, loss)
         self.metrics("eval", val_loss=loss, **of_sources, best_val_loss=p.best_val_loss)
-        each = ", ".join(f"{name} {value:.4f}" for name, value in losses.items()) if of_sources else ""
-        self.reporter.say(
-            f"step {p.iter}: val loss {loss:.4f}"
-            + (f" ({each})" if each else "")
-            + (" (best)" if p.best_iter == p.iter else "")
-        )
+        each = f" ({', '.join(f'{name} {value:.4f}' for name, value in losses.items())})" if of_sources else ""
+        self.reporter.say(f"step {p.iter}: val loss {loss:.4f}{each}" + (" (best)" if p.best_iter == p.iter else ""))
+        if recorded is not None:  # with eval_only
+            same = "equals" if loss == recorded else f"differs by {loss - recorded:.3g} from"
+            self.reporter.say(f"val loss {loss!r} {same} what the checkpoint recorded")
         self.orchestrator.observe(of_sources)
         if self.config.early_stopping_metric in of_sources:
             self._look_for_gain(self.config.early_stopping_metric, of_sources[self.config.early_stopping_metric])
@@ -321,7 +340,7 @@ class Session:
             wandb_id=self.wandb_id,
             log_sizes=self.reporter.sizes(),
             data=run.batches.opened.fingerprint(),
-            tokenizer=run.batches.opened.meta,
+            tokenizer=run.batches.opened.meta.of_tokens(),
             world_size=run.ranks.world_size,
             operations=tuple(UserFile(**file.to_json()) for file in self.operations),
         )

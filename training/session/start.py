@@ -47,8 +47,9 @@ IN_SETTINGS = {
         key: key
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
-            "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_iters log_interval "
-            "use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype curriculum_alpha"
+            "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_interval_tokens "
+            "eval_iters log_interval use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype "
+            "curriculum_alpha"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
@@ -132,8 +133,8 @@ def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
     given, peft = config.model_fields_set, peft_folder.is_peft(config.init_from)
     if config.base_model and not peft:
         raise Refused(f"base_model {config.base_model}: init_from {config.init_from} is no PEFT folder and has no base")
-    if config.init_checkpoint and not is_run_folder(config.init_from):
-        raise Refused(f"init_checkpoint {config.init_checkpoint}: init_from {config.init_from} is no run folder")
+    if config.checkpoint != "latest" and config.init_from != "resume" and not is_run_folder(config.init_from):
+        raise Refused(f"checkpoint {config.checkpoint}: init_from {config.init_from} is no run folder")
     if config.init_from in ("scratch", "resume"):
         return config, None
     if peft:
@@ -141,7 +142,7 @@ def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
         foreign = Foreign(described.model, partial(peft_folder.load, config.init_from, config.base_model))
         more = _peft_keys(described)
     elif is_run_folder(config.init_from):
-        foreign = _of_run_folder(config.init_from, config.init_checkpoint or "latest")
+        foreign = _of_run_folder(config.init_from, config.checkpoint)
         more = _NO_OTHER_ADAPTERS if foreign.model.lora else {}
     elif Path(config.init_from).is_file():
         shape, load = nanogpt.open_model(config.init_from)

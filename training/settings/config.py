@@ -13,11 +13,13 @@ import operator
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from orchestrate.model.config import DEFAULTS, OPTIONS, ModelConfig
+from orchestrate.training.settings import depth
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.faults import parse_faults
 from orchestrate.training.settings.metrics import VAL_LOSS, MetricName
@@ -35,6 +37,7 @@ from orchestrate.training.settings.values import (
     WeightsDtype,
     is_large,
     nearest,
+    not_empty,
     problems_of,
     read_at_most,
     shares_of,
@@ -50,9 +53,17 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _counted(value: Any) -> Any:
+    """Whole numbers: "1,2,3", a list of them, or one."""
+    if isinstance(value, str):
+        return tuple(int(part) if part.strip().isdecimal() else part for part in value.split(",")) if value else ()
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int) else value
+
+
+Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_counted)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Weights = Annotated[dict[SourceName, NonNegativeFloat], Field(max_length=MOST_SOURCES), AfterValidator(weighty)]
-DataSets = str | Annotated[Weights, Field(min_length=1)]
+DataSets = str | Annotated[Weights, AfterValidator(not_empty)]
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -67,6 +78,9 @@ class _RunKeys(BaseModel):
     # where things go, and how often
     out_dir: str = _key("out", "the run folder")
     eval_interval: PositiveInt = _key(2000, "iterations between evaluations")
+    eval_interval_tokens: NonNegativeInt = _key(
+        0, "tokens between evaluations, to the iteration, whatever a schedule makes of the batch; 0: eval_interval"
+    )
     eval_iters: PositiveInt = _key(200, "batches of one evaluation, the same fixed windows each time")
     eval_batch_size: NonNegativeInt = _key(0, "sequences in a batch of an evaluation; 0: batch_size at the start")
     eval_only: bool = _key(False, "evaluate once, write nothing, exit")
@@ -74,17 +88,22 @@ class _RunKeys(BaseModel):
     sample_tokens: PositiveInt = _key(64, "tokens of each continuation of sample_prompts")
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
+    save_interval: NonNegativeInt = _key(0, "iterations between checkpoints beside those of evaluations; 0: none")
+    save_interval_tokens: NonNegativeInt = _key(0, "tokens between such checkpoints, to the iteration; 0: none")
     keep_last: PositiveInt = _key(2, "how many of the latest checkpoints are kept")
     keep_best: NonNegativeInt = _key(1, "how many of the best checkpoints are kept")
+    keep_every: NonNegativeInt = _key(
+        0, "keep the first checkpoint at or after each multiple of so many iterations for good; 0: none"
+    )
+    checkpoint: str = _key(
+        "latest", "of a run folder as init_from, or to eval_only: latest | best | a checkpoint's name"
+    )
     async_save: bool = _key(
         False, "write the checkpoints of evaluations in the background; a save blocks for a copy only"
     )
     init_from: str = _key(
         "scratch",
         "scratch | resume | gpt2[-medium|-large|-xl] | a run, Hugging Face or PEFT folder | a nanoGPT ckpt.pt",
-    )
-    init_checkpoint: str = _key(
-        "", "of a run folder as init_from: latest, best or the name of a checkpoint; '': latest"
     )
     base_model: str = _key("", "of a PEFT folder as init_from: its base; empty: base_model_name_or_path of the folder")
     schedule: str = _key("", "the schedule file, YAML or JSON (also spelled scaling_schedule_file)")
@@ -113,6 +132,10 @@ class _RunKeys(BaseModel):
     shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
     vocab_remapping_file: str = _key("", ".npy or .json array that maps each old token id to a new one")
 
+    depth: NonNegativeInt = _key(
+        0, "e.g. 12: width, heads, batch, learning rate and weight decay by rule, where not given; 0: as given"
+    )
+
 
 MODEL_KEYS: dict[str, str] = {option.key or name: name for name, option in OPTIONS.items() if option.meaning}
 """Configuration key -> field of ModelConfig, for every option of the model that a key sets (model/config.py)."""
@@ -137,7 +160,7 @@ def _model_keys() -> dict[str, Any]:
     return keys
 
 
-def model_values(config: TrainConfig) -> dict[str, Any]:
+def model_values(config: TrainConfig | SimpleNamespace) -> dict[str, Any]:
     """Field of ModelConfig -> its value, as the configuration's keys say."""
     values: dict[str, Any] = {}
     for key, name in MODEL_KEYS.items():
@@ -240,6 +263,9 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key("auto", "auto | float32 | bfloat16 | float16")
     compile: bool = _key(True, "torch.compile, block by block")
     seed: NonNegativeInt = _key(1337, "of the initial weights, the order of the data and dropout")
+    seeds: Seeds = _key(
+        (), "e.g. 1,2,3: a run for each, one after the other, in OUT_DIR/seed-N; then mean and spread in summary.json"
+    )
 
     @property
     def datasets(self) -> dict[str, float]:
@@ -445,7 +471,31 @@ def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
         problems = unread(config.optimizer, places)
     if problems:
         raise Refused(problems)
-    return check_config(config), places
+    return check_config(_with_depth(config)), places
+
+
+def _model_of(values: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(vocab_size=1, **model_values(SimpleNamespace(**values)))
+
+
+def _with_depth(config: TrainConfig) -> TrainConfig:
+    """With the keys that follow from `depth`. A resume has them in its checkpoint. Raises Refused."""
+    if not config.depth or config.init_from == "resume":
+        return config
+    if config.init_from != "scratch":
+        raise Refused(
+            f"depth {config.depth} describes a model from scratch, and init_from {config.init_from} has its own"
+        )
+    try:
+        update = depth.derived(config.model_dump(), config.model_fields_set, _model_of)
+    except (ValueError, ArithmeticError) as error:
+        raise Refused([f"depth {config.depth}: {problem}" for problem in str(error).split("; ")]) from None
+    return config.model_copy(update=update)
+
+
+def depth_told(config: TrainConfig, given: Mapping[str, str]) -> list[str]:
+    """What followed from `depth`, and from where, in lines for a person; none without it."""
+    return depth.told(config.model_dump(), given, _model_of) if config.depth else []
 
 
 def check_config(config: TrainConfig) -> TrainConfig:
@@ -462,6 +512,15 @@ def check_config(config: TrainConfig) -> TrainConfig:
         parse_faults(config.inject)
     except ValueError as error:
         problems.append(str(error))
+    if config.checkpoint != "latest" and not config.eval_only and config.init_from == "resume":
+        problems.append(
+            f"checkpoint {shown(config.checkpoint)} is for eval_only with init_from=resume: "
+            "a run goes on from its latest checkpoint"
+        )
+    if len(set(config.seeds)) < len(config.seeds):
+        problems.append(f"seeds {','.join(map(str, config.seeds))}: each seed is one run, give it once")
+    if config.seeds and config.eval_only:
+        problems.append("seeds and eval_only: evaluate one run, with --out_dir=OUT_DIR/seed-N")
     if not config.out_dir:
         problems.append("out_dir is empty")
     if problems:

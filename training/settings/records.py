@@ -68,6 +68,7 @@ class Settings:
     """Largest global gradient norm; 0 switches clipping off."""
     eval_interval: PositiveInt
     eval_iters: PositiveInt
+    """Batches of one evaluation."""
     log_interval: PositiveInt
     lora_alpha: PositiveFloat
     """Alpha given to adapters that are added from now on."""
@@ -77,6 +78,8 @@ class Settings:
     lora_dropout: Fraction = 0.0
     """Of what the adapters of Linear layers read."""
     dropout: Fraction = 0.0
+    eval_interval_tokens: NonNegativeInt = 0
+    """An evaluation at the first boundary at or after each multiple of so many tokens; 0: eval_interval counts."""
     activation_checkpointing: bool = False
     """Whether the backward pass computes the inside of each block again instead of keeping it."""
     weights_dtype: WeightsDtype = "float32"
@@ -129,6 +132,15 @@ class Settings:
         """A place in the stream of earlier settings, from which on these hold."""
         cut = cursor.cut(self.model.block_size, self.sequence_length)
         return cut.mixed(self.mixture, only=next(iter(before.mixture), "")) if self.mixture else cut
+
+    def evaluates_as(self, other: Settings) -> bool:
+        """Whether the same weights, carried from these settings to the others, have the same validation loss."""
+
+        def facts(s: Settings) -> tuple[Any, ...]:
+            rounded = () if s.weights_dtype == "float32" else (s.weights_dtype, s.frozen)
+            return s.model, s.reshapes_asked, s.fading, s.vocabulary_map, s.eval_iters, rounded
+
+        return facts(self) == facts(other)
 
     def in_smaller_pieces(self) -> Settings | None:
         """The same global batch in smaller micro-batches; None where a micro-batch is one sequence already."""
@@ -237,6 +249,9 @@ class Progress:
     best_iter: NonNegativeInt | None = None
     last_val_loss: Finite | None = None
     last_eval_iter: int = -1
+    last_eval_tokens: int = -1
+    changed_since_eval: bool = False
+    """Whether the schedule has changed what the evaluation of this very iteration had measured."""
     stopping_metric: str = VAL_LOSS
     """What the next two are about."""
     stopping_best: Finite | None = None

@@ -54,6 +54,13 @@ def weighty(weights: dict[str, float]) -> dict[str, float]:
     return weights
 
 
+def not_empty(weights: dict[str, float]) -> dict[str, float]:
+    """Raises ValueError where there are no weights."""
+    if not weights:
+        raise ValueError("must name a data set")
+    return weights
+
+
 def shares_of(weights: Mapping[str, float]) -> dict[str, float]:
     """The same shares, which add up to 1; those that do already stay to the bit."""
     total = math.fsum(weights.values())

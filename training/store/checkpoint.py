@@ -105,6 +105,7 @@ def save(
     *,
     keep_last: int,
     keep_best: int,
+    keep_every: int = 0,
     mark: str = "",
     pinned: Set[str] = frozenset(),
     group: SaveGroup | None = None,
@@ -122,7 +123,7 @@ def save(
 
     def finish() -> Path:
         path = manifest.commit(writing, state.text(), state.progress.iter, state.val_loss, torch.__version__)
-        manifest.prune(path, keep_last, keep_best, pinned)
+        manifest.prune(path, keep_last, keep_best, pinned, keep_every)
         return path
 
     if group is None:

@@ -45,7 +45,7 @@ class Manifest:
     iter: int
     """Optimizer steps done."""
     val_loss: float | None
-    """Validation loss of this very iteration in nats per token; None where it was not measured, or is not finite."""
+    """Validation loss of these very weights in nats per token; None where it was not measured, or is not finite."""
     torch: str
     """Version that wrote it."""
     files: Mapping[str, Any]
@@ -261,16 +261,21 @@ def _sealed(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
-def prune(saved: Path, keep_last: int, keep_best: int, pinned: Set[str]) -> None:
+def prune(saved: Path, keep_last: int, keep_best: int, pinned: Set[str], keep_every: int = 0) -> None:
     """After a save, remove what need not be kept beside it. A damaged one is let be.
 
     Args:
+        keep_every: the first checkpoint at or after each multiple of so many iterations is kept for good; 0: none is.
         pinned: names of checkpoints that are kept in any case.
     """
     found = _readable(saved.parents[1])
     best = [path for _, _, path in _ranked(found)[:keep_best]]
     # Where the run has gone back, later ones are there still; what was saved now is the latest in any case.
     names = {saved.name, *pinned, *(path.name for path in (*best, *[path for path, _ in found][:keep_last]))}
+    if keep_every:
+        # Oldest first, so that of each span the first one stays; those before an entry belong to its guard.
+        plain = [(m.iter // keep_every, path.name) for path, m in reversed(found) if "_before_" not in path.name]
+        names |= set({span: name for span, name in reversed(plain) if span}.values())
     _keep(found, [path for path, _ in found if path.name in names], saved)
 
 

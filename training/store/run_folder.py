@@ -460,10 +460,11 @@ def mark_void(path: Path, size: int, kinds: Container[str]) -> None:
             record["void"] = True
         lines.append(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
     if tail:
-        _replace_text(path, kept + b"".join(lines))
+        write_whole(path, kept + b"".join(lines))
 
 
-def _replace_text(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is whole or as before after a crash."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(data)

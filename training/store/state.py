@@ -93,9 +93,9 @@ class State:
 
     @property
     def val_loss(self) -> float | None:
-        """The validation loss of this very iteration; None where it was not measured, or is not finite."""
+        """The validation loss of these very weights; None where it was not measured, or is not finite."""
         p = self.progress
-        return clean(p.last_val_loss) if p.last_eval_iter == p.iter else None
+        return clean(p.last_val_loss) if p.last_eval_iter == p.iter and not p.changed_since_eval else None
 
     def text(self) -> str:
         """The content of state.json."""
