@@ -40,7 +40,7 @@ def _group(tokens: TokenFile, seed: int, alpha: float, number: int, group: int, 
     """First tokens of the samples of one group of a pass, in their order, int64."""
     n = windows_per_pass(len(tokens), block_size)
     size = min(GROUP, n - group * GROUP)
-    starts = window_starts(seed, number * n + group * GROUP, size, len(tokens), block_size)
+    starts = window_starts(seed, number * n + group * GROUP, size, len(tokens), block_size, tokens.row)
     rarity = _rarity(tokens)
     ids = tokens.tokens[starts[:, None] + np.arange(block_size)]
     weights = (1.0 - alpha) + alpha * rarity[np.minimum(ids, len(rarity) - 1)].mean(axis=1)

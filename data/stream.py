@@ -52,9 +52,11 @@ class TokenFile:
         dtype: of the file, little-endian unsigned integers.
         remap: array from old token id to new one, applied to what is read.
         masked: whether a mask lies beside each file.
+        row: see `Meta.row`.
 
     Attributes:
         mask: whether the loss counts a token, one by one; None where it counts all.
+        row: as `Meta.row`.
 
     Raises ValueError for a file that is missing, empty or no whole number of tokens, or a mask that does not fit.
     """
@@ -65,11 +67,13 @@ class TokenFile:
         dtype: str = "uint16",
         remap: np.ndarray | None = None,
         masked: bool = False,
+        row: int = 1,
     ) -> None:
+        self.row = row
         self.paths = [Path(path)] if isinstance(path, (str, Path)) else list(path)
         self.path = self.paths[0]
         self.dtype = np.dtype(dtype)
-        self.remap = remap
+        self.remap, self.row = remap, row
         maps = [self._map(path) for path in self.paths]
         self.tokens = maps[0] if len(maps) == 1 else Joined(maps)
         masks = [Bits(mask_of(path), len(part)) for path, part in zip(self.paths, maps, strict=True) if masked]
@@ -163,10 +167,13 @@ class Meta:
     """For tokenizer "char": the character of each id."""
     fingerprint: str = ""
     """Of the tokenizer (data/tokenizer.py); empty in folders of nanoGPT and of earlier versions."""
-    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_FILES))
+    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_FILES), hash=False)
     """The token files of train and val, in the order in which they are read as one."""
     masks: tuple[str, ...] = ()
     """Which of train and val have a mask beside each of their files."""
+    row: int = 1
+    """Tokens of a row where all rows are equally long, lines or packed documents: windows of whole rows, or of whole
+    parts of one, begin with one in every pass."""
 
     def to_json(self) -> dict[str, Any]:
         """What is as in any other folder is left out."""
@@ -180,11 +187,12 @@ class Meta:
             "fingerprint": self.fingerprint,
             **files,
             **({"masks": list(self.masks)} if self.masks else {}),
+            **({"row": self.row} if self.row > 1 else {}),
         }
 
     def of_tokens(self) -> Meta:
         """What the ids mean, without the files that they lie in: what a run keeps."""
-        return replace(self, files=dict(_FILES), masks=())
+        return replace(self, files=dict(_FILES), masks=(), row=1)
 
     @classmethod
     def from_json(cls, values: Any, place: str = "meta.json") -> Meta:
@@ -215,10 +223,14 @@ class Meta:
             )
         if not isinstance(masks, list) or not all(isinstance(name, str) and name in _FILES for name in masks):
             raise ValueError(f"{place}: masks must be a list of train or val, got {masks!r:.80}")
+        row = values.get("row", 1)
+        if type(row) is not int or not 1 <= row <= 2**32:
+            raise ValueError(f"{place}: row must be a whole number from 1 to {2**32}, got {row!r:.80}")
         files = {**_FILES, **{name: tuple(names) for name, names in files.items()}}
         if set(files["train"]) & set(files["val"]):
             raise ValueError(f"{place}: files: a file is named for train and for val")
-        return cls(vocab_size, values.get("dtype", "uint16"), tokenizer, tuple(itos), fingerprint, files, tuple(masks))
+        dtype = values.get("dtype", "uint16")
+        return cls(vocab_size, dtype, tokenizer, tuple(itos), fingerprint, files, tuple(masks), row)
 
 
 def _are_names(names: Any) -> bool:
@@ -367,7 +379,7 @@ def open_data(name: str, block_size: int, remap: np.ndarray | None = None) -> Da
         stray = [mask_of(path) for path in paths if split not in meta.masks and mask_of(path).exists()]
         if stray:
             raise ValueError(f"{stray[0]}: a mask that meta.json does not name (masks)")
-        return TokenFile(paths, meta.dtype, remap, split in meta.masks)
+        return TokenFile(paths, meta.dtype, remap, split in meta.masks, meta.row)
 
     data = DataSet(opened("train"), opened("val"), meta, name)
     data.train.require(block_size)
@@ -453,20 +465,22 @@ def windows_per_pass(n_tokens: int, block_size: int) -> int:
     return max(1, (n_tokens - block_size) // block_size)
 
 
-def window_starts(seed: int, first: int, count: int, n_tokens: int, block_size: int) -> np.ndarray:
+def window_starts(seed: int, first: int, count: int, n_tokens: int, block_size: int, row: int = 1) -> np.ndarray:
     """First tokens of samples first .. first + count - 1, (count,) int64; each window and the token after it fit.
 
     Pass p shifts its grid of windows by a phase in [0, block_size), 0 in the first, so that a data set seen many times
-    is cut differently each time. At most block_size tokens at the two ends are left out of a pass.
+    is cut differently each time; the phase is of whole rows of so many tokens. At most block_size tokens at the two
+    ends are left out of a pass.
     """
     n = windows_per_pass(n_tokens, block_size)
     samples = np.arange(first, first + count, dtype=np.int64)
     passes = samples // n
+    row = 1 if block_size % row and row % block_size else row
     starts = np.empty(count, dtype=np.int64)
     for number in range(first // n, (first + count - 1) // n + 1):
         here = passes == number
-        phases = min(block_size, n_tokens - n * block_size)
-        phase = int(_keys(seed, number)[-1] % np.uint64(phases)) if number else 0
+        phases = -(-min(block_size, n_tokens - n * block_size) // row)
+        phase = row * int(_keys(seed, number)[-1] % np.uint64(phases)) if number else 0
         starts[here] = phase + block_size * permute(samples[here] - number * n, n, seed, number)
     return starts
 
@@ -624,7 +638,7 @@ class Stream:
 
     def _starts(self, first: int, count: int, block_size: int) -> np.ndarray:
         """First tokens of the windows first .. first + count - 1 of the order, (count,) int64."""
-        return window_starts(self.seed, first, count, len(self.tokens), block_size)
+        return window_starts(self.seed, first, count, len(self.tokens), block_size, self.tokens.row)
 
     def passes(self, cursor: Cursor) -> float:
         """How often the data set has been seen up to a place."""

@@ -33,6 +33,8 @@ METRICS = """## Metrics
 
 - with every evaluation at eval_interval: {}
 - with every line of log_interval: {}
+- with the evaluations that score `eval_tasks`: the numbers of those tasks, such as `eval/adder_accuracy`, of which more
+  is better: a plateau is one below the highest, and a guard gives `max_decrease`. Names that no task gives are refused.
 
 Of clocks and machines (`tokens_per_second`, `seconds_by_part`, `machine`) rank 0's number counts.
 """

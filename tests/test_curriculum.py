@@ -45,7 +45,7 @@ def test_windows_come_as_often_as_their_rarity_says(tokens):
         own = tokens.tokens[starts[first : first + GROUP]] == 2
         due = len(own) * heavy * own.sum() / (heavy * own.sum() + light * (~own).sum())
         got = (x[first : first + GROUP, 0] == 2).sum()
-        assert abs(got - due) < 2 and got > own.sum() + 5, (got, due)
+        assert abs(got - due) < 2 and (got > own.sum() + 5 or not own.any()), (got, due)
         drawn = {bytes(row) for row in x[first : first + GROUP]}
         assert len(drawn) == (1 if own.all() or not own.any() else 2)
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from orchestrate.training.operations import Operation, make
 from orchestrate.training.schedule.triggers import TRIGGERS, Trigger
 from orchestrate.training.settings.errors import Refused, ScheduleError
-from orchestrate.training.settings.metrics import NAMES, VAL_LOSS, MetricName, in_nats, is_metric
+from orchestrate.training.settings.metrics import NAMES, VAL_LOSS, MetricName, in_nats, is_metric, rises
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import (
     MOST_PROBLEMS,
@@ -46,12 +46,19 @@ class Guard(BaseModel):
     metric: MetricName = VAL_LOSS
     max_increase: NonNegativeFloat = 0.05
     """How much higher the metric may be than right before the entry; must be given where it is not a loss, in nats."""
+    max_decrease: NonNegativeFloat = 0.0
+    """How much lower a task's score may be: more is better of it, so this is given in the place of max_increase."""
     within_iters: PositiveInt = 200
     then: Literal["revert", "keep", "stop"] = "revert"
 
     @model_validator(mode="after")
     def _in_units_of_the_metric(self) -> Guard:
-        if not in_nats(self.metric) and "max_increase" not in self.model_fields_set:
+        limits = {"max_increase", "max_decrease"}.intersection(self.model_fields_set)
+        if rises(self.metric) and limits != {"max_decrease"}:
+            raise ValueError(f"must give max_decrease and no max_increase: more is better of {self.metric}")
+        if not rises(self.metric) and "max_decrease" in limits:
+            raise ValueError(f"max_decrease is for scores of tasks: less is better of {self.metric}")
+        if not in_nats(self.metric) and not limits:
             raise ValueError(
                 f"must give max_increase: its default {self.max_increase} is in nats, {self.metric} is not"
             )

@@ -28,7 +28,7 @@ from orchestrate.training.schedule.file import Entry, Guard, Schedule
 from orchestrate.training.schedule.ramps import Ramp
 from orchestrate.training.schedule.stages import check_settings
 from orchestrate.training.settings.errors import OperationFailed, ScheduleError, Stopped
-from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, finite, spoken, told
+from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, falling, finite, rises, spoken, told
 from orchestrate.training.settings.records import (
     EXACTLY,
     Elapsed,
@@ -114,7 +114,7 @@ class Position:
     """(iteration, value) of what was logged last, for the metrics that are asked for; None for what is not finite."""
     history: dict[str, tuple[Finite, ...]] = field(default_factory=dict)
     """Values since the head became the head: all of val_loss; of other metrics that its triggers look back on, the
-    lowest of the oldest and then as many as they compare."""
+    best of the oldest and then as many as they compare."""
     round_loss: float | None = None
     """The loss of the round under way: a checkpoint between two entries of a chain resumes in the middle of it."""
     round_open: bool = False
@@ -218,7 +218,7 @@ class Orchestrator:
             if looked_back.get(name) and finite(value):
                 values, compared = (*position.history.get(name, ()), value), looked_back[name]
                 if len(values) > compared + 1:
-                    values = (min(values[:-compared]), *values[-compared:])
+                    values = (min(values[:-compared], key=partial(falling, name)), *values[-compared:])
                 position.history[name] = values
 
     def _looked_back(self) -> dict[str, int]:
@@ -405,7 +405,7 @@ class Orchestrator:
             entry.number,
             entry.operation.name,
             before,
-            before + guard.max_increase,
+            before - guard.max_decrease if rises(guard.metric) else before + guard.max_increase,
             self.run.progress.iter + guard.within_iters,
             guard.then,
             snapshot,
@@ -424,7 +424,9 @@ class Orchestrator:
         now = self._now(val_loss)
         for watch in [watch for watch in position.watches if watch.metric in now]:
             value = now[watch.metric]
-            if not value <= watch.limit:  # what is not a number is beyond it too
+            if not falling(watch.metric, value) <= falling(
+                watch.metric, watch.limit
+            ):  # what is not a number is beyond it too
                 if watch.then == "revert":
                     self._revert(watch, value)
                     return True
@@ -464,7 +466,8 @@ class Orchestrator:
             "rollback",
             entry=watch.entry,
             name=watch.name,
-            reason=f"guard: {spoken(metric)} {told(metric, value)} > {told(metric, watch.limit)}",
+            reason=f"guard: {spoken(metric)} {told(metric, value)} "
+            f"{'<' if rises(metric) else '>'} {told(metric, watch.limit)}",
             from_iter=from_iter,
             checkpoint=watch.checkpoint,
             **{f"{metric}_before": watch.before, metric: value},

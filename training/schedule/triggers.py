@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, spoken, told
+from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, falling, spoken, told
 from orchestrate.training.settings.records import Elapsed, Measured
 from orchestrate.training.settings.values import Finite, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -69,8 +69,10 @@ def _no_gain(metric: str, plateau: Plateau, measured: Measured) -> str | None:
     evals, history = plateau.evals, measured.history.get(metric, ())
     if metric not in measured.now or len(history) <= evals:
         return None
-    before, recent = min(history[:-evals]), min(history[-evals:])
+    values = [falling(metric, value) for value in history]
+    before, recent = min(values[:-evals]), min(values[-evals:])
     if recent > before - plateau.min_delta:
+        recent, before = falling(metric, recent), falling(metric, before)
         what, counted = ("plateau", "evaluations") if metric == VAL_LOSS else (f"plateau of {metric}", "values")
         margin = f"min_delta {plateau.min_delta:g}"
         return f"{what}: {told(metric, recent)} in {evals} {counted}, {told(metric, before)} before ({margin})"

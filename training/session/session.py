@@ -20,6 +20,7 @@ from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.session import healing
 from orchestrate.training.session.resume import open_model
 from orchestrate.training.session.saving import Saver
+from orchestrate.training.session.scores import scores
 from orchestrate.training.session.stopping import NoSignals, SignalWatch
 from orchestrate.training.session.texts import continue_prompts
 from orchestrate.training.settings.config import TrainConfig
@@ -30,6 +31,7 @@ from orchestrate.training.settings.metrics import (
     PARTS,
     VAL_LOSS,
     comes_with,
+    falling,
     finite,
     numbers,
     of_source,
@@ -38,6 +40,7 @@ from orchestrate.training.settings.values import brief
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Silent, machine, memory_percent
 from orchestrate.training.store.state import ScheduleText, State, UserFile
+from orchestrate.training.tasks import make as tasks_of
 
 
 class Session:
@@ -65,6 +68,7 @@ class Session:
         self.signals = signals
         self.wandb_id = wandb_id
         self.operations = operations
+        self.tasks = tasks_of(config.eval_tasks)
         self.orchestrator = orchestrator
         orchestrator.host = self
         self.began_at = run.progress.iter
@@ -240,7 +244,9 @@ class Session:
     def evaluate(self) -> float | None:
         """The evaluation of this boundary: best loss, early stopping and metrics follow. None where a signal came."""
         losses = self.run.evaluate_each(self.signals.poll)
-        if losses is None:
+        ends = self.config.eval_only or self.run.progress.iter >= self.config.max_iters or bool(self.why_end())
+        scored = None if losses is None else scores(self.run, self.tasks, ends, self.signals.poll)
+        if losses is None or scored is None:
             return None
         self.tick()
         p, loss, of_sources = self.run.progress, self.run.together(losses), self._losses(losses)
@@ -250,9 +256,15 @@ class Session:
             p.best_val_loss, p.best_iter = loss, p.iter
         if self.config.early_stopping_metric == VAL_LOSS:
             self._look_for_gain(VAL_LOSS, loss)
-        self.metrics("eval", val_loss=loss, **of_sources, best_val_loss=p.best_val_loss)
+        by_name = {**of_sources, **scored}
+        if (metric := self.config.early_stopping_metric) in by_name:
+            self._look_for_gain(metric, by_name[metric])
+        self.metrics("eval", val_loss=loss, **by_name, best_val_loss=p.best_val_loss)
         each = f" ({', '.join(f'{name} {value:.4f}' for name, value in losses.items())})" if of_sources else ""
         self.reporter.say(f"step {p.iter}: val loss {loss:.4f}{each}" + (" (best)" if p.best_iter == p.iter else ""))
+        if scored:
+            self.reporter.say(f"step {p.iter}: " + ", ".join(f"{name} {value:.4f}" for name, value in scored.items()))
+        self.orchestrator.observe(by_name)
         if recorded is not None:  # with eval_only
             same = "equals" if loss == recorded else f"differs by {loss - recorded:.3g} from"
             self.reporter.say(f"val loss {loss!r} {same} what the checkpoint recorded")
@@ -278,7 +290,8 @@ class Session:
         if p.stopping_metric != metric:  # a resume has chosen another
             p.stopping_metric, p.stopping_best, p.evals_without_gain = metric, None, 0
         if finite(value) and (
-            p.stopping_best is None or value < p.stopping_best - self.config.early_stopping_min_delta
+            p.stopping_best is None
+            or falling(metric, value) < falling(metric, p.stopping_best) - self.config.early_stopping_min_delta
         ):
             p.stopping_best, p.evals_without_gain = value, 0
         else:

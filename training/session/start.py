@@ -31,6 +31,7 @@ from orchestrate.model.gpt import GPT, crop_block_size, from_weights, init_weigh
 from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
 from orchestrate.training.schedule.stages import Stage
+from orchestrate.training.session.scores import check_tasks
 from orchestrate.training.session.texts import check_prompts
 from orchestrate.training.settings.config import TrainConfig, keys_of, model_values, stands_for_more
 from orchestrate.training.settings.errors import Refused
@@ -276,11 +277,27 @@ def data_of(config: TrainConfig, stages: list[Stage]) -> Sources:
     return Sources(found).agreed()
 
 
+def check_target(stages: list[Stage], config: TrainConfig) -> None:
+    """Raises Refused where the last stage's model is not the `target_architecture`."""
+    model = stages[-1].settings.model
+    last = keys_of(model) | {"vocab_size": model.vocab_size}
+    if len(set(model.n_hidden)) > 1:
+        last["n_hidden"] = list(model.n_hidden)
+    if missed := [key for key, value in config.target_architecture.items() if last[key] != value]:
+        raise Refused(
+            [
+                f"target_architecture: {key} {shown(config.target_architecture[key])} is not reached: "
+                f"{'the schedule ends' if len(stages) > 1 else 'the model stays'} at {shown(last[key])}"
+                for key in missed
+            ]
+        )
+
+
 def check_data(data: Sources, config: TrainConfig, stages: list[Stage], foreign: Foreign | None = None) -> None:
     """Raises Refused where the data does not fit the models of a run, or where sample_prompts cannot be read.
 
-    There may be too few tokens, or ids that a model lacks, or ids that mean something else to it; or a metric may be
-    asked for that is of no data set.
+    There may be too few tokens, or ids that a model lacks, or ids that mean something else to it. A task of eval_tasks
+    may not fit, or one is missing that a metric asks for, and so may a data set.
 
     Of the files only samples are looked at; a batch is looked at whole before it is used.
     """
@@ -303,19 +320,14 @@ def check_data(data: Sources, config: TrainConfig, stages: list[Stage], foreign:
         except ValueError as error:
             raise error if isinstance(error, Refused) else Refused(f"dataset {name}: {error}") from None
     check_prompts(config, data.speaks, settings)
-    stopping = config.early_stopping_metric if config.early_stopping_patience else ""
-    asked = [("early_stopping_metric", stopping)]
-    asked += [
-        (f"entry {s.entry.number}: {s.entry}", name) for s in stages if s.entry for name in sorted(s.entry.metrics)
-    ]
+    check_tasks(config, data.meta, stages)
+    asked = [("early_stopping_metric", config.early_stopping_metric)] if config.early_stopping_patience else []
+    entries = [stage.entry for stage in stages if stage.entry]
+    asked += [(f"entry {entry.number}: {entry}", name) for entry in entries for name in sorted(entry.metrics)]
+    there = ", ".join(data) if len(data) > 1 else f"{next(iter(data))} alone, and its metrics have no name behind them"
     for place, name in asked:
         if source_of(name) and (len(data) == 1 or source_of(name) not in data):
-            there = (
-                ", ".join(data)
-                if len(data) > 1
-                else f"{next(iter(data))} alone, whose metrics have no name behind them"
-            )
-            raise Refused(f"{place}: {name} is of no data set that the run reads: there are {there}")
+            raise Refused(f"{place}: {name} is of no data set that the run reads: there is {there}")
 
 
 def _check_vocabulary(name: str, one: DataSet, config: TrainConfig, stages: list[Stage], several: bool) -> None:
@@ -328,10 +340,8 @@ def _check_vocabulary(name: str, one: DataSet, config: TrainConfig, stages: list
         if known and read and known > settings.model.vocab_size and not settings.vocabulary_map:
             place = f"entry {stage.entry.number}: {stage.entry}: " if stage.entry else ""
             whose = "" if config.init_from in ("scratch", "resume") else f" of {config.init_from}"
-            size = settings.model.vocab_size
-            raise Refused(
-                f"{place}dataset {name} has a vocabulary of {known}, more than the {size} of the model{whose}"
-            )
+            more = f"more than the {settings.model.vocab_size} of the model{whose}"
+            raise Refused(f"{place}dataset {name} has a vocabulary of {known}, {more}")
 
 
 def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = None) -> str:
@@ -346,13 +356,18 @@ def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = N
     elif config.init_from in ("scratch", "resume") or config.shrunken_vocab_size or Path(config.init_from).is_file():
         return ""
     else:
-        source = config.init_from
-        if peft_folder.is_peft(source) and not has_tokenizer(source):
-            source = peft_folder.describe(source, config.base_model).base  # which the adapter was trained on
+        source = speaker(config.init_from, config.base_model)
         other = differs(data.meta, data.folder, source, source in hugging_face.GPT2_MODELS)
         whose = f"{config.init_from} speaks"
     said = f"dataset {config.dataset} is written in tokens of {named(data.meta)}, and {whose} {other}"
     return f"{said}: a token means something else to it" if other else ""
+
+
+def speaker(source: str, base_model: str = "") -> str:
+    """The folder or release that has a model's tokenizer: of a PEFT folder without one, its base. Raises ValueError."""
+    if peft_folder.is_peft(source) and not has_tokenizer(source):
+        return peft_folder.describe(source, base_model).base
+    return source
 
 
 def doubts(data: Sources, config: TrainConfig, settings: Settings, trained: Meta | None = None) -> list[str]:
@@ -365,6 +380,9 @@ def doubts(data: Sources, config: TrainConfig, settings: Settings, trained: Meta
     known, size = data.meta.vocab_size, settings.model.vocab_size
     if known and not settings.vocabulary_map and size > -(-known // 128) * 128:  # more than padding
         told.append(f"dataset {config.dataset} has {known} tokens, and the model's vocabulary is {size}")
+    if settings.model.block_size % data.meta.row:
+        lines = f"lines of {data.meta.row} tokens, and block_size {settings.model.block_size} is no multiple of that"
+        told.append(f"dataset {config.dataset} has {lines}: windows begin anywhere in a line")
     if settings.decay_lr and config.max_iters <= settings.warmup_iters and config.max_iters:
         told.append(
             f"the run ends within its warm-up (max_iters {config.max_iters}, warmup_iters {settings.warmup_iters}): "

@@ -7,6 +7,7 @@ no run: the session makes the numbers, the orchestrator remembers those that som
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Mapping
 from typing import Annotated, Any
 
@@ -30,8 +31,9 @@ ON_FIRST_RANK = (
 LOGGED = ("loss", "grad_norm", "lr", "step_lr", "batch_size", "grad_accum", "passes", "coverage", *ON_FIRST_RANK)
 """Values come with the lines of every log_interval."""
 NAMES = (*EVALUATED, *LOGGED)
-_OF_SOURCES = {VAL_LOSS: EVALUATED, "passes": LOGGED, "coverage": LOGGED}
+_OF_SOURCES = (VAL_LOSS, "passes", "coverage")
 """What a run with several data sets measures of each, as val_loss/NAME and so on."""
+_OF_TASK = "eval/"
 
 
 def of_source(name: str, source: str) -> str:
@@ -45,14 +47,36 @@ def source_of(name: str) -> str:
     return source if kind in _OF_SOURCES else ""
 
 
+def of_task(what: str) -> str:
+    """The name of a metric that a task of eval_tasks gives, with evaluations."""
+    return f"{_OF_TASK}{what}"
+
+
+def is_of_task(name: str) -> bool:
+    """Whether a task may give this; of tasks that are not the run's nobody does."""
+    return re.fullmatch(r"eval/[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
+
+
 def comes_with(name: str, kinds: Container[str]) -> bool:
     """Whether a metric's values come with the evaluations (EVALUATED), or with the lines of log_interval (LOGGED)."""
+    if is_of_task(name):
+        return VAL_LOSS in kinds
     return name.partition("/")[0] in kinds if source_of(name) else name in kinds
 
 
 def is_metric(name: str) -> bool:
-    """Whether a run may measure this; of data sets that are not the run's it does not."""
-    return name in NAMES or bool(source_of(name))
+    """Whether a run may measure this; of data sets and tasks that are not the run's it does not."""
+    return name in NAMES or bool(source_of(name)) or is_of_task(name)
+
+
+def rises(name: str) -> bool:
+    """Whether more of a metric is better; of all others less is."""
+    return is_of_task(name)
+
+
+def falling(name: str, value: float) -> float:
+    """A metric's value as one of which less is better. Twice, it is the value again."""
+    return -value if rises(name) else value
 
 
 def in_nats(name: str) -> bool:

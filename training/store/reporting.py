@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.metrics import is_of_task
 from orchestrate.training.store import run_folder
 from orchestrate.training.store.run_folder import COURSE, EVENTS, METRICS, METRICS_KINDS, Lines, clean, mark_void
 
@@ -100,7 +101,8 @@ class Reporter(Silent):
         self._write(METRICS, {"kind": kind, **fields})
         if self._wandb is not None:
             flat = {name: v for name, v in clean(fields).items() if isinstance(v, int | float)}
-            self._wandb.log({f"{kind}/{name}": v for name, v in flat.items() if name != "iter"}, step=fields["iter"])
+            named = {name if is_of_task(name) else f"{kind}/{name}": v for name, v in flat.items() if name != "iter"}
+            self._wandb.log(named, step=fields["iter"])
 
     def _write(self, name: str, record: Mapping[str, Any] | str) -> None:
         """A line in one of the files; what is wrong with a file is told once, and the run goes on."""

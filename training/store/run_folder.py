@@ -91,6 +91,7 @@ class Eval(_Metrics):
     """Mean loss of the validation windows in nats per token."""
     best_val_loss: NotRequired[_Number]
     """The lowest so far."""
+    # Scores of eval_tasks stand beside these under their own names, such as eval/adder_accuracy.
     why: NotRequired[str]
     """Of an extra evaluation around an operation, which does not count as best: its reason."""
 

@@ -1,0 +1,59 @@
+"""Task scores at evaluations: when they are made, and what is refused because no task gives it. Changes no run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from orchestrate.data.stream import Meta
+from orchestrate.training.run.run import Run
+from orchestrate.training.schedule.stages import Stage
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.metrics import is_of_task
+from orchestrate.training.settings.values import nearest
+from orchestrate.training.tasks import Task, make
+
+
+def check_tasks(config: TrainConfig, meta: Meta, stages: Sequence[Stage]) -> None:
+    """Raises Refused where a task cannot be done, or where a number is asked for that no task gives.
+
+    Args:
+        meta: what the tokens of the training data are.
+    """
+    tasks = make(config.eval_tasks)
+    block_size = min(stage.settings.model.block_size for stage in stages)
+    problems = [f"eval_tasks: {task.name}: {why}" for task in tasks if (why := task.check(meta, block_size))]
+    known = [name for task in tasks for name in task.metrics]
+    asked = [
+        (f"entry {s.entry.number}: {s.entry}", name) for s in stages if s.entry for name in sorted(s.entry.metrics)
+    ]
+    if config.early_stopping_patience:
+        asked.append(("early_stopping_metric", config.early_stopping_metric))
+    there = ", ".join(known) or "none, as eval_tasks is empty"
+    problems += [
+        f"{place}: {name} is given by no task{nearest(name, known)}; there are {there}"
+        for place, name in asked
+        if is_of_task(name) and name not in known
+    ]
+    if problems:
+        raise Refused(problems)
+
+
+def scores(run: Run, tasks: Sequence[Task], ends: bool, poll: Callable[[], int]) -> dict[str, float] | None:
+    """Metric -> value of the tasks that are due at an evaluation, {} where none is; None where `poll` said stop.
+
+    Progress knows the evaluation before this one.
+
+    Args:
+        ends: whether this is the evaluation at the end of the run, or the only one.
+    """
+    every, p = run.config.eval_tasks_interval, run.progress
+    found: dict[str, float] = {}
+    if every and p.iter // every == p.last_eval_iter // every and not ends:
+        return found
+    for task in tasks:
+        score = task.score(run, poll)
+        if score is None:
+            return None
+        found |= score
+    return found

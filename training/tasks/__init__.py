@@ -1,0 +1,6 @@
+"""All tasks that eval_tasks can name. Importing this package registers them."""
+
+from orchestrate.training.tasks import exact_match
+from orchestrate.training.tasks.base import TASKS, Task, make
+
+__all__ = ["TASKS", "Task", "exact_match", "make"]

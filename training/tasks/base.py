@@ -1,0 +1,91 @@
+"""What a task is: a name, and a function from a model in training to numbers that tell how well it does.
+
+A task is one subclass of `Task` under `@task(NAME)`, in a file of this room that `__init__.py` imports. Its metrics
+then stand in metrics.jsonl, and triggers, guards and early stopping may name them. A score leaves the run as it is: no
+weight, no random number and no place in the data changes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from orchestrate.data.stream import Meta
+from orchestrate.training.run.run import Run
+from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.metrics import of_task
+from orchestrate.training.settings.values import nearest, shown
+
+
+class Task(ABC):
+    """Something to do with a model at evaluations.
+
+    Args:
+        source: what it reads, as eval_tasks gives it: a folder under data/, or a path. Raises ValueError.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, source: str) -> None: ...
+
+    @property
+    @abstractmethod
+    def metrics(self) -> Sequence[str]:
+        """The names of what `score` measures; larger is better in each."""
+
+    @abstractmethod
+    def check(self, meta: Meta, block_size: int) -> str:
+        """Why models of this block_size and of these tokens cannot do it, or nothing."""
+
+    @abstractmethod
+    def score(self, run: Run, poll: Callable[[], int]) -> dict[str, float] | None:
+        """Metric -> value, the same on every rank; None where `poll` said stop. Collective: the ranks share the work.
+
+        `poll` is asked equally often on every rank. With sharded weights all ranks call the model equally often.
+        """
+
+    def metric(self, what: str) -> str:
+        """The name of one of its metrics."""
+        return of_task(f"{self.name}_{what}")
+
+
+TASKS: dict[str, type[Task]] = {}
+
+
+def task(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Class decorator: make a task known to eval_tasks. Raises ValueError for a name that is taken."""
+
+    def register(cls: type[Task]) -> type[Task]:
+        if name in TASKS:
+            raise ValueError(f"there is a task {name} already")
+        cls.name = name
+        TASKS[name] = cls
+        return cls
+
+    return register
+
+
+def make(given: Sequence[str]) -> tuple[Task, ...]:
+    """The tasks that eval_tasks names, NAME or NAME:FOLDER. Raises Refused."""
+    found: dict[str, Task] = {}
+    problems = []
+    for text in given:
+        name, _, source = text.partition(":")
+        if name not in TASKS:
+            problems.append(f"eval_tasks: there is no task {shown(name)}{nearest(name, TASKS)}; there are {_listed()}")
+        elif name in found:
+            problems.append(f"eval_tasks: {name} is there twice")
+        else:
+            try:
+                found[name] = TASKS[name](source or name)
+            except ValueError as error:
+                problems.append(f"eval_tasks: {name}: {error}")
+    if problems:
+        raise Refused(problems)
+    return tuple(found.values())
+
+
+def _listed() -> str:
+    return ", ".join(TASKS)
