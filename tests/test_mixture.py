@@ -9,10 +9,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import TINY, assert_same_tensors, events, lines, on_ranks, tensors, write_data
+import yaml
+from conftest import ROOT, TINY, assert_same_tensors, events, lines, on_ranks, tensors, write_data
 
 import train_orchestrated
+from orchestrate.data.conversations import chat
 from orchestrate.data.mixture import Sources
+from orchestrate.data.prepare import Reading, prepare
 from orchestrate.data.proportions import UNITS, in_units, turns
 from orchestrate.data.stream import Cursor, Source, open_data, windows_per_pass
 from orchestrate.training.settings.errors import Refused
@@ -281,3 +284,29 @@ def test_a_run_begins_with_the_weights_of_another(tiny, two):
     ):
         with pytest.raises(Refused, match=message):
             tiny(out="no", **{**keys, **more})
+
+
+def test_from_pretraining_to_conversations(tiny, two, tmp_path):
+    """The shipped schedule on a tiny set of each kind: masks come in with the second, and two words."""
+    talks = tmp_path / "talks.jsonl"
+    turns_ = [{"role": "user", "content": "to be"}, {"role": "assistant", "content": "or not to be"}]
+    talks.write_text("".join(json.dumps({"messages": turns_, "number": i}) + "\n" for i in range(80)))
+    chat_folder = tmp_path / "chat"
+    reading = Reading(render=chat, sources=("messages",))
+    prepare([talks], chat_folder, two[0], reading=reading, val=0.5)
+    name = str(chat_folder)
+    text = (ROOT / "schedules" / "pretrain_midtrain_chat.yaml").read_text()
+    schedule = yaml.safe_load(text.replace("fineweb_edu", two[0]).replace("task_mixture", name))
+    for entry in schedule:
+        entry |= {"over": 3} if "over" in entry else {}
+        entry |= {"max_wait_iters": 2} if "max_wait_iters" in entry else {}
+    code, out = tiny(schedule, dataset=two[0], max_iters=20, eval_interval=4, decay_lr=False)
+    assert code == 0 and len(events(out, "operation")) == 5
+    state = json.loads((out / "checkpoints" / "latest" / "state.json").read_text())
+    assert state["settings"]["mixture"] == {two[0]: 0.0, name: 1.0}
+    assert state["settings"]["model"]["vocab_size"] == 25 and state["tokenizer"]["vocab_size"] == 25
+    evaluations = [line for line in lines(out / METRICS) if line["kind"] == "eval" and "why" not in line]
+    assert evaluations[0].keys() & {f"val_loss/{name}"} == set()
+    late = [line for line in evaluations if f"val_loss/{name}" in line]
+    assert late[-1][f"val_loss/{name}"] < late[0][f"val_loss/{name}"]
+    assert all(line["val_loss"] == line[f"val_loss/{two[0]}"] for line in evaluations)
