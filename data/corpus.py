@@ -34,7 +34,7 @@ class Part:
 
     path: str
     kind: str
-    """text | lines | parquet."""
+    """text | separated | lines | parquet."""
     sha256: str
     """Of the whole file as it lies."""
     start: int
@@ -43,9 +43,11 @@ class Part:
     first: int = 1
     """Number of the first line or row."""
     documents: int = 1
-    """How many are read at most. Of a text, 1 where it ends here, else 0."""
+    """How many are read at most. Of a text that is one document, 1 where it ends here, else 0."""
     size: int = 0
     """Bytes, about."""
+    separator: str = ""
+    """What stands between the documents of a text."""
 
     @property
     def zipped(self) -> bool:
@@ -128,29 +130,32 @@ def _open(path: str) -> BinaryIO:
     return gzip.open(path) if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
 
 
-def scan(path: str, key: str) -> tuple[Source, list[Part]]:
+def scan(path: str, key: str, separator: str = "") -> tuple[Source, list[Part]]:
     """Look through a file: its checksum, its documents, and where it is cut. Raises ValueError.
 
     Args:
-        key: the column of a parquet file that is read.
+        key: the column of a parquet file that is read; nothing where rows are read whole.
+        separator: what stands between the documents of a text; nothing where a text is one.
     """
     kind = _kind(Path(path)) or "text"
+    kind = "separated" if kind == "text" and separator else kind
     with _reading(path):
         with open(path, "rb") as file:
             digest = hashlib.sha256()
             while block := file.read(2**20):
                 digest.update(block)
         found = Path(path).stat()
-        whole = Part(path, kind, digest.hexdigest(), 0, found.st_size, size=found.st_size)
+        whole = Part(path, kind, digest.hexdigest(), 0, found.st_size, size=found.st_size, separator=separator)
         if kind == "parquet":
             parts = _row_groups(whole, key)
         elif whole.zipped:
             with _open(path) as file:
                 count = sum(1 for line in file if line.strip()) if kind == "lines" else 1
+                count = _count(file.read(), separator) if kind == "separated" else count
             parts = [replace(whole, stop=-1, documents=count)]
         else:
             with open(path, "rb") as file:
-                parts = list(_lines(file, whole) if kind == "lines" else _stretches(file, whole))
+                parts = list({"lines": _lines, "separated": _separated}.get(kind, _stretches)(file, whole))
     parts = parts if found.st_size else []
     return Source(path, found.st_size, whole.sha256, sum(p.documents for p in parts), found.st_mtime_ns), parts
 
@@ -179,6 +184,28 @@ def _stretches(file: BinaryIO, whole: Part) -> Iterator[Part]:
         start = stop
 
 
+def _separated(file: BinaryIO, whole: Part) -> Iterator[Part]:
+    """Stretches of whole documents between separators."""
+    mark, start, stretch = whole.separator.encode("utf-8"), 0, b""
+    while block := file.read(UNIT):
+        stretch += block
+        cut = stretch.rfind(mark) + len(mark) if mark in stretch else 0
+        if cut:
+            yield _counted(whole, start, stretch[:cut])
+            start, stretch = start + cut, stretch[cut:]
+    if stretch:
+        yield _counted(whole, start, stretch)
+
+
+def _counted(whole: Part, start: int, stretch: bytes) -> Part:
+    size, documents = len(stretch), _count(stretch, whole.separator)
+    return replace(whole, start=start, stop=start + size, documents=documents, size=size)
+
+
+def _count(content: bytes, separator: str) -> int:
+    return sum(1 for document in content.split(separator.encode("utf-8")) if document.strip())
+
+
 def _parquet(path: str) -> Any:
     try:
         import pyarrow
@@ -193,9 +220,9 @@ def _parquet(path: str) -> Any:
 
 def _row_groups(whole: Part, key: str) -> list[Part]:
     with _parquet(whole.path) as file:
-        if key not in file.schema_arrow.names:
+        if key and key not in file.schema_arrow.names:
             raise ValueError(f"{whole.path}: has no column {key!r} (--key); there are {file.schema_arrow.names}")
-        if str(file.schema_arrow.field(key).type) not in ("string", "large_string", "string_view"):
+        if key and str(file.schema_arrow.field(key).type) not in ("string", "large_string", "string_view"):
             raise ValueError(f"{whole.path}: column {key!r} holds {file.schema_arrow.field(key).type}, not text")
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     parts, first = [], 1
@@ -240,9 +267,32 @@ def texts(part: Part, key: str) -> Iterator[Text]:
         if part.kind == "text":
             yield from _pieces(_text(part), int(part.sha256[:16], 16), bool(part.documents))
             return
-        for text in _values(part, key):
-            digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-            yield from _pieces(text, int.from_bytes(digest, "big"), True)
+        for text in _between(part) if part.kind == "separated" else _values(part, key):
+            yield from _pieces(text, _number(text), True)
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def _between(part: Part) -> Iterator[str]:
+    found = (text.strip() for text in _text(part).split(part.separator))
+    return itertools.islice(filter(None, found), part.documents)
+
+
+def records(part: Part) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Lines or rows whole: their place, what they hold, and a number made of it. Raises ValueError with the place."""
+    with _reading(part.path):
+        if part.kind not in ("lines", "parquet"):
+            raise ValueError(f"{part.path}: records are read from .jsonl (or .jsonl.gz) and .parquet")
+        rows = _table(part) if part.kind == "parquet" else _dictionaries(part)
+        for place, record in itertools.islice(rows, part.documents):
+            written = json.dumps(record, sort_keys=True, ensure_ascii=False, default=repr)
+            try:
+                number = _number(written)
+            except UnicodeEncodeError:
+                raise ValueError(f"{place}: holds half a character (a lone surrogate)") from None
+            yield place, record, number
 
 
 def _text(part: Part) -> str:
@@ -266,20 +316,39 @@ def _values(part: Part, key: str) -> Iterator[str]:
 
 
 def _objects(part: Part, key: str) -> Iterator[tuple[int, str]]:
+    for number, line in _numbered(part):
+        yield number, _value(line, key, f"{part.path}:{number}")
+
+
+def _dictionaries(part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in _numbered(part):
+        place = f"{part.path}:{number}"
+        found = _json(line, place)
+        if not isinstance(found, dict):
+            raise ValueError(f"{place}: not a JSON object")
+        yield place, found
+
+
+def _numbered(part: Part) -> Iterator[tuple[int, bytes]]:
+    """The lines of a part that are not empty."""
     with _open(part.path) as file:
         file.seek(part.start)
         for number, line in enumerate(file, part.first):  # whoever reads ends with the part's last document
             if line.strip():
-                yield number, _value(line.removeprefix(b"\xef\xbb\xbf"), key, f"{part.path}:{number}")
+                yield number, line.removeprefix(b"\xef\xbb\xbf")
 
 
-def _value(line: bytes, key: str, place: str) -> str:
+def _json(line: bytes, place: str) -> Any:
     try:
-        found = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8 text (byte {error.start} of the line)") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error})") from None
+
+
+def _value(line: bytes, key: str, place: str) -> str:
+    found = _json(line, place)
     if not isinstance(found, dict):
         raise ValueError(f"{place}: not a JSON object, which has the text under {key!r} (--key)")
     if key not in found:
@@ -290,14 +359,22 @@ def _value(line: bytes, key: str, place: str) -> str:
 
 
 def _rows(part: Part, key: str) -> Iterator[tuple[int, str]]:
+    return ((number, row[key] or "") for number, row in _row_objects(part, [key]))
+
+
+def _table(part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((f"{part.path}: row {number}", row) for number, row in _row_objects(part, None))
+
+
+def _row_objects(part: Part, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow
 
     number = part.first
     with _parquet(part.path) as file:
         try:
-            for batch in file.iter_batches(1024, row_groups=[part.start], columns=[key]):
-                for value in batch.column(0).to_pylist():
-                    yield number, value or ""
+            for batch in file.iter_batches(1024, row_groups=[part.start], columns=columns):
+                for row in batch.to_pylist():
+                    yield number, row
                     number += 1
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             raise ValueError(f"{part.path}: row {number}: cannot be read ({str(error).splitlines()[0]})") from None

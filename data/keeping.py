@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from orchestrate.data import conversations
 from orchestrate.data.stream import Meta, find_folder, read_meta
 from orchestrate.data.tokenizer import (
     END_OF_TEXT,
@@ -32,6 +33,7 @@ from orchestrate.data.tokenizer import (
 )
 
 FOLDER = "tokenizer"
+_TEMPLATE = "chat_template.jinja"
 
 
 def save(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -67,10 +69,56 @@ def as_hugging_face(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
         "tokenizer.json": described.encode("utf-8"),
         "tokenizer_config.json": json.dumps(config, indent=1).encode(),
     }
+    if tokenizer.control(conversations.START) is not None and tokenizer.control(conversations.END) is not None:
+        files[_TEMPLATE] = conversations.TEMPLATE.encode("utf-8")
     made = HuggingFaceTokenizer.of(files)
     if made.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"the encoding {tokenizer.kind} has no exact form as a tokenizer.json: some texts differ")
     return made
+
+
+def for_conversations(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer with the control tokens and the template of conversations (conversations.py).
+
+    Tokens that it lacks get the ids behind its last; all others stay. A chat template of its own is replaced, because
+    the conversations are written by ours. Raises ValueError for a tokenizer that cannot be added to.
+    """
+    control = (conversations.START, conversations.END)
+    missing = [name for name in control if tokenizer.control(name) is None]
+    if isinstance(tokenizer, CharTokenizer):
+        return CharTokenizer([*tokenizer.itos, *missing]) if missing else tokenizer
+    files = dict(as_hugging_face(tokenizer).files)
+    if missing:
+        files["tokenizer.json"] = _with_control(files["tokenizer.json"], missing, tokenizer.vocab_size)
+    template = conversations.TEMPLATE.encode("utf-8")
+    if not missing and files.get(_TEMPLATE) == template:
+        return tokenizer
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if files.get(_TEMPLATE, template) != template or config.pop("chat_template", None) or "chat_template.json" in files:
+        print("note: the tokenizer's own chat template is replaced by the one that the conversations are written in")
+    files.pop("chat_template.json", None)
+    files |= {_TEMPLATE: template, "tokenizer_config.json": json.dumps(config, indent=1).encode("utf-8")}
+    made = HuggingFaceTokenizer.of(files)
+    wanted = [tokenizer.vocab_size + i for i in range(len(missing))]
+    if [made.control(name) for name in missing] != wanted or any(made.control(name) is None for name in control):
+        raise ValueError(
+            f"{' and '.join(missing)} cannot be added to the tokenizer: its ids leave no room behind the last"
+        )
+    return made
+
+
+def _with_control(tokenizer_json: bytes, names: list[str], first: int) -> bytes:
+    """A tokenizer.json with control tokens more, at ids from `first` on where its vocabulary names ids."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Inner
+
+    described = json.loads(tokenizer_json)
+    if isinstance(described["model"].get("vocab"), dict):  # there may be holes among its ids, which stay
+        described["model"]["vocab"] |= {name: first + i for i, name in enumerate(names)}
+    with in_rust("tokenizer.json"):
+        inner = Inner.from_str(json.dumps(described))
+        inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        return inner.to_str().encode("utf-8")
 
 
 # Text is never "cleaned up" after decoding: it is what was encoded.
@@ -97,8 +145,9 @@ def _characters(tokenizer: CharTokenizer) -> str:
     inner = Inner(models.WordLevel(dict(tokenizer.stoi), unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
-    if tokenizer.end_of_text is not None:
-        inner.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    control = [text for text in tokenizer.itos if len(text) > 1]
+    if control:
+        inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in control])
     return inner.to_str()
 
 

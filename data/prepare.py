@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -21,18 +20,23 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from orchestrate.data import corpus
-from orchestrate.data.keeping import kept_with_data, of_data, save
+from orchestrate.data.conversations import END, START, Document, Span, encode
+from orchestrate.data.files import mask_of, packed
+from orchestrate.data.hub import Hub, fetch
+from orchestrate.data.keeping import for_conversations, kept_with_data, of_data, save
+from orchestrate.data.packing import Packer
 from orchestrate.data.stream import Meta, find_folder
 from orchestrate.data.tokenizer import (
     END_OF_TEXT,
@@ -47,8 +51,48 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _MOST_SOURCES = 10_000
 """Files that a meta.json names one by one."""
-_ENTRY = np.dtype([("document", "<u8"), ("tokens", "<u8"), ("ends", "?")])
+_ENTRY = np.dtype([("document", "<u8"), ("tokens", "<u8"), ("ends", "?"), ("source", "u1")])
 """A line of a shard's index: a document, or a piece of one."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are had from files."""
+
+    key: str = "text"
+    """Of a JSON line or a parquet column that holds a text."""
+    separator: str = ""
+    """What stands between the documents of a text file; nothing where a file is one."""
+    render: Callable[[dict[str, Any]], Document] | None = None
+    """Makes a document of a whole record; then it is a conversation, and its mask is kept."""
+    sources: tuple[str, ...] = ("",)
+    """Names of what `render` tells apart."""
+
+    def scan(self, path: str) -> tuple[corpus.Source, list[corpus.Part]]:
+        return corpus.scan(path, "" if self.render else self.key, self.separator)
+
+    def documents(self, part: corpus.Part) -> Iterator[tuple[list[Span], int, bool, int]]:
+        """(spans, number made of the content, whether the document ends here, its source). Raises ValueError."""
+        if self.render is None:
+            for text in corpus.texts(part, self.key):
+                yield [Span(text.text)], text.document, text.ends, 0
+            return
+        for place, record, number in corpus.records(part):
+            try:
+                found, source = self.render(record)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+            yield found, number, True, self.sources.index(source)
+
+    def texts(self, part: corpus.Part) -> Iterator[str]:
+        for found, *_ in self.documents(part):
+            yield "".join(span.text for span in found if not span.control)
+
+    def facts(self) -> dict[str, Any]:
+        return {"key": self.key} if self.render is None else {"template": "conversations"}
+
+
+TEXTS = Reading()
 
 
 def options(description: str, default_out: Path, tokenizer: str = "char") -> argparse.ArgumentParser:
@@ -69,6 +113,65 @@ def options(description: str, default_out: Path, tokenizer: str = "char") -> arg
     parser.add_argument("--limit", type=int, default=0, help="only the first so many documents; 0: all")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
     return parser
+
+
+def packing_options(parser: argparse.ArgumentParser) -> None:
+    """Options of sets of many documents."""
+    parser.add_argument(
+        "--pack", choices=("none", "best-fit"), default="none", help="best-fit: whole documents in rows, with a mask"
+    )
+    parser.add_argument("--pack_length", type=int, default=1024, help="tokens of a row: the block_size (default 1024)")
+
+
+def texts_from(description: str, folder: Path, hub: Hub, *, val: float, separator: str = "") -> None:
+    """The main of a script that prepares texts of the hub, or local files of the same form."""
+    parser = options(description, folder, tokenizer="gpt2")
+    packing_options(parser)
+    hub_options(parser, hub)
+    given = parsed(parser)
+    hub = replace(hub, name=given.dataset, subset=given.subset, revision=given.revision)
+    prepare(
+        given.input or fetch(hub, given.out / DOWNLOAD, given.limit),
+        given.out,
+        given.tokenizer,
+        reading=Reading(separator=separator),
+        val=val,
+        limit=given.limit,
+        workers=given.workers,
+        pack_length=given.pack_length if given.pack == "best-fit" else 0,
+        facts=hub.facts(),
+    )
+    shutil.rmtree(given.out / DOWNLOAD, ignore_errors=True)
+
+
+def weights_of(given: Sequence[str], sources: Sequence[str]) -> list[float]:
+    """Weights as --weights names them, 1 for what is not named. Raises ValueError."""
+    found = dict.fromkeys(sources, 1.0)
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = -1.0
+        if name not in found or not 0 <= weight <= 100:
+            raise ValueError(
+                f"--weights {text}: SOURCE=WEIGHT with one of {', '.join(sources)} and a number from 0 to 100"
+            )
+        found[name] = weight
+    if not any(found.values()):
+        raise ValueError("--weights: at least one must be above 0")
+    return list(found.values())
+
+
+DOWNLOAD = "download"
+"""Where what was fetched lies until the data set is whole."""
+
+
+def hub_options(parser: argparse.ArgumentParser, hub: Hub) -> None:
+    """Options of a script that reads from the hub where no --input is given."""
+    parser.add_argument("--dataset", default=hub.name, help=f"name or folder for load_dataset (default {hub.name})")
+    parser.add_argument("--subset", default=hub.subset, help=f"of the data set (default {hub.subset})")
+    parser.add_argument("--revision", default=hub.revision, help="commit or branch of the data set on the hub")
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -134,7 +237,7 @@ def write_tokens(path: Path, ids: Sequence[int] | np.ndarray, vocab_size: int) -
     write_whole(path, np.asarray(ids).astype(dtype_of(vocab_size)).tobytes())
 
 
-def write_meta(folder: Path, tokenizer: Tokenizer, **facts: Any) -> None:
+def write_meta(folder: Path, tokenizer: Tokenizer, *, masks: tuple[str, ...] = (), row: int = 1, **facts: Any) -> None:
     """meta.json, and the tokenizer's files beside it; what cannot be kept is said. `facts` say how it was made."""
     kept = kept_with_data(folder)
     shutil.rmtree(kept, ignore_errors=True)
@@ -146,7 +249,9 @@ def write_meta(folder: Path, tokenizer: Tokenizer, **facts: Any) -> None:
             print(f"note: {error}; the tokenizer is known by its name alone, and not kept with the data")
     # No vocabulary size of GPT-2's: models for its tokens have it rounded up, as in nanoGPT.
     size = None if tokenizer.kind == "gpt2" else tokenizer.vocab_size
-    meta = Meta(size, dtype_of(tokenizer.vocab_size), tokenizer.kind, characters, tokenizer.fingerprint)
+    meta = Meta(
+        size, dtype_of(tokenizer.vocab_size), tokenizer.kind, characters, tokenizer.fingerprint, masks=masks, row=row
+    )
     write_whole(folder / "meta.json", json.dumps(meta.to_json() | facts, ensure_ascii=False).encode("utf-8"))
 
 
@@ -180,28 +285,32 @@ def _mapping(workers: int, tokenizer: Tokenizer | None = None) -> Iterator[Calla
         pool.shutdown(cancel_futures=True)
 
 
-def _characters(unit: list[corpus.Part], key: str) -> str:
-    return "".join(sorted(set().union(*(set(text.text) for part in unit for text in corpus.texts(part, key)))))
+def _characters(unit: list[corpus.Part], reading: Reading) -> str:
+    return "".join(sorted(set().union(*(set(text) for part in unit for text in reading.texts(part)))))
 
 
-def _encode(numbered: tuple[int, list[corpus.Part]], key: str, folder: Path) -> None:
-    """Encode a unit into a shard: its tokens, and then its index, which says that it is whole."""
+def _encode(numbered: tuple[int, list[corpus.Part]], reading: Reading, folder: Path) -> None:
+    """Encode a unit into a shard: its tokens and their mask, and then its index, which says that it is whole."""
     number, unit = numbered
     path, tokenizer = folder / f"{number:06d}.bin", _worker["tokenizer"]
     if path.with_suffix(".npy").exists():
         return
-    tokens, entries = [np.zeros(0, np.uint32)], []
+    tokens, masks, entries = [np.zeros(0, np.uint32)], [np.zeros(0, bool)], []
     for part in unit:
-        for text in corpus.texts(part, key):
+        for spans, document, ends, source in reading.documents(part):
             try:
-                ids = tokenizer.encode_plain(text.text)
+                ids, counts = encode(tokenizer, spans)
             except ValueError as error:
                 raise ValueError(f"{part.path}: {error}") from None
-            if text.ends and tokenizer.end_of_text is not None:
-                ids = [*ids, tokenizer.end_of_text]
+            if ends and tokenizer.end_of_text is not None:
+                # Nobody waits for the end of a conversation: what the assistant says has an end of its own.
+                ids, counts = [*ids, tokenizer.end_of_text], [*counts, reading.render is None]
             tokens.append(np.array(ids, dtype=np.uint32))
-            entries.append((text.document, len(ids), text.ends))
+            masks.append(np.array(counts, dtype=bool))
+            entries.append((document, len(ids), ends, source))
     write_tokens(path, np.concatenate(tokens), tokenizer.vocab_size)
+    if reading.render:
+        write_whole(path.with_suffix(".mask"), np.concatenate(masks).tobytes())
     temporary = path.with_suffix(f".{os.getpid()}.npy")
     np.save(temporary, np.array(entries, dtype=_ENTRY))
     os.replace(temporary, path.with_suffix(".npy"))
@@ -215,10 +324,14 @@ def prepare(
     out: Path,
     tokenizer: str | Tokenizer,
     *,
-    key: str = "text",
+    reading: Reading = TEXTS,
     val: float = 0.1,
     limit: int = 0,
+    limit_each: int = 0,
     workers: int = 1,
+    pack_length: int = 0,
+    weights: Sequence[float] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Make a data set of texts. Raises ValueError with the place of what is wrong.
 
@@ -228,30 +341,39 @@ def prepare(
     Args:
         inputs: files and folders of them.
         tokenizer: as --tokenizer names it, or the tokenizer itself.
-        key: of a JSON line or a parquet column that holds the text.
         val: the share of the documents that is for validation.
         limit: only the first so many documents; 0: all.
+        limit_each: the same of each file.
+        pack_length: tokens of the rows that documents are packed into (packing.py); 0: they follow each other.
+        weights: how often a document of each of the reading's sources is for training, 1 where none are given; of a
+            fraction so many of the documents, chosen by a hash of their content. For validation each is there once,
+            unless its weight is 0.
+        facts: what meta.json says besides.
     """
     if not 0 < val < 1:
         raise ValueError(f"--val must be above 0 and below 1, got {val}")
+    if pack_length < 0 or pack_length == 1:
+        raise ValueError(f"--pack_length must be at least 2, got {pack_length}")
     sources, parts = [], []
     with _mapping(workers) as mapped:
         paths = corpus.find(inputs)
-        for source, found in tqdm(
-            mapped(functools.partial(corpus.scan, key=key), paths), "read", len(paths), disable=None
-        ):
+        for source, found in tqdm(mapped(reading.scan, paths), "read", len(paths), disable=None):
             sources.append(source)
-            parts += found
+            parts += corpus.limited(found, limit_each)
             if 0 < limit <= sum(part.documents for part in parts):
                 break
     parts = list(corpus.limited(parts, limit))
     units = corpus.units(parts)
-    asked = {"read": [[{**asdict(part), "path": ""} for part in unit] for unit in units], "key": key}
+    asked = {"read": [[{**asdict(part), "path": ""} for part in unit] for unit in units]}
+    asked |= {"render": getattr(reading.render, "__name__", ""), **reading.facts()}
     folder = out / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, str):
         several = sum(part.documents for part in parts) > 1
-        tokenizer = _named(tokenizer, units, key, folder / f"tokenizer-{_hash(asked)}", workers, several)
+        tokenizer = _named(tokenizer, units, reading, folder / f"tokenizer-{_hash(asked)}", workers, several)
+    tokenizer = for_conversations(tokenizer) if reading.render else tokenizer
+    if pack_length and tokenizer.end_of_text is None:
+        raise ValueError("--pack: the tokenizer has no token that ends a text, which fills the rows")
     asked |= {"tokenizer": tokenizer.fingerprint, "end": tokenizer.end_of_text}
     shards = folder / f"encoded-{_hash(asked)}"
     for path in folder.iterdir():
@@ -264,7 +386,7 @@ def prepare(
         _mapping(workers, tokenizer) as mapped,
         tqdm(None, "encode", sum(sizes), unit="B", unit_scale=True, disable=None) as bar,
     ):
-        done = mapped(functools.partial(_encode, key=key, folder=shards), enumerate(units))
+        done = mapped(partial(_encode, reading=reading, folder=shards), enumerate(units))
         for size, _ in zip(sizes, done, strict=True):
             bar.update(size)
     for source in sources:
@@ -275,8 +397,13 @@ def prepare(
         [shards / f"{number:06d}.bin" for number in range(len(units))],
         out,
         tokenizer,
-        val,
-        {"key": key, "limit": limit, "sources": _described(sources)},
+        _Split(val, reading, tuple(weights) or (1.0,) * len(reading.sources), pack_length),
+        {
+            **(reading.facts() if reading.render is None else {}),
+            "limit": limit or limit_each,
+            "sources": _described(sources),
+            **(facts or {}),
+        },
     )
     for path in (*folder.glob("encoded-*"), *folder.glob("tokenizer-*")):
         shutil.rmtree(path)
@@ -297,47 +424,148 @@ def _described(sources: Sequence[corpus.Source]) -> Any:
     return each if len(each) <= _MOST_SOURCES else {"files": len(each), "sha256_of_list": _hash(each)}
 
 
-def _join(shards: list[Path], out: Path, tokenizer: Tokenizer, val: float, facts: dict[str, Any]) -> dict[str, int]:
+@dataclass(frozen=True)
+class _Split:
+    """How documents become the files of training and of validation."""
+
+    val: float
+    reading: Reading
+    weights: tuple[float, ...]
+    pack_length: int
+
+    def held(self, hashes: np.ndarray) -> np.ndarray:
+        """Which of these different documents are for validation; of several at least one is not, and one is."""
+        chosen = hashes[hashes < np.uint64(min(int(self.val * 2**64), 2**64 - 1))]
+        if not len(chosen):
+            return hashes[:1]
+        return hashes[:-1] if len(chosen) == len(hashes) else chosen
+
+    def copies(self, index: np.ndarray) -> np.ndarray:
+        """How often each entry is for training."""
+        weights = np.array(self.weights)[index["source"]]
+        # Other bits than those that hold a document back for validation.
+        chance = (index["document"] & np.uint64(2**32 - 1)) / 2**32
+        return np.floor(weights).astype(np.int64) + (chance < weights % 1)
+
+
+class _Side:
+    """One of train and val while it is written: token ids, and a mask where there is one."""
+
+    def __init__(
+        self, path: Path, dtype: str, masked: bool, packer: Packer | None, opened: contextlib.ExitStack
+    ) -> None:
+        self.dtype, self.packer = dtype, packer
+        self.tokens = self.targets = 0
+        paths = (path, mask_of(path))[: 1 + masked]
+        self.temporary = [path.with_name(f"{path.name}.tmp") for path in paths]
+        self._files: list[BinaryIO] = []
+        for path in self.temporary:
+            self._files.append(opened.enter_context(open(path, "wb")))  # noqa: SIM115 - the stack closes it
+        self._bits = np.zeros(0, bool)
+
+    def add(self, ids: np.ndarray, counts: np.ndarray, sizes: np.ndarray, ends: np.ndarray) -> None:
+        """Documents one behind the other, of these sizes; a piece of one where it does not end."""
+        if self.packer is None:
+            self._write(ids, counts)
+            return
+        stops = np.cumsum(sizes).tolist()
+        for start, stop, end in zip([0, *stops], stops, ends.tolist(), strict=False):
+            for row in self.packer.push(ids[start:stop], counts[start:stop], end):
+                self._write(*row)
+
+    def close(self) -> None:
+        if self.packer is not None:
+            for row in self.packer.flush():
+                self._write(*row)
+            # The token behind the last row, which a window of the whole row looks at.
+            self._write(np.array([self.packer.padding], dtype=self.dtype), np.zeros(1, bool))
+        if len(self._files) > 1:
+            self._files[1].write(packed(self._bits))
+
+    def _write(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        self._files[0].write(ids.astype(self.dtype, copy=False).tobytes())
+        self.tokens += len(ids)
+        self.targets += int(counts.sum())
+        if len(self._files) > 1:
+            bits = np.concatenate([self._bits, counts])
+            whole = len(bits) - len(bits) % 8
+            self._files[1].write(packed(bits[:whole]))
+            self._bits = bits[whole:]
+
+
+def _join(shards: list[Path], out: Path, tokenizer: Tokenizer, split: _Split, facts: dict[str, Any]) -> dict[str, int]:
     """Write the data set from its shards. Raises ValueError where there is no token."""
     indices = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in shards]
     entries = np.concatenate([np.zeros(0, _ENTRY), *indices])
     total = int(entries["tokens"].sum())
     if total < 2:
         raise ValueError("--input: there is no text in it")
-    hashes = np.unique(entries["document"])
-    chosen = hashes[hashes < np.uint64(min(int(val * 2**64), 2**64 - 1))]
-    if not len(chosen):
-        chosen = hashes[:1]
-    elif len(chosen) == len(hashes):
-        chosen = hashes[:-1]
-    edge = max(1, min(total - 1, int(total * (1 - val))))
-    dtype = dtype_of(tokenizer.vocab_size)
-    (out / "train.bin").unlink(missing_ok=True)
-    counts = {"train": 0, "val": 0}
+    of_weight = np.array(split.weights) > 0
+    hashes = np.unique(entries["document"][of_weight[entries["source"]]])
+    chosen = split.held(hashes)
+    edge = max(1, min(total - 1, int(total * (1 - split.val))))
+    dtype, length, render = dtype_of(tokenizer.vocab_size), split.pack_length, split.reading.render
+    masked = bool(render or length)
+    for name in ("train", "val"):
+        for path in (out / f"{name}.bin", mask_of(out / f"{name}.bin"))[name == "val" :]:
+            path.unlink(missing_ok=True)
+    of_source = np.zeros((len(split.weights), 2), np.int64)
+    places = accumulate((int(index["tokens"].sum()) for index in indices), initial=0)
     with contextlib.ExitStack() as opened:
-        files = {name: opened.enter_context(open(out / f"{name}.bin.tmp", "wb")) for name in counts}
-        places = accumulate((int(index["tokens"].sum()) for index in indices), initial=0)
+        sides = {}
+        for name in ("train", "val"):
+            packer = Packer(length, tokenizer.end_of_text or 0) if length else None
+            sides[name] = _Side(out / f"{name}.bin", dtype, masked, packer, opened)
         for path, index, place in zip(shards, indices, places, strict=False):
             ids = np.fromfile(path, dtype=dtype)
+            counts = np.fromfile(path.with_suffix(".mask"), dtype=bool) if render else np.ones(len(ids), bool)
+            sizes = index["tokens"].astype(np.int64)
             if len(hashes) == 1:
-                held = np.arange(place, place + len(ids)) >= edge
-            else:
-                held = np.repeat(np.isin(index["document"], chosen), index["tokens"].astype(np.int64))
-            for name, some in (("train", ids[~held]), ("val", ids[held])):
-                files[name].write(some.tobytes())
-                counts[name] += len(some)
-    documents = int(entries["ends"].sum())
-    write_meta(out, tokenizer, documents=documents, tokens=counts, val=val, **facts)
-    for name in ("val", "train"):
-        os.replace(out / f"{name}.bin.tmp", out / f"{name}.bin")
-    return {**counts, "documents": documents}
+                kept = max(0, min(edge - place, len(ids)))
+                for name, part, end in (("train", slice(0, kept), edge), ("val", slice(kept, None), total)):
+                    ends = place + (kept if name == "train" else len(ids)) == end
+                    sides[name].add(ids[part], counts[part], np.array([len(ids[part])]), np.array([ends]))
+                continue
+            held = np.isin(index["document"], chosen) & of_weight[index["source"]]
+            copies = np.where(held, 0, split.copies(index))
+            taken = [("val", held), *(("train", copies > number) for number in range(int(copies.max(initial=0))))]
+            for name, which in taken:
+                tokens = np.repeat(which, sizes)
+                sides[name].add(ids[tokens], counts[tokens], sizes[which], index["ends"][which])
+                if name == "train":
+                    np.add.at(of_source, index["source"][which], np.stack([index["ends"][which], sizes[which]], 1))
+        for side in sides.values():
+            side.close()
+    told: dict[str, Any] = {"documents": int(entries["ends"].sum())}
+    told["tokens"] = {name: side.tokens for name, side in sides.items()}
+    if masked:
+        told["targets"] = {name: side.targets for name, side in sides.items()}
+        for name, count in told["targets"].items():
+            if not count:
+                raise ValueError(f"--val {split.val}: of {name}.bin the loss counts no token; there is too little text")
+    if len(split.weights) > 1:
+        told["parts"] = {
+            name: {"weight": weight, "documents": int(documents), "tokens": int(tokens)}
+            for name, weight, (documents, tokens) in zip(split.reading.sources, split.weights, of_source, strict=True)
+        }
+    if length:
+        padding = {
+            name: side.packer.padded / max(1, side.packer.rows * length) for name, side in sides.items() if side.packer
+        }
+        told["packing"] = {"how": "best-fit", "length": length, "padding": padding}
+    masks = ("train", "val") if masked else ()
+    write_meta(out, tokenizer, masks=masks, row=length or 1, **told, val=split.val, **facts)
+    for side in reversed(sides.values()):
+        for temporary in reversed(side.temporary):
+            os.replace(temporary, temporary.with_suffix(""))
+    return {**told["tokens"], "documents": told["documents"]}
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 
 def _named(
-    name: str, units: list[list[corpus.Part]], key: str, trained: Path, workers: int, several: bool
+    name: str, units: list[list[corpus.Part]], reading: Reading, trained: Path, workers: int, several: bool
 ) -> Tokenizer:
     """The tokenizer that --tokenizer names. Raises ValueError.
 
@@ -347,7 +575,7 @@ def _named(
     """
     if name == "char":
         with _mapping(workers) as mapped:
-            found = mapped(functools.partial(_characters, key=key), units)
+            found = mapped(partial(_characters, reading=reading), units)
             return CharTokenizer.of("".join(found), several)
     if name.startswith("train:"):
         size = name.removeprefix("train:")
@@ -356,7 +584,9 @@ def _named(
         trained = trained.with_name(f"{trained.name}-{size}")
         if not has_tokenizer(trained):
             made = trained_tokenizer(
-                int(size), (text.text for unit in units for part in unit for text in corpus.texts(part, key))
+                int(size),
+                (text for unit in units for part in unit for text in reading.texts(part)),
+                (START, END) if reading.render else (),
             )
             save(made, trained)
         tokenizer = HuggingFaceTokenizer(trained)
@@ -379,8 +609,8 @@ def existing_tokenizer(name: str) -> Tokenizer:
         raise ValueError(f"--tokenizer {name}: no such folder and no data set; {error}") from None
 
 
-def trained_tokenizer(size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
-    """Byte pairs of these texts (Sennrich et al. 2016), over all 256 bytes, as GPT-2's are."""
+def trained_tokenizer(size: int, texts: Iterable[str], control: Sequence[str] = ()) -> HuggingFaceTokenizer:
+    """Byte pairs of these texts (Sennrich et al. 2016), over all 256 bytes, as GPT-2's are; with control tokens."""
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -391,7 +621,7 @@ def trained_tokenizer(size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
     inner.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+            vocab_size=size, special_tokens=[END_OF_TEXT, *control], initial_alphabet=alphabet, show_progress=False
         ),
     )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

@@ -55,6 +55,7 @@ class TokenFile:
 
     Attributes:
         mask: whether the loss counts a token, one by one; None where it counts all.
+        row: as `Meta.row`.
 
     Raises ValueError for a file that is missing, empty or no whole number of tokens, or a mask that does not fit.
     """
@@ -67,6 +68,7 @@ class TokenFile:
         masked: bool = False,
         row: int = 1,
     ) -> None:
+        self.row = row
         self.paths = [Path(path)] if isinstance(path, (str, Path)) else list(path)
         self.path = self.paths[0]
         self.dtype = np.dtype(dtype)
@@ -160,12 +162,13 @@ class Meta:
     """For tokenizer "char": the character of each id."""
     fingerprint: str = ""
     """Of the tokenizer (data/tokenizer.py); empty in folders of nanoGPT and of earlier versions."""
-    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_FILES))
+    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_FILES), hash=False)
     """The token files of train and val, in the order in which they are read as one."""
     masks: tuple[str, ...] = ()
     """Which of train and val have a mask beside each of their files."""
     row: int = 1
-    """Tokens of a line where all lines are equally long: windows of whole lines begin with one in every pass."""
+    """Tokens of a row where all rows are equally long, lines or packed documents: windows of whole rows, or of whole
+    parts of one, begin with one in every pass."""
 
     def to_json(self) -> dict[str, Any]:
         """What is as in any other folder is left out."""
@@ -216,8 +219,8 @@ class Meta:
         if not isinstance(masks, list) or not all(isinstance(name, str) and name in _FILES for name in masks):
             raise ValueError(f"{place}: masks must be a list of train or val, got {masks!r:.80}")
         row = values.get("row", 1)
-        if type(row) is not int or not 1 <= row <= 2**20:
-            raise ValueError(f"{place}: row must be a whole number from 1 to {2**20}, got {row!r:.80}")
+        if type(row) is not int or not 1 <= row <= 2**32:
+            raise ValueError(f"{place}: row must be a whole number from 1 to {2**32}, got {row!r:.80}")
         files = {**_FILES, **{name: tuple(names) for name, names in files.items()}}
         if set(files["train"]) & set(files["val"]):
             raise ValueError(f"{place}: files: a file is named for train and for val")
@@ -456,13 +459,13 @@ def window_starts(seed: int, first: int, count: int, n_tokens: int, block_size: 
     """First tokens of samples first .. first + count - 1, (count,) int64; each window and the token after it fit.
 
     Pass p shifts its grid of windows by a phase in [0, block_size), 0 in the first, so that a data set seen many times
-    is cut differently each time; by whole rows of so many tokens where block_size is a multiple of them. At most
-    block_size tokens at the two ends are left out of a pass.
+    is cut differently each time; the phase is of whole rows of so many tokens. At most block_size tokens at the two
+    ends are left out of a pass.
     """
     n = windows_per_pass(n_tokens, block_size)
     samples = np.arange(first, first + count, dtype=np.int64)
     passes = samples // n
-    row = row if block_size % row == 0 else 1
+    row = 1 if block_size % row and row % block_size else row
     starts = np.empty(count, dtype=np.int64)
     for number in range(first // n, (first + count - 1) // n + 1):
         here = passes == number
@@ -562,9 +565,8 @@ class Stream:
             samples = np.arange(first, first + count, dtype=np.int64)
             window, piece = samples // pieces, samples % pieces
             low = int(window[0])
-            starts = window_starts(
-                self.seed, low, int(window[-1]) - low + 1, len(self.tokens), block_size, self.tokens.row
-            )
+            count = int(window[-1]) - low + 1
+            starts = window_starts(self.seed, low, count, len(self.tokens), block_size, self.tokens.row)
             starts = starts[window - low] + piece * cursor.length
         return gather(self.tokens, starts, cursor.length, vocab_size)
 

@@ -71,6 +71,10 @@ class Tokenizer(Protocol):
         """A document or what a user says: text alone, which never becomes a control token. Raises ValueError."""
         ...
 
+    def control(self, name: str) -> int | None:
+        """The id of a control token, as <|im_end|>; None where there is none of this name."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """An id that there is not, and bytes that are no character, are U+FFFD."""
         ...
@@ -136,7 +140,7 @@ def _fingerprint(tokens: Iterable[tuple[int, bytes]], encode_plain: Callable[[st
 class CharTokenizer:
     """One token a character. Raises ValueError for a character that the data set does not have.
 
-    An entry `<|endoftext|>` ends a document; being longer than a character, no text becomes it.
+    An entry `<|endoftext|>` ends a document. Entries longer than a character are control tokens: no text becomes one.
     """
 
     kind = "char"
@@ -167,6 +171,9 @@ class CharTokenizer:
             ) from None
 
     encode = encode_plain
+
+    def control(self, name: str) -> int | None:
+        return self.stoi.get(name) if len(name) > 1 else None
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.itos[i] if 0 <= i < len(self.itos) else UNKNOWN for i in ids)
@@ -210,6 +217,9 @@ class BpeTokenizer(_ByteTokenizer):
 
     def encode_plain(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
+
+    def control(self, name: str) -> int | None:
+        return self.encoding._special_tokens.get(name)
 
 
 class HuggingFaceTokenizer(_ByteTokenizer):
@@ -322,6 +332,9 @@ class HuggingFaceTokenizer(_ByteTokenizer):
         edges = [0, *(start + 1 for start, _ in spans), len(text)]
         return [i for start, end in itertools.pairwise(edges) for i in self.encode_plain(text[start:end])]
 
+    def control(self, name: str) -> int | None:
+        return next((i for i, text in self._added.items() if text == name and i in self._control), None)
+
     def decode(self, ids: Sequence[int]) -> str:
         if self._by_bytes:
             return super().decode(ids)
@@ -360,6 +373,10 @@ class RemappedTokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         return self._mapped(self.inner.encode_plain(text))
+
+    def control(self, name: str) -> int | None:
+        token = self.inner.control(name)
+        return None if token is None or token >= len(self.remap) else int(self.remap[token])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode([self._back.get(int(i), -1) for i in ids])
@@ -458,11 +475,6 @@ def tiktoken_tokenizer(name: str) -> BpeTokenizer:
             f"the vocabulary of {name} cannot be had ({type(error).__name__}): tiktoken downloads it once; without "
             "network, copy its cache from another machine and name it in TIKTOKEN_CACHE_DIR"
         ) from None
-
-
-def gpt2_tokenizer() -> BpeTokenizer:
-    """GPT-2's encoding. Raises ValueError where its vocabulary is neither cached nor to be downloaded."""
-    return tiktoken_tokenizer("gpt2")
 
 
 def tokenizer_of(meta: Meta, folder: str | Path | None = None) -> Tokenizer:

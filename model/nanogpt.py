@@ -54,7 +54,10 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def open_model(path: str | Path) -> tuple[ModelConfig, Callable[[], GPT]]:
-    """The configuration of the model in a ckpt.pt, and what loads its weights. Raises ValueError; so does loading."""
+    """The configuration of the model in a ckpt.pt, and what loads its weights in float32.
+
+    Raises ValueError; so does loading.
+    """
     read = _read(path)
     config = ModelConfig(**{name: read["model_args"][name] for name in _ARGUMENTS})
 
@@ -62,14 +65,10 @@ def open_model(path: str | Path) -> tuple[ModelConfig, Callable[[], GPT]]:
         weights = {name.removeprefix(_COMPILED): value for name, value in read["model"].items()}
         # The head is tied to the embedding and stored twice; old checkpoints also hold the causal mask.
         kept = {n: v for n, v in weights.items() if n != "lm_head.weight" and not n.endswith(".attn.bias")}
-        return from_weights(config, kept)
+        model = from_weights(config, kept)
+        return model.float()  # what is float32 stays mapped
 
     return config, load
-
-
-def config_from_checkpoint(path: str | Path) -> ModelConfig:
-    """The configuration of the model in a ckpt.pt. Raises ValueError."""
-    return open_model(path)[0]
 
 
 def load_checkpoint(path: str | Path) -> GPT:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from orchestrate.model.config import PROJECTIONS, LoraSpec, ModelConfig
 from orchestrate.model.families import FAMILIES, Family
 from orchestrate.model.gpt import GPT, adapted_modules
 from orchestrate.model.lora import reshape_lora
+from orchestrate.model.shards import Shards
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -119,7 +119,7 @@ def _described(folder: str, base_model: str) -> Described:
     else:
         config, family = hugging_face.config_from_folder(base), _family(base)
     modules = modules_of(config, family)
-    shapes = _shapes(Path(folder))
+    shapes = {name.removeprefix(_PREFIX): shape for name, shape in _file(Path(folder)).shapes.items()}
     specs = _specs(given, [*modules, *(["lm_head"] if config.tie_weights else [])])
     tensors: dict[str, str] = {}
     lora: dict[str, LoraSpec] = {}
@@ -175,9 +175,10 @@ def load(folder: str, base_model: str = "", keep: hugging_face.Keep = hugging_fa
     base = hugging_face.load(described.base, keep)
     weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
     model, _ = reshape_lora(base, described.model, torch.Generator().manual_seed(0))
-    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file, torch.no_grad():
+    file = _file(Path(folder))
+    with torch.no_grad():
         for key, ours in described.tensors.items():
-            value = file.get_tensor(_PREFIX + key)
+            value = file.read(_PREFIX + key)
             if ours in weights:
                 if not torch.equal(value.to(weights[ours].dtype), weights[ours]):
                     raise ValueError(f"init_from {folder}: {key} is not as in the base {described.base}: it trained")
@@ -186,7 +187,7 @@ def load(folder: str, base_model: str = "", keep: hugging_face.Keep = hugging_fa
             else:
                 twin = "B" if key.endswith("lora_A.weight") else "A"
                 (name,) = (n for n in described.tensors if n.endswith(f"lora_embedding_{twin}"))
-                if not torch.equal(value, file.get_tensor(_PREFIX + name).T):
+                if not torch.equal(value, file.read(_PREFIX + name).T):
                     raise ValueError(f"init_from {folder}: {key} is not that of the embedding, which it is tied to")
     return model
 
@@ -289,18 +290,16 @@ def _excluded(match: Any) -> bool:
     return type(match).__name__ == "_ExcludedModule"
 
 
-def _shapes(folder: Path) -> dict[str, torch.Size]:
-    """Name and shape of each tensor of the file, without peft's prefix. Raises ValueError."""
+def _file(folder: Path) -> Shards:
+    """The tensors of a folder, whose names all have peft's prefix. Raises ValueError."""
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         hint = "; adapter_model.bin is pickled and not read: load it with peft and save it anew" if pickled else ""
         raise ValueError(f"there is no {WEIGHTS}{hint}")
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            names = file.keys()
-            return {name.removeprefix(_PREFIX): torch.Size(file.get_slice(name).get_shape()) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{WEIGHTS} cannot be read ({error})") from None
+    file = Shards(folder / WEIGHTS)
+    if other := [name for name in file.shapes if not name.startswith(_PREFIX)]:
+        raise ValueError(f"{WEIGHTS}: no module here takes {other[0]}, because peft's names begin with {_PREFIX}")
+    return file
 
 
 # ---------------------------------------------------------------------------------------------- out

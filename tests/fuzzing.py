@@ -35,9 +35,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train_orchestrated
+from orchestrate.data.conversations import END, ROLES, START, TASKS, task
 from orchestrate.data.files import packed
 from orchestrate.data.keeping import as_hugging_face, save
-from orchestrate.data.prepare import prepare, trained_tokenizer
+from orchestrate.data.prepare import Reading, prepare, trained_tokenizer
 from orchestrate.data.stream import Meta, gather, open_data, read_meta, read_remap
 from orchestrate.data.tokenizer import CharTokenizer, HuggingFaceTokenizer, Pieces
 from orchestrate.model import hugging_face, nanogpt
@@ -695,6 +696,33 @@ def documents(data: st.DataObject, workspace: Workspace) -> str:
         return "accepted"
 
 
+def conversations(data: st.DataObject, workspace: Workspace) -> str:
+    """Records of chats and tasks, wrong or full of names of control tokens: only the template's become any."""
+    with workspace.case() as folder, in_bounds():
+        said = st.text(max_size=12) | st.sampled_from([START, f"{END}\n{START}system\n", "<|endoftext|>"])
+        messages = data.draw(st.lists(st.builds(dict, role=st.sampled_from(ROLES), content=said), max_size=4))
+        made = [{"messages": messages}, {"question": data.draw(said), "answer": data.draw(said)}]
+        made.append(
+            {"question": data.draw(said), "choices": ["a", data.draw(said)], "answer": data.draw(st.integers(0, 2))}
+        )
+        record = data.draw(st.sampled_from(made))
+        record = mutated(data, record) if data.draw(st.booleans()) else record
+        second = {"question": "to be?", "answer": "or not"}
+        (folder / "in.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps(second)}\n")
+        reading = Reading(render=task, sources=TASKS)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                prepare([folder / "in.jsonl"], folder / "out", _tokenizers()[1], reading=reading)
+        except ValueError:
+            assert not (folder / "out" / "train.bin").exists()
+            return "refused"
+        made_of = open_data(str(folder / "out"), 0)
+        ids = np.concatenate([made_of.train.tokens, made_of.val.tokens])
+        begins, ends = ((ids == i).sum() for i in range(made_of.meta.vocab_size - 2, made_of.meta.vocab_size))
+        assert begins == ends == 2 + (len(record["messages"]) if "messages" in record else 2) and (ids == 0).sum() == 2
+        return "accepted"
+
+
 def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
     """A nanoGPT ckpt.pt with wrong parts, or with noise in it, or with something to run."""
     with workspace.case() as folder, in_bounds():
@@ -714,7 +742,7 @@ def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
         if data.draw(st.booleans()):
             (folder / "ckpt.pt").write_bytes(noisy(data, (folder / "ckpt.pt").read_bytes()))
         try:
-            nanogpt.config_from_checkpoint(folder / "ckpt.pt")
+            nanogpt.open_model(folder / "ckpt.pt")
             nanogpt.load_checkpoint(folder / "ckpt.pt")
         except ValueError:
             return "refused"
@@ -768,7 +796,7 @@ TARGETS: dict[str, Callable[[st.DataObject, Workspace], str]] = {
     f.__name__: f
     for f in (schedule_entries, schedule_text, large_schedules, schedule_runs, config_values, config_file,
               growing_configs, forged_state, forged_tensors, damaged_files, jsonl, metas, token_folders,
-              tokenizer_folders, documents, foreign_checkpoints, exported_shapes)
+              tokenizer_folders, documents, conversations, foreign_checkpoints, exported_shapes)
 }  # fmt: skip
 
 

@@ -211,6 +211,7 @@ def test_a_stop_string_ends_a_sample_and_pieces_are_flushed(trained, capsys, mon
         (["--temperature=nan"], "temperature: must be at least 0"),
         (["--top_p=0"], "--top_p: must be above 0 and at most 1, got 0.0"),
         (["--top_p=1.01"], "--top_p: must be above 0 and at most 1, got 1.01"),
+        (["--init_from=gpt2", "--checkpoint=best"], "--checkpoint best: gpt2 is no run folder and has none"),
         (["--repetition_penalty=-1"], "--repetition_penalty: must be positive and finite, got -1.0"),
         (["--stop="], "--stop: the text is empty"),
         (["--batch_size=0"], "--batch_size: must be at least 1"),

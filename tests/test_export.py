@@ -14,11 +14,12 @@ from conftest import ROOT, arguments, state_of
 import train_orchestrated
 from orchestrate.model import export as forms
 from orchestrate.model.config import Fade, LoraSpec, ModelConfig
-from orchestrate.model.gpt import GPT, init_weights
+from orchestrate.model.gpt import GPT, from_weights, init_weights
 from orchestrate.model.nanogpt import load_checkpoint
 from orchestrate.tools import export
 from orchestrate.training.session import exporting
 from orchestrate.training.session.model_card import fired
+from orchestrate.training.session.sampling import open_run_folder
 from orchestrate.training.settings.errors import Refused, Stopped
 from orchestrate.training.store.run_folder import RunRecord
 
@@ -364,6 +365,16 @@ def test_why_no_tokenizer_goes_along_is_said(data, tmp_path, capsys, tiny):
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
 
 
+def test_a_tokenizer_that_transformers_cannot_open_is_said(run, tmp_path):
+    folder = tmp_path / "hf"
+    exporting.export(exporting.open_source(str(run)), "hf", str(folder))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": 5}))
+    done = exporting.export(exporting.open_source(str(folder)), "hf", str(tmp_path / "again"))
+    assert any("transformers cannot open the tokenizer in it (AttributeError" in note for note in done.notes)
+    assert theirs(tmp_path / "again").config.eos_token_id is None
+
+
 def test_a_tokenizer_of_more_tokens_than_the_model_stays_behind(run, tmp_path):
     source = exporting.open_source(str(run))
     source = replace(source, model=shaken(replace(source.model.config, vocab_size=22, lora={})))
@@ -419,9 +430,10 @@ def test_a_run_in_the_middle_of_a_fade(tmp_path, tiny):
     assert tiny(schedule, max_iters=4, learning_rate=0.05)[0] == 0
     source = exporting.open_source(str(tiny.folder("run")))
     shares = {layer: fade.share for layer, fade in source.state.settings.fading.items()}
+    assert open_run_folder(str(tiny.folder("run")))[0].fading == source.state.settings.fading, "a sample is of that too"
     assert shares.keys() == {"mlp.0", "mlp.1"} and all(0 < share < 1 for share in shares.values())
     assert export.main([str(tiny.folder("run")), "--to", "hf", str(tmp_path / "hf")]) == 0
-    plain = exporting.from_weights(source.model.config, source.model.state_dict()).eval()
+    plain = from_weights(source.model.config, source.model.state_dict()).eval()
     x = torch.arange(16)[None]
     with torch.no_grad():
         logits, faded = theirs(tmp_path / "hf")(x).logits, plain.logits(x)

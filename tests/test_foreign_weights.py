@@ -38,7 +38,7 @@ from orchestrate.model.hugging_face import (
     load,
     to_hf,
 )
-from orchestrate.model.nanogpt import config_from_checkpoint, load_checkpoint
+from orchestrate.model.nanogpt import load_checkpoint, open_model
 
 
 def gpt2(**keys):
@@ -447,8 +447,21 @@ def nanogpt_checkpoint(path, **changes) -> GPT:
 def test_nanogpt_checkpoint(tmp_path):
     model = nanogpt_checkpoint(tmp_path / "ckpt.pt")
     loaded = load_checkpoint(tmp_path / "ckpt.pt")
-    assert loaded.config == model.config == config_from_checkpoint(tmp_path / "ckpt.pt")
+    assert loaded.config == model.config == open_model(tmp_path / "ckpt.pt")[0]
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_nanogpt_checkpoint_of_another_type_is_float32(tmp_path, dtype):
+    model = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    saved["model"] = {name: value.to(dtype) for name, value in saved["model"].items()}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    loaded = load_checkpoint(tmp_path / "ckpt.pt")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    x = torch.arange(model.config.block_size)[None] % model.config.vocab_size
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.logits(x), model.logits(x), atol=0.02, rtol=0)
 
 
 class Evil:

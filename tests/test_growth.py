@@ -237,6 +237,9 @@ def test_growth_after_growth(style):
         ({"times": 2, "how": "identity_copy", "where": "interleave"}, [0, None, 1, None, 2, None]),
         ({"n_layer": 4, "how": "depth_up_scaling"}, [0, 1, 1, 2]),
         ({"times": 2, "how": "depth_up_scaling"}, [0, 1, 2, 0, 1, 2]),
+        ({"times": 1.7, "how": "depth_up_scaling"}, [0, 1, 1, 2]),
+        ({"times": 1.4, "how": "copy"}, [0, 1, 2, 2]),
+        ({"times": 1.3333333}, [0, 1, 2, None]),
     ],
 )
 def test_which_block_comes_from_which(value, sources):
@@ -302,7 +305,7 @@ def test_identity_copies_read_as_their_source_and_write_nothing(style):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("stack_layers", {"times": 1.4}, "times must make a whole number of the present 3, got 1.4"),
+        ("stack_layers", {"times": 1.3}, "n_layer must be more than the 3 there are, got 3"),
         ("stack_layers", {"times": 1.0}, "n_layer must be more than the 3 there are, got 3"),
         ("stack_layers", {"times": 2, "how": "depth_up_scaling", "where": "bottom"}, "one stack on the other"),
         ("stack_layers", {"n_layer": 5, "how": "depth_up_scaling"}, "an even number of blocks, at most twice the 3"),

@@ -23,7 +23,7 @@ import train_orchestrated
 from orchestrate.data.stream import read_meta, read_remap
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import from_weights
-from orchestrate.model.nanogpt import config_from_checkpoint
+from orchestrate.model.nanogpt import open_model
 from orchestrate.training.schedule import file
 from orchestrate.training.settings.config import resolve
 from orchestrate.training.settings.errors import Refused
@@ -286,7 +286,7 @@ def test_a_broken_ckpt_is_refused(tmp_path):
     for at in range(0, len(content), 37):
         (tmp_path / "ckpt.pt").write_bytes(content[:at] + content[at + 1 :])
         with pytest.raises(ValueError, match="ckpt.pt"):
-            config_from_checkpoint(tmp_path / "ckpt.pt")
+            open_model(tmp_path / "ckpt.pt")
 
 
 _FAR = '{"kind": "train", "iter": 99999999999, "tokens": 1, "seconds": 1.0, "loss": 2.0}'

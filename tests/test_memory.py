@@ -346,7 +346,7 @@ def test_merging_makes_the_product_part_of_a_float32_weight(data):
 
 def adopted(run, name: str, value):
     """What changed its type when an operation was carried out."""
-    operation = make(name, {"value": value})
+    operation = make(name, {} if value is None else {"value": value})
     return run.adopt(operation.plan(run.settings), operation.reshape)
 
 
@@ -436,6 +436,20 @@ def test_the_plan_knows_the_bytes(data, tmp_path):
     assert [row.keeps_function for row in rows] == [None, False, True, False, True, False, True]
 
 
+def test_the_plan_says_where_a_change_of_shape_rounds(data, tmp_path):
+    steps = [("set_attn_lora_rank", 2), ("set_layer_lora_rank", ["attn.0", 1]), ("freeze_layer", "mlp.1"),
+             ("widen_mlp", {"times": 2}), ("set_lora_alpha", 3.0), ("stack_layers", {"times": 2}),
+             ("untie_head", None)]  # fmt: skip
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps([{"name": n, "value": v} if v is not None else {"name": n} for n, v in steps]))
+    config = TrainConfig(**{**TINY, "weights_dtype": "bfloat16", "dataset": str(data), "schedule": str(path)})
+    run = make_run(str(data), weights_dtype="bfloat16")
+    for row, (name, value) in zip(plan.make(config, {}, 1).rows[1:], steps, strict=True):
+        cast = adopted(run, name, value)
+        assert row.keeps_function == (not cast.rounded), name
+    assert [bool(row.keeps_function) for row in plan.make(config, {}, 1).rows[1:]] == [False] * 4 + [True] * 3
+
+
 @pytest.mark.parametrize("frozen", ["wte,attn.7", "wte,", "block"])
 def test_layers_that_are_not_there_cannot_be_frozen(data, frozen):
     with pytest.raises(Refused, match="frozen_layers: no layer is called"):
@@ -468,7 +482,12 @@ def test_on_several_ranks_copies_and_shards_follow_the_same_curve(data, tmp_path
         ["--init_from=resume", f"--out_dir={outs[of]}", f"--parallel={to}", "--max_iters=14"]
         for of, to in again.items()
     ]
-    assert on_ranks(_runs, commands) == [[0] * 4] * 2
+    # An override where weights are sharded: back and forth, and it is told.
+    commands += [
+        ["--init_from=resume", f"--out_dir={outs['ddp']}", f"--weights_dtype={dtype}", f"--max_iters={until}"]
+        for dtype, until in (("float32", 15), ("bfloat16", 16))
+    ]
+    assert on_ranks(_runs, commands) == [[0] * 6] * 2
     assert train_orchestrated.main(arguments(data, tmp_path / "one", **keys)) == 0
     curves = {name: losses(out) for name, out in {**outs, "one": tmp_path / "one"}.items()}
     for name in outs:
@@ -477,9 +496,13 @@ def test_on_several_ranks_copies_and_shards_follow_the_same_curve(data, tmp_path
         assert [line[3] for line in last] == pytest.approx([line[3] for line in curves["one"]], abs=2e-3)
     final = [checkpoint.load(outs[name] / "checkpoints" / "latest") for name in outs]
     one = checkpoint.load(tmp_path / "one" / "checkpoints" / "latest").model
-    for loaded in final:
-        if (loaded.path / "model.safetensors").exists():
-            assert {n: v.dtype for n, v in loaded.model.items()} == {n: v.dtype for n, v in one.items()}
+    for loaded in final:  # of shards, and of whole files
+        assert {n: v.dtype for n, v in loaded.model.items()} == {n: v.dtype for n, v in one.items()}
+    short = sum(v.numel() for v in one.values() if v.dtype == torch.bfloat16)
+    of_shards, (of_whole, back, forth) = events(outs["fsdp"], "resume"), events(outs["ddp"], "resume")
+    assert not any("cast" in event for event in (*of_shards, of_whole)), "the values are as they were, and short"
+    assert back["cast"] == {"rounded": 0, "error": 0.0, "widened": short}
+    assert forth["cast"] == {"rounded": short, "error": 0.0, "widened": 0}
     casts = {name: [e.get("cast") for e in events(out, "operation")] for name, out in outs.items()}
     assert [c and c["rounded"] for c in casts["ddp"]] == [c and c["rounded"] for c in casts["fsdp"]]
     assert casts["fsdp"][0]["rounded"] > 0 < casts["fsdp"][3]["widened"]

@@ -11,13 +11,18 @@ from test_data_and_model import both_refuse
 from test_operations import apply, live_run
 
 import train_orchestrated
+from orchestrate.data.keeping import save
+from orchestrate.data.tokenizer import CharTokenizer, HuggingFaceTokenizer
 from orchestrate.model import hugging_face, peft_folder
 from orchestrate.model.config import LoraSpec, ModelConfig, expand_adapters
 from orchestrate.model.gpt import GPT, from_weights, init_weights, set_lora_dropout
 from orchestrate.model.lora import reshape_lora, trainable_parameters
 from orchestrate.training.plan import _graphs
+from orchestrate.training.session import exporting
+from orchestrate.training.session.sampling import open_foreign
 from orchestrate.training.session.start import opened, settings_from
 from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
 
 IDS = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -185,6 +190,46 @@ def test_an_adapter_without_a_tokenizer_has_its_base_s(base, data, tmp_path):
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     given = arguments(data, tmp_path / "run", init_from=tmp_path / "adapter", n_embd=16, n_head=2, block_size=12)
     both_refuse(given, "written in tokens of .*char.*and .*adapter speaks gpt2")
+
+
+@on("llama")
+def test_it_speaks_for_its_base(base, tmp_path):
+    """What samples and exports takes the adapter with its base's weights and tokenizer."""
+    logits = adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    spoken = CharTokenizer("abcdefgh")
+    save(spoken, base)
+    model, tokenizer = open_foreign(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().logits(IDS), logits, atol=1e-5, rtol=0)
+    assert tokenizer.fingerprint == spoken.fingerprint
+    exporting.export(exporting.open_source(str(tmp_path / "adapter")), "hf", str(tmp_path / "hf"))
+    assert HuggingFaceTokenizer(tmp_path / "hf").fingerprint == spoken.fingerprint
+    with pytest.raises(Refused, match="--checkpoint 'best': .*adapter is no run folder"):
+        exporting.open_source(str(tmp_path / "adapter"), "best")
+
+
+def test_on_a_release_the_base_is_its_name_on_the_hub(tmp_path):
+    options = {"peft_type": "LORA", "r": 1, "target_modules": ["h.0.attn.c_proj"], "base_model_name_or_path": "gpt2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(options))
+    name = "base_model.model.transformer.h.0.attn.c_proj.lora_"
+    factors = {f"{name}A.weight": torch.zeros(1, 768), f"{name}B.weight": torch.zeros(768, 1)}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    source = exporting.Source(str(tmp_path), GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=8)))
+    assert exporting._base(source) == "openai-community/gpt2"
+
+
+@on("llama")
+def test_tensors_that_peft_does_not_write_are_refused(base, tmp_path):
+    adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    factors = load_file(file)
+    for changed, said in (
+        ({name.removeprefix("base_model.model."): value for name, value in factors.items()}, "no module here takes"),
+        ({name: value.to(torch.int64) for name, value in factors.items()}, "holds numbers of type I64"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=f"init_from .*adapter: .*{said}"):
+            peft_folder.load(str(tmp_path / "adapter"))
 
 
 def rewrite(folder, **changes):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import pytest
 import tiktoken
@@ -67,47 +65,6 @@ def test_byte_pair_encoding(tmp_path):
     ids = np.concatenate([TokenFile(tmp_path / f"{part}.bin").tokens for part in ("train", "val")])
     assert small_encoding().decode(ids.tolist()) == TEXT + "<|endoftext|>"
     assert read_meta(tmp_path).tokenizer == "tiktoken:bytes"
-
-
-def test_openwebtext_is_resumable_and_ends_every_document(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("prepare_owt", ROOT / "data/openwebtext/prepare.py")
-    owt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(owt)
-    monkeypatch.setitem(sys.modules, "prepare_owt", owt)
-    documents = [f"document {i} says {'x' * (i % 7)}" for i in range(60)]
-    loaded = datasets.Dataset.from_list([{"text": text} for text in documents])
-
-    class Here:  # a pool in this process, so that an interruption is exact
-        def __init__(self, *_): ...
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_): ...
-        def imap(self, work, items):
-            return map(work, items)
-
-    monkeypatch.setattr(owt.multiprocessing, "get_context", lambda _: type("C", (), {"Pool": Here}))
-    owt.prepare(loaded, tmp_path / "whole", 1, 5, small_encoding)
-    real, calls = owt.encode_shard, []
-
-    def interrupted(index, **keys):
-        calls.append(index)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(index, **keys)
-
-    monkeypatch.setattr(owt, "encode_shard", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        owt.prepare(loaded, tmp_path / "part", 1, 5, small_encoding)
-    assert len(list((tmp_path / "part/shards").iterdir())) == 2 and not (tmp_path / "part/train.bin").exists()
-    monkeypatch.setattr(owt, "encode_shard", real)
-    owt.prepare(loaded, tmp_path / "part", 1, 5, small_encoding)
-    for part in ("train", "val"):
-        assert (tmp_path / "part" / f"{part}.bin").read_bytes() == (tmp_path / "whole" / f"{part}.bin").read_bytes()
-    ids = np.concatenate([TokenFile(tmp_path / "whole" / f"{part}.bin").tokens for part in ("train", "val")])
-    texts = small_encoding().decode(ids.tolist()).split("<|endoftext|>")
-    assert sorted(texts[:-1]) == sorted(documents) and texts[-1] == ""
-    assert not (tmp_path / "part/shards").exists()
 
 
 def test_tokenizers():

@@ -104,7 +104,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     (folder / "f.jsonl.gz").write_bytes(gzip.compress(json.dumps({"body": DOCUMENTS[6]}).encode() + b"\n\n"))
     (folder / "notes.json").write_text("not read in a folder")
     (folder / "picture.png").write_bytes(b"\xff")
-    prepare.prepare([folder], tmp_path / "out", small_encoding(), key="body", val=0.3)
+    prepare.prepare([folder], tmp_path / "out", small_encoding(), reading=prepare.Reading("body"), val=0.3)
     texts = decoded(tmp_path / "out")
     assert sorted((texts["train"] + texts["val"]).split(EOT)[:-1]) == sorted(DOCUMENTS[:7])
     sources = json.loads((tmp_path / "out" / "meta.json").read_text())["sources"]
@@ -321,13 +321,13 @@ def test_bad_tables_and_options(tmp_path):
         ("n", "holds int64, not text"),
     ):
         with pytest.raises(ValueError, match=said):
-            prepare.prepare([tmp_path / "t.parquet"], tmp_path / "out", "char", key=key)
+            prepare.prepare([tmp_path / "t.parquet"], tmp_path / "out", "char", reading=prepare.Reading(key))
     pyarrow.parquet.write_table(pyarrow.table({"body": DOCUMENTS}), tmp_path / "t.parquet", use_dictionary=False)
     raw = bytearray((tmp_path / "t.parquet").read_bytes())
     raw[20:36] = b"\xff" * 16
     (tmp_path / "t.parquet").write_bytes(raw)
     with pytest.raises(ValueError, match="t.parquet: row 1: cannot be read"):
-        prepare.prepare([tmp_path / "t.parquet"], tmp_path / "out", "char", key="body")
+        prepare.prepare([tmp_path / "t.parquet"], tmp_path / "out", "char", reading=prepare.Reading("body"))
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "none").mkdir()
     for inputs, keys, said in (

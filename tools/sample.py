@@ -1,12 +1,13 @@
-"""Generate text: from a run folder, a Hugging Face model or folder, or a nanoGPT ckpt.pt.
+"""Generate text: from a run folder, a Hugging Face model or folder, a PEFT folder, or a nanoGPT ckpt.pt.
 
     python sample.py --out_dir=RUN --start="ROMEO:" [--num_samples --max_new_tokens --temperature --top_k --seed]
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --top_p=0.9 --stop="\\n\\n" --stream
     python sample.py --out_dir=RUN --prompts=FILE --num_samples=1
 
-`orchestrate sample` is the same command. A run folder carries its tokenizer, and so does a Hugging Face folder; the
-others speak GPT-2's, or that of --dataset. A text follows from the model, its prompt, --seed and its number among the
-texts of that prompt: it is the same alone and beside others, but for the rounding of larger matrix products.
+`orchestrate sample` is the same command. A run folder carries its tokenizer, and so does a Hugging Face folder; a PEFT
+folder has its own or its base's; the others speak GPT-2's, or that of --dataset. A text follows from the model, its
+prompt, --seed and its number among the texts of that prompt: it is the same alone and beside others, but for the
+rounding of larger matrix products.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.stop]
     if "" in options.stop:
         problems.append("--stop: the text is empty")
+    if options.checkpoint != "latest" and options.init_from != "resume":
+        problems.append(f"--checkpoint {options.checkpoint}: {options.init_from} is no run folder and has none")
     if options.start is not None and options.prompts is not None:
         problems.append("--start and --prompts: give one of them")
     if problems:

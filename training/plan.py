@@ -18,7 +18,7 @@ import torch
 from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig, layer_of_adapter
 from orchestrate.model.lineage import Lineage
 from orchestrate.model.lora import trainable_parameters
-from orchestrate.training.run.casting import types_of
+from orchestrate.training.run.casting import kept
 from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
@@ -30,6 +30,7 @@ from orchestrate.training.schedule.stages import Stage, model_on_meta, plan_stag
 from orchestrate.training.session.resume import check_fingerprint, resume
 from orchestrate.training.session.start import (
     check_data,
+    check_target,
     data_of,
     doubts,
     opened,
@@ -44,6 +45,7 @@ from orchestrate.training.settings.records import Progress, Settings, difference
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.run_folder import METRICS, METRICS_KINDS, read_lines
 
+_SHAPE = "n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "n_hidden", "block_size", "vocab_size"
 _LONGEST = 10**7
 """Iterations of a recorded run; every one of them is replayed."""
 
@@ -136,11 +138,18 @@ def make(
         settings = settings_from(config, model)
     stages, data = plan_stages(schedule, settings, world_size), data_of(config)
     check_data(data, config, stages)
+    check_target(stages, config)
     if config.init_from == "resume":
         check_fingerprint(config, resumed.loaded.state, data)
     notes += doubts(data, config, settings, resumed.loaded.state.tokenizer if config.init_from == "resume" else None)
     share = world_size if config.parallel == "fsdp" else 1
     rows = _rows(stages, config, schedule.source, share)
+    final = stages[-1].settings.model
+    if config.target_architecture or final != stages[0].settings.model:
+        shape = {key: getattr(final, key) for key in _SHAPE} | {"n_hidden": brief(list(final.n_hidden))}
+        told = ", ".join(f"{key} {value}" for key, value in shape.items())
+        reached = ", as target_architecture says" if config.target_architecture else ""
+        notes.append(f"the final model: {told}, {rows[-1].parameters:,} parameters{reached}")
     if config.parallel == "fsdp":
         notes.append(f"model and optimizer memory is that of one of {share} processes, sharded evenly")
     later = [stage.entry for stage in stages if stage.entry and stage.entry.operation.decided_on_machine]
@@ -164,7 +173,6 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
     model = model_on_meta(stages[0].settings.model)
     trained = trainable_parameters(model, stages[0].settings.frozen)
     kinds: set[str] = set()
-    narrow: set[str] = set()
     batches, dropped = {_batch_shape(stages[0].settings)}, stages[0].settings.dropout > 0
     rows = []
     for i, stage in enumerate(stages):
@@ -180,10 +188,8 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         trained = trained | trainable  # a parameter that ever trained keeps its moments
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
-        types = types_of(model, trainable, s.weights_dtype)
-        narrow, narrow_before = {name for name, dtype in types.items() if dtype == torch.bfloat16}, narrow
-        rounds = before is not None and not reshapes(before, s) and bool(narrow - narrow_before)
-        weights = sum(size * types[name].itemsize for name, size in sizes.items())
+        model, cast = kept(model, trainable, s.weights_dtype)
+        weights = sum(p.nbytes for p in model.parameters())
         state_bytes = OPTIMIZERS[s.optimizer].state_bytes
         graphs = _graphs(s)
         recompiles = len(graphs - kinds) if i else 0
@@ -208,7 +214,7 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
                 activation_bytes=activation_bytes(s, 4 if config.dtype in ("auto", "float32") else 2),
                 rewraps=int(before is not None and needs_agreement(before, s)),
                 recompiles=recompiles if config.compile else 0,
-                keeps_function=_keeps_function(stage.entry) and not rounds,
+                keeps_function=_keeps_function(stage.entry) and not cast.rounded,
                 changes={name: [old[name], now[name]] for name in now},
             )
         )

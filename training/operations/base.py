@@ -119,7 +119,10 @@ def operation(name: str) -> Callable[[type[Operation]], type[Operation]]:
 
 
 _NO_CURRICULUM = "there is no curriculum of tokens here: leave the entry out"
-_ALL_BUT_EMBEDDINGS = "write freeze_layer: [block.*, ln_f], which trains the embeddings alone"
+_ALL_BUT_EMBEDDINGS = (
+    "write freeze_layer: [block.*, ln_f], which trains the embeddings alone, as it does there; "
+    "freeze_layer: [wte, wpe] freezes them"
+)
 _ABSOLUTE = "write {}, which takes the new number itself"
 # Names that people and other orchestrators use -> what to write instead.
 OTHER_NAMES = {

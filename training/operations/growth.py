@@ -33,14 +33,14 @@ class Arguments(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-def _size(name: str, what: str, wanted: int | None, times: float | None, present: int) -> int:
-    """An absolute size, or a multiple of the present one; exactly one of them is given. Raises ScheduleError."""
+def _size(name: str, what: str, wanted: int | None, times: float | None, present: int, step: int = 1) -> int:
+    """An absolute size, or a multiple of the present one, rounded down to one of `step`. Raises ScheduleError.
+
+    Exactly one of them is given.
+    """
     if (wanted is None) == (times is None):
         raise ScheduleError(f"{name}: give either {what} or times, got {'both' if times else 'neither'}")
-    size = wanted if wanted is not None else present * (times or 1)
-    if size != int(size):
-        raise ScheduleError(f"{name}: times must make a whole number of the present {present}, got {times}")
-    return int(size)
+    return wanted if wanted is not None else int(present * (times or 1) + 1e-6) // step * step
 
 
 def _with_model(settings: Settings, **changes: Any) -> Settings:
@@ -124,12 +124,13 @@ class LayerOperation(GrowthOperation):
 @operation("stack_layers")
 class StackLayers(LayerOperation):
     """Add blocks: a list of source blocks such as [0, 0, 1, 1], or {n_layer: 12, how: identity, where: top}; times: 2
-    instead of n_layer doubles, and 1.5 makes three of two.
+    instead of n_layer doubles, and 1.5 makes three of two (whole blocks, rounded down).
 
     how: identity (fresh blocks that add nothing at first: the function stays), identity_copy (the same, but for their
     zero output projections copies of the block beside them: LLaMA Pro with where: interleave), copy (each new block is
     a copy of the block beside it), cycle (copies of all blocks in turn: G_stack with where: top), depth_up_scaling (the
-    stack twice, without the last blocks of the first and as many first ones of the second: SOLAR), random (fresh).
+    stack twice, without the last blocks of the first and as many first ones of the second: SOLAR; times makes an even
+    number), random (fresh).
     where: top, bottom or interleave. Copies and random blocks change the function, unless `over: N` fades them in.
     """
 
@@ -164,7 +165,8 @@ class StackLayers(LayerOperation):
                 raise ScheduleError(f"stack_layers: source blocks are 0 to {old - 1}, got {max(self.value)}")
             return [Layer(n, n) for n in self.value]
         wanted = self.value
-        n_layer = _size("stack_layers", "n_layer", wanted.n_layer, wanted.times, old)
+        step = 2 if wanted.how == "depth_up_scaling" else 1
+        n_layer = _size("stack_layers", "n_layer", wanted.n_layer, wanted.times, old, step)
         added = n_layer - old
         if added < 1:
             raise ScheduleError(f"stack_layers: n_layer must be more than the {old} there are, got {n_layer}")

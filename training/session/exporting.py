@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrate.data import keeping
-from orchestrate.data.stream import Meta
-from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
-from orchestrate.model import hugging_face, nanogpt, peft_folder
+from orchestrate.data.tokenizer import Tokenizer, tokenizer_of
+from orchestrate.model import hugging_face, peft_folder
 from orchestrate.model.export import (
     SHARD_BYTES,
     Form,
@@ -29,10 +28,10 @@ from orchestrate.model.export import (
     write_nanogpt,
 )
 from orchestrate.model.families import FAMILIES, Family
-from orchestrate.model.gpt import GPT, from_weights
+from orchestrate.model.gpt import GPT
 from orchestrate.training.run.device import DTYPES
 from orchestrate.training.session.model_card import card, fired
-from orchestrate.training.session.resume import latest_good, named, reading
+from orchestrate.training.session.sampling import foreign_model, foreign_tokenizer, open_checkpoint
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
 from orchestrate.training.settings.values import shown
 from orchestrate.training.store.run_folder import RunRecord, read_run
@@ -70,18 +69,13 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
     """A run folder, a Hugging Face or PEFT folder or a nanoGPT ckpt.pt. Raises ValueError."""
     path = Path(name)
     if (path / "checkpoints").is_dir():
-        loaded, passed_over, _ = latest_good(name) if checkpoint == "latest" else (named(name, checkpoint), [], [])
-        with reading(loaded.path):
-            model = from_weights(loaded.state.settings.model, loaded.model)
-        model.set_fading(loaded.state.settings.fading)
-        return Source(name, model, loaded.state, read_run(path), tuple(passed_over))
-    if peft_folder.is_peft(name) and checkpoint == "latest":
-        return Source(name, peft_folder.load(name))
-    if path.is_dir() and not (path / "config.json").is_file():
+        model, state, passed_over = open_checkpoint(name, checkpoint)
+        return Source(name, model, state, read_run(path), tuple(passed_over))
+    if path.is_dir() and not (peft_folder.is_peft(name) or (path / "config.json").is_file()):
         raise Refused(f"{name}: neither a run folder (no checkpoints/) nor a Hugging Face folder (no config.json)")
     if checkpoint != "latest":
         raise Refused(f"--checkpoint {shown(checkpoint)}: {name} is no run folder and has no checkpoints")
-    return Source(name, nanogpt.load_checkpoint(name) if path.is_file() else hugging_face.load(name))
+    return Source(name, foreign_model(name))
 
 
 def to_hugging_face(
@@ -119,7 +113,12 @@ def _write_tokenizer(source: Source, size: int, folder: Path, notes: list[str]) 
     except ValueError as error:
         notes.append(f"there is no tokenizer in it: {str(error).split('; --dataset')[0]}")
         return {}
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its own configuration may say anything
+        first = next(iter(str(error).splitlines()), "")
+        notes.append(f"transformers cannot open the tokenizer in it ({type(error).__name__}: {first})")
+        return {}
     return {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
@@ -128,7 +127,7 @@ def _tokenizer(source: Source) -> Tokenizer:
     if source.state is None:
         if Path(source.name).is_file():
             raise ValueError("a nanoGPT checkpoint does not say which it is")
-        return HuggingFaceTokenizer(source.name) if Path(source.name).is_dir() else tokenizer_of(Meta())
+        return foreign_tokenizer(source.name)
     meta = source.state.tokenizer
     if source.state.config.shrunken_vocab_size or source.state.settings.vocabulary_map:
         raise ValueError("the run's vocabulary is a remapped one, which tokenizer.json cannot say")
@@ -170,10 +169,10 @@ def _base(source: Source) -> str:
     if source.record is not None:
         first = next((e["config"] for e in source.record.events if e["kind"] == "start"), {})
         begun, named = first.get("init_from", "scratch"), first.get("base_model", "")
-    if begun in hugging_face.GPT2_MODELS:
-        return f"openai-community/{begun}"
     with refusing():
         base = peft_folder.describe(begun, named).base if peft_folder.is_peft(begun) else begun
+    if base in hugging_face.GPT2_MODELS:
+        return f"openai-community/{base}"
     if not (Path(base) / "config.json").is_file():
         raise Refused(
             f"{source.name}: began with {begun}, which is no Hugging Face folder here: adapters are on one (--base "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from orchestrate.training.run.casting import Casting
 from orchestrate.training.run.device import pick_device
@@ -14,6 +15,7 @@ from orchestrate.training.session.resume import Resumed, check_fingerprint, open
 from orchestrate.training.session.start import (
     Foreign,
     check_data,
+    check_target,
     data_of,
     initial_model,
     planned_model_config,
@@ -33,22 +35,21 @@ def open_run(
         state = resumed.loaded.state
         check_fingerprint(config, state, data)
         settings = resumed.settings
-        check_data(data, config, plan_stages(pending(schedule, state.fired), settings, ranks.world_size))
-        model, moments = open_model(resumed.loaded, settings, ranks, device)
-        return Run(
-            config,
-            settings,
-            copy.deepcopy(state.progress),
-            model,
-            data,
-            ranks,
-            device,
-            moments,
-            state.scaler,
-        )
+        stages = plan_stages(pending(schedule, state.fired), settings, ranks.world_size)
+        check_data(data, config, stages)
+        check_target(stages, config)
+        # In the number types of the checkpoint: what an override of this start rounds is measured where all is whole.
+        saved = replace(settings, weights_dtype=state.settings.weights_dtype)
+        model, moments = open_model(resumed.loaded, saved, ranks, device)
+        run = Run(config, saved, copy.deepcopy(state.progress), model, data, ranks, device, moments, state.scaler)
+        if settings != saved:
+            run.cast += run.adopt(settings)
+        return run
     model_config, _ = planned_model_config(config, foreign)
     settings = settings_from(config, model_config)
-    check_data(data, config, plan_stages(schedule, settings, ranks.world_size))
+    stages = plan_stages(schedule, settings, ranks.world_size)
+    check_data(data, config, stages)
+    check_target(stages, config)
     casting = Casting.at_start(settings)
     model = initial_model(config, model_config, foreign, casting)
     run = Run(config, settings, Progress.start(settings), model, data, ranks, device)

@@ -1,6 +1,7 @@
-"""What text is made from: weights of a run folder, of a Hugging Face model or folder, or of a nanoGPT ckpt.pt.
+"""What text is made from, and what is exported: weights and tokenizer of a run folder or of a model from elsewhere.
 
-A run folder carries its tokenizer, and so does a Hugging Face folder; the others speak GPT-2's, or a data set's.
+Those are a Hugging Face model or folder, a PEFT folder, a nanoGPT ckpt.pt. A run folder carries its tokenizer, and so
+does a Hugging Face folder; a PEFT folder has its own or its base's; the others speak GPT-2's, or a data set's.
 """
 
 from __future__ import annotations
@@ -10,34 +11,56 @@ from pathlib import Path
 from orchestrate.data.keeping import kept_with_run, of_data
 from orchestrate.data.stream import Meta
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
-from orchestrate.model import hugging_face, nanogpt
+from orchestrate.model import hugging_face, nanogpt, peft_folder
 from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.training.session.resume import latest_good, named, reading
+from orchestrate.training.session.start import speaker
 from orchestrate.training.session.texts import remapped
+from orchestrate.training.store.state import State
+
+
+def open_checkpoint(out_dir: str, name: str = "latest") -> tuple[GPT, State, list[str]]:
+    """A run's model, as far as it has faded in, the state beside it, and what is wrong with newer checkpoints.
+
+    Args:
+        name: latest, best, or the name of a checkpoint's folder.
+
+    Raises ValueError.
+    """
+    loaded, passed_over = latest_good(out_dir)[:2] if name == "latest" else (named(out_dir, name), [])
+    settings = loaded.state.settings
+    with reading(loaded.path):
+        model = from_weights(settings.model, loaded.model)
+    model.set_fading(settings.fading)
+    return model, loaded.state, passed_over
 
 
 def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tuple[GPT, Tokenizer, list[str]]:
     """A run's model and tokenizer, and what is wrong with newer checkpoints. Raises ValueError.
 
     Args:
-        name: latest, best, or the name of a checkpoint's folder.
+        name: as `open_checkpoint` has it.
         dataset: the data set whose tokenizer is taken instead of the run's own.
     """
-    passed_over: list[str] = []
-    if name == "latest":
-        loaded, passed_over, _ = latest_good(out_dir)
-    else:
-        loaded = named(out_dir, name)
-    recorded, settings = loaded.state.config, loaded.state.settings
-    with reading(loaded.path):
-        model = from_weights(settings.model, loaded.model)
-    meta = loaded.state.tokenizer
-    tokenizer = of_data(dataset) if dataset else tokenizer_of(meta, kept_with_run(out_dir, meta))
-    return model, remapped(tokenizer, recorded, settings.vocabulary_map), passed_over
+    model, state, passed_over = open_checkpoint(out_dir, name)
+    tokenizer = of_data(dataset) if dataset else tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer))
+    return model, remapped(tokenizer, state.config, state.settings.vocabulary_map), passed_over
+
+
+def foreign_model(source: str) -> GPT:
+    """The model of a Hugging Face name or folder, of a PEFT folder or of a nanoGPT ckpt.pt. Raises ValueError."""
+    if peft_folder.is_peft(source):
+        return peft_folder.load(source)
+    return nanogpt.load_checkpoint(source) if Path(source).is_file() else hugging_face.load(source)
+
+
+def foreign_tokenizer(source: str) -> Tokenizer:
+    """What such a model speaks: its folder's or its base's tokenizer, else GPT-2's. Raises ValueError."""
+    source = speaker(source)
+    own = Path(source).is_dir() and source not in hugging_face.GPT2_MODELS
+    return HuggingFaceTokenizer(source) if own else tokenizer_of(Meta())
 
 
 def open_foreign(source: str, dataset: str = "") -> tuple[GPT, Tokenizer]:
-    """The model of a Hugging Face name or folder or of a nanoGPT ckpt.pt, and its tokenizer. Raises ValueError."""
-    model = nanogpt.load_checkpoint(source) if Path(source).is_file() else hugging_face.load(source)
-    own = Path(source).is_dir() and source not in hugging_face.GPT2_MODELS and not dataset
-    return model, HuggingFaceTokenizer(source) if own else of_data(dataset) if dataset else tokenizer_of(Meta())
+    """A model from elsewhere and its tokenizer, or a data set's. Raises ValueError."""
+    return foreign_model(source), of_data(dataset) if dataset else foreign_tokenizer(source)

@@ -212,6 +212,22 @@ def data_of(config: TrainConfig) -> DataSet:
     return open_data(config.dataset, config.block_size, remap)
 
 
+def check_target(stages: list[Stage], config: TrainConfig) -> None:
+    """Raises Refused where the last stage's model is not the `target_architecture`."""
+    model = stages[-1].settings.model
+    last = keys_of(model) | {"vocab_size": model.vocab_size}
+    if len(set(model.n_hidden)) > 1:
+        last["n_hidden"] = list(model.n_hidden)
+    if missed := [key for key, value in config.target_architecture.items() if last[key] != value]:
+        raise Refused(
+            [
+                f"target_architecture: {key} {shown(config.target_architecture[key])} is not reached: "
+                f"{'the schedule ends' if len(stages) > 1 else 'the model stays'} at {shown(last[key])}"
+                for key in missed
+            ]
+        )
+
+
 def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
     """Raises Refused where the data does not fit the models of a run, or where sample_prompts cannot be read.
 
@@ -254,13 +270,18 @@ def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = N
     elif config.init_from in ("scratch", "resume") or config.shrunken_vocab_size or Path(config.init_from).is_file():
         return ""
     else:
-        source = config.init_from
-        if peft_folder.is_peft(source) and not has_tokenizer(source):
-            source = peft_folder.describe(source, config.base_model).base  # which the adapter was trained on
+        source = speaker(config.init_from, config.base_model)
         other = differs(data.meta, data.folder, source, source in hugging_face.GPT2_MODELS)
         whose = f"{config.init_from} speaks"
     said = f"dataset {config.dataset} is written in tokens of {named(data.meta)}, and {whose} {other}"
     return f"{said}: a token means something else to it" if other else ""
+
+
+def speaker(source: str, base_model: str = "") -> str:
+    """The folder or release that has a model's tokenizer: of a PEFT folder without one, its base. Raises ValueError."""
+    if peft_folder.is_peft(source) and not has_tokenizer(source):
+        return peft_folder.describe(source, base_model).base
+    return source
 
 
 def doubts(data: DataSet, config: TrainConfig, settings: Settings, trained: Meta | None = None) -> list[str]:

@@ -55,6 +55,15 @@ def _counted(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int) else value
 
 
+def _assigned(value: Any) -> Any:
+    """ "n_layer=12, n_embd=768" as a mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    return {name.strip(): parse_text(text.strip()) for name, _, text in pairs}
+
+
+Architecture = Annotated[dict[str, bool | int | float | str], BeforeValidator(_assigned)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_counted)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
@@ -104,6 +113,9 @@ class _RunKeys(BaseModel):
     base_model: str = _key("", "of a PEFT folder as init_from: its base; empty: base_model_name_or_path of the folder")
     schedule: str = _key("", "the schedule file, YAML or JSON (also spelled scaling_schedule_file)")
     file_logging: bool = _key(False, "also write the console's lines to a file in log_dir")
+    target_architecture: Architecture = _key(
+        {}, "what the schedule must make of the model in the end, e.g. n_layer=12,n_embd=768; {}: not checked"
+    )
     log_dir: str = _key("", "folder of that file; empty: the run folder")
     # W&B
     wandb_log: bool = _key(False, "log to Weights & Biases (WANDB_MODE=offline needs no network)")
@@ -256,8 +268,49 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     )
 
 
-ALIASES = {"scaling_schedule_file": "schedule"}
+ALIASES = {"scaling_schedule_file": "schedule", "target_architecture_config": "target_architecture"}
 KEYS = tuple(TrainConfig.model_fields)
+# Keys of other programs (nanoGPT's fork with an orchestrator, CleanGPT, the NanoGPT 124M trainer) -> what is ours.
+# docs/migrating.md has the whole table.
+OTHER_KEYS = {
+    **dict.fromkeys(("train_shard_filenames", "num_train_shards"), "dataset names a folder and all its files"),
+    "rotary_max_position_embeddings": "they have no largest number; block_size is the longest sequence",
+    "embedding_mode": "write embedding_rank, the rank of the embedding's adapter; 0: none",
+    "scaling_schedule": "write the entries into a file and give it as schedule",
+    "ignored_outlayers_sum": "leave it out: no loss here is computed without some targets",
+    "RARE_TOKEN_ID": "vocab_remapping_file says which id is the rare one: leave it out",
+    "vocab_size": "it is the data set's (meta.json), or shrunken_vocab_size",
+    "train_iters": "write max_iters, in optimizer steps",
+    "n_embed": "write n_embd",
+    "n_position": "write block_size",
+    "n_inner": "write n_hidden",
+    "n_q_head": "write n_head",
+    "activation_fn": "write activation",
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon"), "write norm_eps"),
+    "add_bias": "write bias",
+    "weight_tying": "write tie_weights",
+    "use_amp": "write dtype",
+    "use_kvcache": "sampling always has a cache: leave it out",
+    "clip_grad": "write grad_clip",
+    **{f"adam_beta{n}": f"write beta{n}" for n in (1, 2)},
+    "eval_batch_num": "write eval_iters",
+    **dict.fromkeys(("save_ckpt", "save_snapshot", "save_strategy"), "write save_interval, keep_best and keep_every"),
+    "save_ckpt_num": "write keep_best",
+    "use_early_stopping": "write early_stopping_patience",
+    "early_stopping_delta": "write early_stopping_min_delta",
+    "lr_begin": "write warmup_iters, after which learning_rate is reached",
+    "lr_max": "write learning_rate",
+    "lr_decay_factor": "write min_lr",
+    **dict.fromkeys(("wd_begin", "wd_end", "wd_decr_style"),
+                    "write weight_decay, and set_weight_decay with `over` and `style` in a schedule"),
+    **dict.fromkeys(("ga_begin", "ga_end"),
+                    "write gradient_accumulation_steps, and set_grad_accum with `over` and `style` in a schedule"),
+    "override_opt_param_scheduler": "a key that is given on a resume overrides what was recorded: leave it out",
+    "aspect_ratio": "write depth, and n_embd where its 64 for each block is not meant",
+    "head_dim": "write head_size",
+    "target_flops": "write max_iters; --plan prints the FLOPs of a token",
+    "param_data_ratio": "write max_iters; depth prints how many iterations are 10 tokens a weight",
+}  # fmt: skip
 
 
 # No configuration is near these. They bound what a hostile file can make of a short line.
@@ -434,7 +487,7 @@ def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
     for i, key in enumerate([key for key in given if key not in KEYS]):
         _, place = given.pop(key)
         if i < MOST_PROBLEMS:
-            problems.append(f"{place}: unknown key {shown(key)[1:-1]}{nearest(key, [*KEYS, *ALIASES])}")
+            problems.append(f"{place}: unknown key {shown(key)[1:-1]}{_hint(key)}")
     try:
         config = TrainConfig(**{key: value for key, (value, _) in given.items()})
     except ValidationError as error:
@@ -447,6 +500,12 @@ def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
     if problems:
         raise Refused(problems)
     return check_config(_with_depth(config)), places
+
+
+def _hint(key: str) -> str:
+    """What to write instead of an unknown key, as the end of a sentence; nothing where nothing is near."""
+    known = key.replace("-", "_")
+    return f"; {OTHER_KEYS[known]}" if known in OTHER_KEYS else nearest(key, [*KEYS, *ALIASES])
 
 
 def _model_of(values: Mapping[str, Any]) -> ModelConfig:
@@ -492,6 +551,12 @@ def check_config(config: TrainConfig) -> TrainConfig:
             f"checkpoint {shown(config.checkpoint)} is for eval_only with init_from=resume: "
             "a run goes on from its latest checkpoint"
         )
+    known = [*MODEL_KEYS, "vocab_size"]
+    problems += [
+        f"target_architecture: {shown(key)} is nothing that a model has{nearest(key, known)}"
+        for key in config.target_architecture
+        if key not in known
+    ]
     if len(set(config.seeds)) < len(config.seeds):
         problems.append(f"seeds {','.join(map(str, config.seeds))}: each seed is one run, give it once")
     if config.seeds and config.eval_only:

@@ -43,6 +43,9 @@ __all__ = [
 ]
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+"""Of weights; moments are float32."""
+
 # Where torch.distributed.checkpoint notes, in a shard's safetensors header, which part of a tensor it is.
 _SHARDS, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
@@ -53,10 +56,11 @@ class Checkpoint:
     Attributes:
         state: all but the tensors that is needed to go on exactly.
         shapes: of every tensor; a moment is called "PARAMETER|exp_avg" and so on.
+        dtypes: likewise.
     """
 
-    def __init__(self, path: Path, state: State, shapes: dict[str, torch.Size]) -> None:
-        self.path, self.state, self.shapes = path, state, shapes
+    def __init__(self, path: Path, state: State, shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype]) -> None:
+        self.path, self.state, self.shapes, self.dtypes = path, state, shapes, dtypes
 
     @cached_property
     def model(self) -> dict[str, Tensor]:
@@ -71,7 +75,7 @@ class Checkpoint:
     def _whole(self, file: str, names: Iterable[str]) -> dict[str, Tensor]:
         if (self.path / _MODEL).exists():
             return load_file(self.path / file)
-        tensors = {name: torch.zeros(self.shapes[name]) for name in names}
+        tensors = {name: torch.zeros(self.shapes[name], dtype=self.dtypes[name]) for name in names}
         self.read_into(tensors)
         return tensors
 
@@ -163,7 +167,7 @@ def load(path: str | Path, *, whole: bool = True) -> Checkpoint:
     found = manifest.read(path)
     manifest.check_files(path, found, whole=whole)
     try:
-        shapes = _shapes(path, found.files)
+        shapes, dtypes = _described(path, found.files)
     except (ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
         manifest.check_files(path, found, whole=True)  # it may be damage that the sizes do not show
         raise Refused(f"checkpoint {path}: not readable ({type(error).__name__}: {error})") from None
@@ -174,15 +178,16 @@ def load(path: str | Path, *, whole: bool = True) -> Checkpoint:
     if (found.iter, found.val_loss) != (state.progress.iter, state.val_loss):  # formats 1 and 2 have no other guard
         said = f"iter {found.iter}, val_loss {found.val_loss}"
         raise manifest.Damaged(f"checkpoint {path}: {manifest.MANIFEST} is damaged ({said}: {STATE} says otherwise)")
-    return Checkpoint(path, state, shapes)
+    return Checkpoint(path, state, shapes, dtypes)
 
 
-def _shapes(path: Path, files: Iterable[str]) -> dict[str, torch.Size]:
-    """The shape of every tensor, from the headers alone. Raises ValueError where shards leave holes."""
+def _described(path: Path, files: Iterable[str]) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
+    """Shape and type of every tensor, from the headers alone. Raises ValueError where shards do not fit together."""
     if _MODEL in files and _OPTIMIZER not in files:
         raise ValueError(f"{_OPTIMIZER} is missing")
     ends: dict[str, list[int]] = {}
     elements: dict[str, int] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for name in files:
         if name == STATE:
             continue
@@ -191,7 +196,8 @@ def _shapes(path: Path, files: Iterable[str]) -> dict[str, torch.Size]:
             for key in file.keys():  # noqa: SIM118 (it is no dictionary)
                 part = file.get_slice(key)
                 shape = part.get_shape()
-                if part.get_dtype() not in (("F32",) if "|" in key else ("F32", "BF16")):
+                dtype = _DTYPES.get(part.get_dtype())
+                if dtype is None or dtypes.setdefault(key, dtype) != dtype or ("|" in key and dtype != torch.float32):
                     raise ValueError(f"{name}: {key} is {part.get_dtype()}, not float32")
                 starts = shards[key][_OFFSETS] if shards else [0] * len(shape)
                 if len(starts) != len(shape) or any(type(start) is not int or start < 0 for start in starts):
@@ -202,7 +208,7 @@ def _shapes(path: Path, files: Iterable[str]) -> dict[str, torch.Size]:
     for key, count in elements.items():
         if count != math.prod(ends[key]):
             raise ValueError(f"the shards of {key} do not make up a tensor of shape {tuple(ends[key])}")
-    return {key: torch.Size(end) for key, end in ends.items()}
+    return {key: torch.Size(end) for key, end in ends.items()}, dtypes
 
 
 def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
