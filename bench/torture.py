@@ -45,6 +45,9 @@ from orchestrate.training.store.manifest import survey  # noqa: E402
 from orchestrate.training.store.run_folder import read_run  # noqa: E402
 
 SCHEDULE = [
+    # DATA and OTHER stand for two data sets.
+    {"name": "set_data_mixture", "value": {"DATA": 0.3, "OTHER": 0.7}, "at_iter": 2, "over": 24, "style": "cosine"},
+    {"name": "set_curriculum_alpha", "value": 0.8, "over": 12},
     {"name": "set_batch_size", "value": 6, "at_iter": 3},
     {"name": "stack_layers", "value": {"times": 2}, "max_wait_iters": 3, "reevaluate": True},
     {"name": "set_weights_dtype", "value": "bfloat16", "max_wait_iters": 1},
@@ -84,12 +87,15 @@ class Torture:
         self.slowest = 0.0
         text = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 60
         ids = np.array([sorted(set(text)).index(c) for c in text], dtype=np.uint16)
-        (folder / "data").mkdir(parents=True)
-        ids[:4000].tofile(folder / "data" / "train.bin")
-        ids[4000:].tofile(folder / "data" / "val.bin")
         meta = {"format": 1, "vocab_size": len(set(text)), "tokenizer": "char", "itos": sorted(set(text))}
-        (folder / "data" / "meta.json").write_text(json.dumps(meta))
-        (folder / "schedule.json").write_text(json.dumps(SCHEDULE))
+        schedule = json.dumps(SCHEDULE)
+        for name, tokens in (("data", ids), ("other", ids[::-1])):
+            (folder / name).mkdir(parents=True)
+            tokens[:4000].tofile(folder / name / "train.bin")
+            tokens[4000:].tofile(folder / name / "val.bin")
+            (folder / name / "meta.json").write_text(json.dumps(meta))
+            schedule = schedule.replace(name.upper(), str(folder / name))
+        (folder / "schedule.json").write_text(schedule)
 
     def arguments(self, out_dir: Path) -> list[str]:
         """What a person would type now."""

@@ -17,7 +17,7 @@ import json
 import pickle
 import pickletools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from orchestrate.data.files import MASK, Bits, Joined, mask_of, packed
+from orchestrate.data.proportions import UNITS, in_units, turns
 
 # Far above any data set there is. More is a slip of the pen, or meant to fill the memory of who reads it.
 _LARGEST_VOCABULARY = 2**24
@@ -122,7 +123,11 @@ class TokenFile:
 
     def sampled(self) -> np.ndarray:
         """The ids of the evenly spaced samples, mapped. Raises ValueError for one that the map does not have."""
-        return self.mapped(np.concatenate([self.tokens[start:stop] for start, stop in self._places()]))
+        return self.mapped(self.stored())
+
+    def stored(self) -> np.ndarray:
+        """The same samples as they are in the file."""
+        return np.concatenate([self.tokens[start:stop] for start, stop in self._places()])
 
     def _places(self) -> Iterator[tuple[int, int]]:
         """64 evenly spaced pieces of 64 KiB; the whole of a short file."""
@@ -423,6 +428,11 @@ def _keys(seed: int, number: int) -> np.ndarray:
     return _mix(_mix(start ^ np.uint64(number)) + counter)
 
 
+def unit_float(seed: int, number: int) -> float:
+    """A number in [0, 1) that follows from the two."""
+    return float(_keys(seed, number)[-1] >> np.uint64(11)) * 2.0**-53
+
+
 def permute(index: np.ndarray, n: int, seed: int, number: int) -> np.ndarray:
     """A bijection of range(n), keyed by (seed, number): the images of `index`, int64.
 
@@ -504,10 +514,24 @@ def gather(
 
 
 @dataclass(frozen=True)
+class Source:
+    """A data set's part in a mixture: its weight, and how far its own samples have been drawn."""
+
+    name: str
+    units: int
+    """Of UNITS samples from here on so many are of it (data/proportions.py)."""
+    sample: int = 0
+    """Index of its next sample, in its own order, counted as `Cursor.sample` is."""
+    debt: int = 0
+    """By how much it is behind its share, in units; negative where it is ahead."""
+
+
+@dataclass(frozen=True)
 class Cursor:
     """A place in the training stream: which sample comes next, among windows that are cut into pieces.
 
-    It means the same wherever it goes, because it holds the units that it counts in. It moves by `skip` and `cut` only.
+    It means the same wherever it goes, because it holds the units that it counts in, and of a mixture the weights in
+    force and the place in each source. It moves by `skip`, `cut` and `mixed` only.
     """
 
     block_size: int
@@ -516,28 +540,71 @@ class Cursor:
     """Tokens in a sample; it divides block_size."""
     sample: int = 0
     """Index of the next sample, counted in pieces of `length` tokens over all passes."""
+    sources: tuple[Source, ...] = ()
+    """Of a mixture; () where all samples so far were, and the next are, of one data set."""
 
     @property
     def pieces(self) -> int:
         """Samples in a window."""
         return self.block_size // self.length
 
+    def turns(self, count: int) -> np.ndarray:
+        """Which of `sources` each of the next `count` samples is of, (count,) int64."""
+        return turns(
+            tuple(source.units for source in self.sources), tuple(source.debt for source in self.sources), count
+        )
+
     def skip(self, samples: int) -> Cursor:
         """So many samples further on."""
-        return replace(self, sample=self.sample + samples)
+        further = replace(self, sample=self.sample + samples)
+        if not self.sources:
+            return further
+        drawn = np.bincount(self.turns(samples), minlength=len(self.sources)).tolist()
+        moved = (
+            replace(source, sample=source.sample + n, debt=source.debt + samples * source.units - n * UNITS)
+            for source, n in zip(self.sources, drawn, strict=True)
+        )
+        return replace(further, sources=tuple(moved))
 
     def cut(self, block_size: int, length: int) -> Cursor:
-        """The same place in other units: nothing seen comes again.
+        """The same place in other units: nothing seen comes again, of any source.
 
         A window that is cut into pieces is finished first, so less than one window is left out. Another block_size
         has another order of windows: the stream goes on at the same share of the data.
         """
         if (block_size, length) == (self.block_size, self.length):
             return self
-        windows = -(-self.sample // self.pieces)
-        if block_size != self.block_size:
-            windows = -(-windows * self.block_size // block_size)
-        return Cursor(block_size, length, windows * (block_size // length))
+
+        def moved(sample: int) -> int:
+            windows = -(-sample // self.pieces)
+            if block_size != self.block_size:
+                windows = -(-windows * self.block_size // block_size)
+            return windows * (block_size // length)
+
+        sources = tuple(replace(source, sample=moved(source.sample)) for source in self.sources)
+        return Cursor(block_size, length, moved(self.sample), sources)
+
+    def mixed(self, weights: Mapping[str, float], only: str) -> Cursor:
+        """The same place, from which on the samples are of these sources in these shares: each goes on where it was.
+
+        What a source is behind or ahead is made up under the new weights, unless a source comes or goes: then all
+        begin anew. So weights may move at every step without anybody losing by the rounding.
+
+        Args:
+            only: the data set that all samples were of, where there was no mixture yet.
+        """
+        if not self.sources and weights.keys() == {only}:
+            return self
+        before = {source.name: source for source in self.sources or (Source(only, UNITS, self.sample),)}
+        names = list(dict.fromkeys([*before, *weights]))
+        units = in_units([weights.get(name, 0.0) for name in names])
+        there = [before.get(name, Source(name, 0)) for name in names]
+        stays = all(bool(source.units) == bool(unit) for source, unit in zip(there, units, strict=True))
+        sources = tuple(
+            Source(source.name, unit, source.sample, source.debt if stays else 0)
+            for source, unit in zip(there, units, strict=True)
+        )
+        return replace(self, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -560,15 +627,18 @@ class Stream:
         """
         first, block_size, pieces = cursor.sample, cursor.block_size, cursor.pieces
         if pieces == 1:
-            starts = window_starts(self.seed, first, count, len(self.tokens), block_size, self.tokens.row)
+            starts = self._starts(first, count, block_size)
         else:
             samples = np.arange(first, first + count, dtype=np.int64)
             window, piece = samples // pieces, samples % pieces
             low = int(window[0])
-            count = int(window[-1]) - low + 1
-            starts = window_starts(self.seed, low, count, len(self.tokens), block_size, self.tokens.row)
+            starts = self._starts(low, int(window[-1]) - low + 1, block_size)
             starts = starts[window - low] + piece * cursor.length
         return gather(self.tokens, starts, cursor.length, vocab_size)
+
+    def _starts(self, first: int, count: int, block_size: int) -> np.ndarray:
+        """First tokens of the windows first .. first + count - 1 of the order, (count,) int64."""
+        return window_starts(self.seed, first, count, len(self.tokens), block_size, self.tokens.row)
 
     def passes(self, cursor: Cursor) -> float:
         """How often the data set has been seen up to a place."""

@@ -448,6 +448,17 @@ def tells_apart(meta: Meta, other: Meta) -> bool:
     return one != two if one and two else meta.tokenizer != other.tokenizer
 
 
+def begins_with(tokenizer: Tokenizer, meta: Meta) -> bool:
+    """Whether a tokenizer is the one that a meta names with tokens added behind its last, none of them out of text."""
+    table = tokenizer.token_bytes if hasattr(tokenizer, "token_bytes") else dict(enumerate(_texts_of(tokenizer)))
+    known = [(i, text) for i, text in table.items() if i < (meta.vocab_size or 0)]
+    return bool(fingerprint_of(meta)) and _fingerprint(known, tokenizer.encode_plain) == fingerprint_of(meta)
+
+
+def _texts_of(tokenizer: Tokenizer) -> Iterable[bytes]:
+    return (tokenizer.bytes_of(i) or b"" for i in range(tokenizer.vocab_size))
+
+
 def fingerprint_of(meta: Meta) -> str:
     """What the meta says, or its characters do; nothing where neither does."""
     return meta.fingerprint or (CharTokenizer(meta.itos).fingerprint if meta.tokenizer == "char" else "")

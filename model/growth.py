@@ -500,7 +500,7 @@ def _larger_heads(config: ModelConfig, target: ModelConfig) -> dict[str, Axis]:
 def resize_vocabulary(
     model: GPT,
     target: ModelConfig,
-    init: str | tuple[str, int],
+    init: str | tuple[str, int | Sequence[int]],
     noise: float,
     old_ids: Sequence[int] | None,
     generator: torch.Generator,
@@ -508,13 +508,13 @@ def resize_vocabulary(
     """A vocabulary of another size. Old ids keep their rows, and so their logits.
 
     Args:
-        init: new rows are the "mean" of the old ones, ("copy", id), or "zero"; plus noise.
+        init: new rows are the "mean" of the old ones, ("copy", id or the id for each row), or "zero"; plus noise.
         noise: standard deviation of what is added to a new row, as a share of that of the old rows.
-        old_ids: when it shrinks, the old id whose row each new id takes.
+        old_ids: when it shrinks or is restored, the old id whose row each new id takes; -1 for a new row.
     """
     before, after = model.config.vocab_size, target.vocab_size
     index = torch.tensor(old_ids) if old_ids is not None else _append(before, after, copies=False)
-    note = "" if old_ids is None else "the words that are gone no longer share in the softmax"
+    note = "the words that are gone no longer share in the softmax" if after < before else ""
     rows = Axis(index, exact=False, note=note or "new words share in the softmax: near the gradient, not equal to it")
 
     def fresh(name: str, value: Tensor, origin: Origin) -> Tensor | None:
@@ -525,7 +525,7 @@ def resize_vocabulary(
         if init == "mean":
             row = old.mean(0)
         elif isinstance(init, tuple):
-            row = old[init[1]]
+            row = old[init[1] if isinstance(init[1], int) else list(init[1])]
         drawn = row.expand_as(value).clone()
         if noise and value.device.type != "meta":
             drawn += noise * old.std() * torch.randn(value.shape, generator=generator).to(drawn)

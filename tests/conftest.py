@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 import train_orchestrated
-from orchestrate.data.stream import Meta
+from orchestrate.data.mixture import Sources
+from orchestrate.data.stream import Meta, open_data
 from orchestrate.training.run.run import Run
 from orchestrate.training.session.start import model_config_from, settings_from
 from orchestrate.training.settings.config import TrainConfig
@@ -59,6 +61,11 @@ def write_data(folder: Path) -> Path:
     meta = {"format": 1, "vocab_size": len(characters), "dtype": "uint16", "tokenizer": "char", "itos": characters}
     (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
     return folder
+
+
+def sources(data: Path) -> Sources:
+    """That data set twice, under the names that the examples of operations have."""
+    return Sources({name: replace(open_data(str(data), 16), name=name) for name in ("first", "second")})
 
 
 @pytest.fixture(scope="session")

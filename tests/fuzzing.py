@@ -278,7 +278,9 @@ def schedule_entries(data: st.DataObject, workspace: Workspace) -> str:
         chosen = data.draw(st.sampled_from(made))
         chosen["name" if data.draw(st.booleans()) else "trigger_lost"] = "set_lrr"
     with workspace.case() as folder:
-        (folder / "s.json").write_text(json.dumps(made))
+        # The examples' names of data sets, where there is one.
+        text = json.dumps(made).replace('"second"', json.dumps(str(workspace.data)))
+        (folder / "s.json").write_text(text.replace('"first"', json.dumps(f"{workspace.data}/")))
         given = workspace.arguments(
             schedule=folder / "s.json", out_dir=folder / "out", **data.draw(st.sampled_from(MODELS))
         )

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, arguments, assert_same_tensors, events, lines, on_ranks, tensors
+from conftest import ROOT, TINY, arguments, assert_same_tensors, events, lines, on_ranks, sources, tensors
 from operation_examples import BEFORE, EXAMPLES, ONLY_WITH
 
 import train_orchestrated
@@ -48,6 +49,8 @@ def change(run, name: str, value=None) -> None:
     from orchestrate.training.operations import make
 
     operation = make(name, {} if value is None else {"value": value})
+    if not operation.decided_on_machine:
+        operation = operation.resolve(run)
     run.adopt(operation.plan(run.settings), operation.reshape)
 
 
@@ -119,13 +122,13 @@ def _every_operation(rank: int, data: str, parallel: str):
     losses, prints = {}, []
     for name, value in EXAMPLES.items():
         model = initial_model(first.config, first.settings.model)
-        settings = replace(first.settings, optimizer=ONLY_WITH.get(name, ["adamw"])[0])
+        settings = replace(first.settings, optimizer=ONLY_WITH.get(name, ["adamw"])[0], mixture={"first": 1.0})
         run = Run(
             first.config,
             settings,
             Progress.start(settings),
             model,
-            first.batches.opened,
+            sources(Path(data)),
             first.ranks,
             first.device,
         )

@@ -6,10 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import state_of
+from conftest import sources, state_of
 from operation_examples import BEFORE, EXAMPLES, ONLY_WITH
 
-from orchestrate.data.stream import open_data
 from orchestrate.model.config import OPTIONS, ModelConfig, layer_of_parameter
 from orchestrate.model.gpt import GPT, from_weights, init_weights
 from orchestrate.model.lora import trainable_parameters
@@ -33,7 +32,7 @@ SHAPE = {"block_size": 16, "vocab_size": 30, "n_layer": 2, "n_head": 2, "n_embd"
 
 
 def live_run(data, steps: int = 3, model: dict | None = None, **keys) -> Run:
-    config = TrainConfig(**{**CONFIG, **keys})
+    config = TrainConfig(**{**CONFIG, "dataset": "first", **keys})
     model_config = ModelConfig(**{**SHAPE, **(model or {})})
     model = GPT(model_config)
     init_weights(model, 1)
@@ -43,7 +42,7 @@ def live_run(data, steps: int = 3, model: dict | None = None, **keys) -> Run:
         settings,
         Progress.start(settings),
         model,
-        open_data(str(data), 16),
+        sources(data),
         Ranks(config.device),
         pick_device(config.device, 0),
     )

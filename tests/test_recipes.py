@@ -47,8 +47,11 @@ SMALL = dict(n_layer=4, batch_size=8, max_iters=24, eval_interval=8, eval_iters=
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
-def test_runs_to_its_end(path, style, tiny):
+def test_runs_to_its_end(path, style, tiny, data):
     schedule = shortened(path)
+    if path.name == "pretrain_midtrain_chat.yaml":  # which names data sets
+        named = json.dumps(schedule).replace("fineweb_edu", str(data)).replace("task_mixture", f"{data}/.")
+        schedule = json.loads(named)
     code, out = tiny(schedule, **SMALL, **STYLES[style])
     assert code == 0
     assert [e["entry"] for e in events(out, "operation")] == list(range(1, len(schedule) + 1))

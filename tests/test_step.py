@@ -156,7 +156,7 @@ def test_the_vocabulary_map_is_read_through_from_every_door(data):
     assert tokens(again) == mapped
     assert again.evaluate(lambda: 0) == loss
     again.restore(settings, progress, from_weights(settings.model, weights), {}, {})
-    assert tokens(again) == plain and again.batches.opened.train.remap is None
+    assert tokens(again) == plain and again.batches.opened.first.train.remap is None
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from orchestrate.training.session.start import (
 )
 from orchestrate.training.settings.config import TrainConfig, depth_told
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.metrics import LOGGED, is_of_task, numbers
+from orchestrate.training.settings.metrics import EVALUATED, LOGGED, VAL_LOSS, comes_with, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.run_folder import METRICS, METRICS_KINDS, read_lines
@@ -124,6 +124,7 @@ def make(
         operations: files of the user's own operations, registered now.
     """
     notes: list[str] = []
+    foreign = None
     pick_device(config.device, 0)
     if config.init_from == "resume":
         resumed = resume(config, given, operations)
@@ -135,9 +136,10 @@ def make(
         schedule, (config, foreign) = the_schedule(config), opened(config)
         model, notes = planned_model_config(config, foreign)
         notes += depth_told(config, given)
-        settings = settings_from(config, model)
-    stages, data = plan_stages(schedule, settings, world_size), data_of(config)
-    check_data(data, config, stages)
+        settings = settings_from(config, model, foreign)
+    stages = plan_stages(schedule, settings, world_size)
+    data = data_of(config, stages)
+    check_data(data, config, stages, foreign)
     check_target(stages, config)
     if config.init_from == "resume":
         check_fingerprint(config, resumed.loaded.state, data)
@@ -331,7 +333,7 @@ def _replay(schedule: Schedule, settings: Settings, run: Path) -> tuple[dict[int
     ]
     dry = DryRun(settings, Progress.start(settings))
     orchestrator = Orchestrator(Schedule(tuple(entries), schedule.source, schedule.text), dry, dry)
-    asked = {name for name in orchestrator.asked if name in LOGGED or is_of_task(name)}
+    asked = {name for name in orchestrator.asked if name != VAL_LOSS}
     recorded = _recorded(run, asked)
     losses, logged, p = recorded.losses, recorded.logged, dry.progress
     iters = sorted(recorded.clock)
@@ -358,7 +360,7 @@ class _Recorded:
     clock: dict[int, tuple[int, float]] = field(default_factory=lambda: {0: (0, 0.0)})
     """(tokens, seconds)."""
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
-    """The metrics that are asked for, of the lines of log_interval."""
+    """The metrics that are asked for, but val_loss."""
 
 
 def _recorded(run: Path, asked: Set[str]) -> _Recorded:
@@ -378,10 +380,9 @@ def _recorded(run: Path, asked: Set[str]) -> _Recorded:
             if record["kind"] == "eval" and "why" not in record and record["val_loss"] is not None:
                 found.losses[iteration] = record["val_loss"]
             if asked and "why" not in record:
-                values = {name: v for name, v in numbers(record).items() if name in asked}
-                # Others of LOGGED are those of the lines of log_interval.
-                of_kind = {name: v for name, v in values.items() if is_of_task(name) or record["kind"] == "train"}
-                found.logged.setdefault(iteration, {}).update(of_kind)
+                kinds = LOGGED if record["kind"] == "train" else EVALUATED
+                values = {name: v for name, v in numbers(record).items() if name in asked and comes_with(name, kinds)}
+                found.logged.setdefault(iteration, {}).update(values)
     except OSError as error:
         raise Refused(f"--against {run}: {path} cannot be read ({error})") from None
     if not found.losses:

@@ -1,6 +1,6 @@
 """All operations a schedule can name. Importing this package registers them."""
 
-from orchestrate.training.operations import batch, control, freezing, growth, hyperparameters, lora, memory
+from orchestrate.training.operations import batch, control, data, freezing, growth, hyperparameters, lora, memory
 from orchestrate.training.operations.base import OPERATIONS, Operation, make
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Operation",
     "batch",
     "control",
+    "data",
     "freezing",
     "growth",
     "hyperparameters",

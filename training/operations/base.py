@@ -118,7 +118,6 @@ def operation(name: str) -> Callable[[type[Operation]], type[Operation]]:
     return register
 
 
-_NO_CURRICULUM = "there is no curriculum of tokens here: leave the entry out"
 _ALL_BUT_EMBEDDINGS = (
     "write freeze_layer: [block.*, ln_f], which trains the embeddings alone, as it does there; "
     "freeze_layer: [wte, wpe] freezes them"
@@ -138,10 +137,9 @@ OTHER_NAMES = {
     "set_wd": "did you mean set_weight_decay?",
     "merge_lora": "did you mean merge_lora_weights?",
     "set_block_size": "did you mean extend_context (a longer one) or set_sequence_length (a shorter one)?",
-    "set_curriculum_alpha": _NO_CURRICULUM,
     "set_embedding_freeze_mode": _ALL_BUT_EMBEDDINGS,
     "set_embedding_finetune_mode": _ALL_BUT_EMBEDDINGS,
-    "disable_vocab_remapping": "vocab_remapping_file holds for the whole run: leave the entry out",
+    **{name: "did you mean set_data_mixture?" for name in ("set_mixture", "set_data_weights", "set_datasets")},
     **{f"change_{what}": _ABSOLUTE.format(f"set_{what}")
        for what in ("warmup_iters", "eval_iters", "eval_interval", "lora_alpha")},
     "decrease_attn_lora_scaling": _ABSOLUTE.format("set_attn_lora_rank"),

@@ -18,7 +18,7 @@ from orchestrate.model.config import OPTIONS, ModelConfig, layer_names
 from orchestrate.model.gpt import GPT
 from orchestrate.model.growth import Layer
 from orchestrate.model.lineage import Lineage
-from orchestrate.training.operations.base import Operation, operation
+from orchestrate.training.operations.base import Machine, Operation, operation
 from orchestrate.training.operations.layers import LayerNames, layers
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
@@ -511,6 +511,65 @@ class ResizeVocabulary(GrowthOperation):
             first = {new: old for old, new in reversed(list(enumerate(wanted.map)))}
             old_ids = [first[new] for new in range(target.vocab_size)]
         return growth.resize_vocabulary(model, target, init, wanted.noise, old_ids, generator)
+
+
+class Restored(Arguments):
+    """How the rows of the dropped tokens start apart."""
+
+    noise: NonNegativeFloat = 0.0
+    """Standard deviation of what is added to them, as a share of that of the old rows."""
+    rare: NonNegativeInt | None = None
+    """Of the ids that shared a row the one whose row it was; else the first of them."""
+
+
+@operation("disable_vocab_remapping")
+class DisableVocabRemapping(GrowthOperation):
+    """Undo a shrunken vocabulary: read the data's own ids again. Takes no value, or {noise: 0.02, rare: ID}.
+
+    Each id gets the row of the one that stood for it: a token that was kept its own, and each that was dropped the row
+    of the rare token, plus noise. So no token changes its meaning, and the loss moves by what the dropped ones take of
+    the softmax.
+    """
+
+    keeps: ClassVar = "the rows, logits and moments of the tokens that were kept"
+    source: ClassVar = "the orchestrator fork of nanoGPT (JinxCodesAI/nano_gpt), which relabelled the kept tokens"
+    touches: ClassVar = ("model", "vocabulary_map")
+    value: Restored | None = None
+    through: tuple[int, ...] = Field(default=(), exclude=True)
+    """The map that is undone, once the run has told it."""
+
+    @property
+    def keeps_function(self) -> bool:
+        return False
+
+    def plan(self, settings: Settings) -> Settings:
+        through, size = settings.vocabulary_map, settings.model.vocab_size
+        if not through:
+            raise ScheduleError("disable_vocab_remapping: the data is read in its own ids already")
+        if set(through) != set(range(size)):
+            lost = min(set(range(size)) - set(through), default=max(through))
+            raise ScheduleError(
+                f"disable_vocab_remapping: token {lost} of the model's {size} stands for none of the data's, and would "
+                "be lost"
+            )
+        if self.value and (self.value.rare or 0) >= len(through):
+            raise ScheduleError(
+                f"disable_vocab_remapping: rare must be an id below {len(through)}, got {self.value.rare}"
+            )
+        return replace(_with_model(settings, vocab_size=len(through)), vocabulary_map=())
+
+    def resolve(self, machine: Machine) -> Operation:
+        return self.model_copy(update={"through": machine.settings.vocabulary_map})
+
+    def reshape(self, model: GPT, target: ModelConfig, generator: torch.Generator) -> tuple[GPT, Lineage]:
+        through = self.through or (0,) * target.vocab_size  # a plan needs the shapes alone
+        rare = self.value.rare if self.value else None
+        stays = {} if rare is None else {through[rare]: rare}
+        for old, new in enumerate(through):
+            stays.setdefault(new, old)
+        old_ids = [new if stays[new] == old else -1 for old, new in enumerate(through)]
+        noise = self.value.noise if self.value else 0.0
+        return growth.resize_vocabulary(model, target, ("copy", through), noise, old_ids, generator)
 
 
 @operation("untie_head")

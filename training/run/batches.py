@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrate.data.stream import Cursor, DataSet, Stream
+from orchestrate.data.mixture import Mixture, Sources
+from orchestrate.data.stream import Cursor, Stream
 from orchestrate.training.settings.errors import RefusedHere
+from orchestrate.training.settings.records import Settings
 
-_Asked = tuple[Stream, Cursor, int, int | None]
+_Asked = tuple[Stream | Mixture, Cursor, int, int | None]
 _Read = tuple[np.ndarray, np.ndarray]
 
 
@@ -30,25 +32,26 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Reads samples of a data set in the order of a seed.
+    """Reads samples of one or several data sets in the order of a seed.
 
     Attributes:
-        opened: the data set as it was opened.
+        opened: the data sets as they were opened.
         data: what is read: the same, through the vocabulary map in force.
         stream: the order of the training samples.
     """
 
-    def __init__(self, opened: DataSet, seed: int, device: torch.device, vocabulary_map: tuple[int, ...] = ()) -> None:
+    def __init__(self, opened: Sources, seed: int, device: torch.device, settings: Settings) -> None:
         self.opened, self.seed, self.device = opened, seed, device
-        self.data = opened.remapped(np.array(vocabulary_map, dtype=np.int64) if vocabulary_map else None)
-        self.stream = Stream(self.data.train, seed)
+        new_ids = settings.vocabulary_map
+        self.data = opened.remapped(np.array(new_ids, dtype=np.int64) if new_ids else None)
+        self.stream = self.data.stream(seed, settings.curriculum_alpha)
         self._prefetched: tuple[_Asked, Batch] | None = None
         self._ahead: tuple[_Asked, Future[_Read]] | None = None
         self._reader = ThreadPoolExecutor(1, "read-ahead")
 
-    def mapped(self, vocabulary_map: tuple[int, ...]) -> Batches:
-        """The same samples, every token of the files read as its new id; () reads them as they are."""
-        return Batches(self.opened, self.seed, self.device, vocabulary_map)
+    def following(self, settings: Settings) -> Batches:
+        """The same data, read as these settings say: through their map, and as far by the rarity of tokens."""
+        return Batches(self.opened, self.seed, self.device, settings)
 
     def read(self, cursor: Cursor, count: int, vocab_size: int | None = None) -> Batch:
         """The next `count` samples from a place on, for a model of so many tokens. Raises RefusedHere for others."""

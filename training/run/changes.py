@@ -61,7 +61,7 @@ def adopt(run: Run, target: Settings, reshape: Reshape | None = None) -> Cast:
     if target.rewarms != before.rewarms:
         p.rewarm_start_iter = p.iter
     p.changed_since_eval = p.changed_since_eval or not before.evaluates_as(target)
-    p.cursor = p.cursor.cut(target.model.block_size, target.sequence_length)
+    p.cursor = target.followed(p.cursor, before)
     return change.cast
 
 
@@ -81,9 +81,9 @@ def restore(
     def prepared() -> Change:
         return _placed(run, settings, _batches(run, settings), model, optimizer_state)
 
-    change = _agreed(run, True, prepared)
+    before, change = run.settings, _agreed(run, True, prepared)
     _carry_out(run, change)
-    cursor = run.progress.cursor.cut(settings.model.block_size, settings.sequence_length)
+    cursor = settings.followed(run.progress.cursor, before)
     run.progress.__dict__.update(progress.__dict__, cursor=cursor, seconds=run.progress.seconds)
     run.diagnosis.drop()
     if scaler_state:
@@ -139,9 +139,8 @@ def _prepare(run: Run, target: Settings, reshape: Reshape | None) -> Change:
 
 
 def _batches(run: Run, target: Settings) -> Batches:
-    if target.vocabulary_map == run.settings.vocabulary_map:
-        return run.batches
-    return run.batches.mapped(target.vocabulary_map)
+    same = all(getattr(target, name) == getattr(run.settings, name) for name in ("vocabulary_map", "curriculum_alpha"))
+    return run.batches if same else run.batches.following(target)
 
 
 def _placed(run: Run, settings: Settings, batches: Batches, model: GPT, state: State) -> Change:

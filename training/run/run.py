@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from orchestrate.data.mixture import Mixture, Sources
 from orchestrate.data.stream import DataSet, Stream
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import State
@@ -62,7 +63,7 @@ class Run:
         settings: Settings,
         progress: Progress,
         model: GPT,
-        data: DataSet,
+        data: DataSet | Sources,
         ranks: Ranks,
         device: torch.device,
         optimizer_state: State | None = None,
@@ -73,7 +74,8 @@ class Run:
         self.progress = progress
         self.ranks = ranks
         self.device = device
-        self.batches = Batches(data, config.seed, device, settings.vocabulary_map)
+        sources = data if isinstance(data, Sources) else Sources({data.name: data})
+        self.batches = Batches(sources, config.seed, device, settings)
         self.diagnosis = Diagnosis(ranks, progress, late=device.type == "cuda")
         self.injector = Injector(config.inject, ranks.rank, config.out_dir)
         self.eval_batch_size = config.eval_batch_size or config.batch_size
@@ -92,11 +94,11 @@ class Run:
 
     @property
     def data(self) -> DataSet:
-        """What is read now: the files through the vocabulary map in force."""
-        return self.batches.data
+        """What is read now of the first data set: its files through the vocabulary map in force."""
+        return self.batches.data.first
 
     @property
-    def stream(self) -> Stream:
+    def stream(self) -> Stream | Mixture:
         """The order of the training samples."""
         return self.batches.stream
 
@@ -121,18 +123,42 @@ class Run:
 
     def evaluate(self, poll: Callable[[], int]) -> float | None:
         """The validation loss (None where `poll` asked to stop on the way); changes nothing."""
+        losses = self.evaluate_each(poll)
+        return None if losses is None else self.together(losses)
+
+    def evaluate_each(self, poll: Callable[[], int]) -> dict[str, float] | None:
+        """The validation loss of each data set whose tokens the model has; as `evaluate`."""
+        losses: dict[str, float] = {}
         with self.stopwatch.part("eval"):
-            return validation_loss(
-                self.model,
-                self.data.val,
-                batches=self.settings.eval_iters,
-                batch_size=self.eval_batch_size,
-                block_size=self.settings.model.block_size,
-                ranks=self.ranks,
-                device=self.device,
-                autocast=self.autocast,
-                poll=poll,
-            )
+            for name, data in self.batches.data.items():
+                if not self.has_words_of(data):
+                    continue
+                loss = validation_loss(
+                    self.model,
+                    data.val,
+                    batches=self.settings.eval_iters,
+                    batch_size=self.eval_batch_size,
+                    block_size=self.settings.model.block_size,
+                    ranks=self.ranks,
+                    device=self.device,
+                    autocast=self.autocast,
+                    poll=poll,
+                )
+                if loss is None:
+                    return None
+                losses[name] = loss
+        return losses
+
+    def has_words_of(self, data: DataSet) -> bool:
+        """Whether the model has all tokens of a data set: one of several may wait for the vocabulary to grow."""
+        words = data.meta.vocab_size if len(self.batches.data) > 1 and not self.settings.vocabulary_map else None
+        return (words or 0) <= self.settings.model.vocab_size
+
+    def together(self, losses: dict[str, float]) -> float:
+        """One validation loss from those of the data sets, in the shares of eval_mixture: the same ones all along."""
+        if len(self.batches.data) == 1:
+            return next(iter(losses.values()))
+        return sum(losses[name] * share for name, share in self.config.evaluated.items() if share)
 
     def current_lr(self) -> float:
         """The rate that the next step will use."""

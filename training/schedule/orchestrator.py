@@ -36,6 +36,7 @@ from orchestrate.training.settings.records import (
     Progress,
     Settings,
     differences,
+    numbers_in,
     with_field,
 )
 from orchestrate.training.settings.values import Finite, NonNegativeInt, PositiveInt
@@ -556,6 +557,7 @@ class Orchestrator:
 
     def _drop_from_ramps(self, names: set[str]) -> None:
         """A later entry on the same number ends the earlier one's ramp on it where it has come to."""
+        names = {number for name in names for number in numbers_in(self.run.settings, name)}
         for ramp in self.ramps:
             ended = sorted(names & set(ramp.fields))
             for name in ended:

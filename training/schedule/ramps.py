@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from orchestrate.training.schedule.file import Entry, RampStyle
-from orchestrate.training.settings.records import EXACTLY, Settings, get_field, present_name
+from orchestrate.training.settings.records import EXACTLY, Settings, get_field, numbers_in, present_name
 from orchestrate.training.settings.values import NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -35,7 +35,8 @@ class Ramp:
         if entry.operation.fades:
             fields = {f"fading.{layer}": (0.0, 1.0) for layer in after.fading}
         else:
-            fields = {name: (get_field(before, name), get_field(after, name)) for name in entry.operation.touches}
+            names = [name for field in entry.operation.touches for name in numbers_in(after, field)]
+            fields = {name: (get_field(before, name), get_field(after, name)) for name in names}
         return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields, entry.exponent)
 
     def done(self, iteration: int) -> bool:

@@ -129,7 +129,7 @@ def _tokenizer(source: Source) -> Tokenizer:
             raise ValueError("a nanoGPT checkpoint does not say which it is")
         return foreign_tokenizer(source.name)
     meta = source.state.tokenizer
-    if source.state.config.shrunken_vocab_size or source.state.settings.vocabulary_map:
+    if source.state.present.vocabulary_map:
         raise ValueError("the run's vocabulary is a remapped one, which tokenizer.json cannot say")
     return tokenizer_of(meta, keeping.kept_with_run(source.name, meta))
 

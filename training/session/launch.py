@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def launch(
         if not config.eval_only and (problem := meeting.from_first("lock", lock.take_if_used)):
             raise Refused(problem)
         with refusing():
-            resumed, orchestrator = prepare(config, given, operations, meeting)
+            resumed, orchestrator, parent = prepare(config, given, operations, meeting)
         config, run = orchestrator.run.config, orchestrator.run
         reporter, wandb_id = Silent(), resumed.loaded.state.wandb_id if resumed else None
         problem = ""
@@ -75,7 +76,7 @@ def launch(
         session = Session(config, run, orchestrator, reporter, watch, wandb_id, operations)
         code = 1
         try:
-            announce(session, resumed, given)
+            announce(session, resumed, given, parent)
             begin(session, watch)
             code = train(session)
         finally:
@@ -89,8 +90,8 @@ def launch(
 
 def prepare(
     config: TrainConfig, given: dict[str, str], operations: Sequence[OwnFile], meeting: Meeting
-) -> tuple[Resumed | None, Orchestrator]:
-    """Everything that can be refused without the run folder being written to."""
+) -> tuple[Resumed | None, Orchestrator, dict[str, Any] | None]:
+    """Everything that can be refused without the run folder being written to; and `Foreign.parent`."""
     resumed = foreign = None
     config, given = resume_after_restart(config, given)
     if config.init_from == "resume":
@@ -119,7 +120,7 @@ def prepare(
     problem = check_wandb() if config.wandb_log and ranks.is_first and not config.eval_only else ""
     if problem := ranks.broadcast(problem):
         raise Refused(problem)
-    return resumed, orchestrator
+    return resumed, orchestrator, foreign.parent if foreign else None
 
 
 def resume_after_restart(config: TrainConfig, given: dict[str, str]) -> tuple[TrainConfig, dict[str, str]]:
@@ -145,13 +146,15 @@ def make_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLoc
     rewind(out_dir, resumed.loaded.state.log_sizes if resumed is not None else {})
     out_of_memory.forget(out_dir)  # every rank has heeded it
     write_start(out_dir, config.model_dump(), orchestrator.schedule.text)
-    keep(orchestrator.run.data.meta, orchestrator.run.data.folder, out_dir)
+    speaks = orchestrator.run.batches.opened.speaks
+    keep(speaks.meta, speaks.folder, out_dir)
 
 
 def restore_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLock) -> str:
     """Make again what a start writes, after somebody removed the run folder; returns what is wrong, or nothing."""
     write_start(Path(config.out_dir), config.model_dump(), orchestrator.schedule.text)
-    keep(orchestrator.run.data.meta, orchestrator.run.data.folder, config.out_dir)
+    speaks = orchestrator.run.batches.opened.speaks
+    keep(speaks.meta, speaks.folder, config.out_dir)
     return lock.renew()
 
 
@@ -178,8 +181,10 @@ def begin(session: Session, watch: SignalWatch) -> None:
         raise Stopped(f"another rank ended before the first step ({error})") from error
 
 
-def announce(session: Session, resumed: Resumed | None, given: dict[str, str]) -> None:
-    """Write down and say how this start begins."""
+def announce(
+    session: Session, resumed: Resumed | None, given: dict[str, str], parent: dict[str, Any] | None = None
+) -> None:
+    """Write down and say how this start begins; `parent` is the run whose weights it begins with."""
     config, run = session.config, session.run
     total, trainable = run.parameter_counts()
     facts = {
@@ -197,7 +202,9 @@ def announce(session: Session, resumed: Resumed | None, given: dict[str, str]) -
         **({"cast": run.cast.to_json()} if run.cast else {}),
     }
     if resumed is None:
-        session.event("start", **facts)
+        session.event("start", **facts, **({"parent": parent} if parent else {}))
+        if parent:
+            session.reporter.say(f"weights of {parent['run']}, {parent['checkpoint']}, iteration {parent['iter']}")
         for line in depth_told(config, given):
             session.reporter.say(line)
     else:

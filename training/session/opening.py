@@ -30,25 +30,27 @@ def open_run(
 ) -> Run:
     """Data, weights and optimizer on this rank's device. Raises Refused or ValueError."""
     device = pick_device(config.device, ranks.local_rank)
-    data = data_of(config)
     if resumed is not None:
-        state = resumed.loaded.state
-        check_fingerprint(config, state, data)
-        settings = resumed.settings
+        state, settings = resumed.loaded.state, resumed.settings
         stages = plan_stages(pending(schedule, state.fired), settings, ranks.world_size)
+        data = data_of(config, stages)
+        check_fingerprint(config, state, data)
         check_data(data, config, stages)
         check_target(stages, config)
+        progress = copy.deepcopy(state.progress)
+        progress.cursor = settings.followed(progress.cursor, settings)
         # In the number types of the checkpoint: what an override of this start rounds is measured where all is whole.
         saved = replace(settings, weights_dtype=state.settings.weights_dtype)
         model, moments = open_model(resumed.loaded, saved, ranks, device)
-        run = Run(config, saved, copy.deepcopy(state.progress), model, data, ranks, device, moments, state.scaler)
+        run = Run(config, saved, progress, model, data, ranks, device, moments, state.scaler)
         if settings != saved:
             run.cast += run.adopt(settings)
         return run
     model_config, _ = planned_model_config(config, foreign)
-    settings = settings_from(config, model_config)
+    settings = settings_from(config, model_config, foreign)
     stages = plan_stages(schedule, settings, ranks.world_size)
-    check_data(data, config, stages)
+    data = data_of(config, stages)
+    check_data(data, config, stages, foreign)
     check_target(stages, config)
     casting = Casting.at_start(settings)
     model = initial_model(config, model_config, foreign, casting)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from orchestrate.data.stream import DataSet
+from orchestrate.data.mixture import Sources
+from orchestrate.data.stream import read_remap
 from orchestrate.model.config import OPTIONS
 from orchestrate.model.gpt import GPT, check_shapes, from_weights
 from orchestrate.model.lineage import State as Moments
@@ -25,7 +26,7 @@ from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
 from orchestrate.training.schedule.own import OwnFile, compare
-from orchestrate.training.session.start import IN_SETTINGS, other_tokenizer
+from orchestrate.training.session.start import IN_SETTINGS, named_checkpoint, other_tokenizer
 from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings, get_field, with_field
@@ -138,15 +139,6 @@ def reading(path: Path) -> Iterator[None]:
         raise Damaged(f"checkpoint {path}: removed while it was read: another job is running, try again") from error
 
 
-def named(out_dir: str, name: str) -> checkpoint.Checkpoint:
-    """The checkpoint of a name, or `best`. Raises Refused."""
-    path = checkpoint.folder(out_dir) / name
-    if not path.exists():
-        there = [found.name for found in checkpoint.find(out_dir)]
-        raise Refused(f"out_dir {out_dir}: there is no checkpoint {name}; there are {', '.join(there) or 'none'}")
-    return checkpoint.load(path)
-
-
 def resume(
     config: TrainConfig,
     given: dict[str, str],
@@ -157,8 +149,8 @@ def resume(
     if config.checkpoint == "latest":
         loaded, passed_over, damaged = latest_good(config.out_dir, from_first)
     else:
-        loaded, passed_over, damaged = named(config.out_dir, config.checkpoint), [], []
-    state, recorded, settings = loaded.state, loaded.state.config, loaded.state.settings
+        loaded, passed_over, damaged = named_checkpoint(config.out_dir, config.checkpoint), [], []
+    state, recorded, settings = loaded.state, loaded.state.config, loaded.state.present
     overrides = compare(state.operations, operations)
     problems = unread(settings.optimizer, given)
     for key in given:
@@ -175,7 +167,14 @@ def resume(
             problems.append(
                 f"{given[key]}: {key} cannot change on resume from {shown(before)} to {shown(after)}: {FIXED[key]}"
             )
+        elif key == "dataset" and (problem := _no_other_data(recorded, config, settings)):
+            problems.append(f"{given[key]}: {problem}")
         elif key not in ("init_from", "out_dir", "schedule"):
+            if key == "dataset":
+                in_force = settings.mixture if len(settings.mixture) > 1 else before
+                settings = replace(settings, mixture={**dict.fromkeys(settings.mixture, 0.0), **config.datasets})
+                if len(config.datasets) == 1 and len(recorded.datasets) == 1:
+                    settings = replace(settings, mixture=config.datasets)
             if key in IN_SETTINGS:
                 settings = with_field(settings, IN_SETTINGS[key], after)
             overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
@@ -220,6 +219,17 @@ def resume(
     return Resumed(loaded, recorded.model_copy(update=update), settings, schedule, overrides, passed_over, damaged)
 
 
+def _no_other_data(recorded: TrainConfig, config: TrainConfig, settings: Settings) -> str:
+    """Why a resume cannot go on with these data sets instead of those; nothing where it can."""
+    before, after = recorded.datasets, config.datasets
+    if (len(settings.mixture) == len(after) == 1) or (list(before) == list(after) and len(after) > 1):
+        return ""
+    return (
+        f"dataset cannot change on resume from {shown(recorded.dataset)} to {shown(config.dataset)}: each data set of "
+        "a mixture has its place in the run by its name; set_data_mixture in a schedule brings in others"
+    )
+
+
 def open_model(
     loaded: checkpoint.Checkpoint, settings: Settings, ranks: Ranks, device: torch.device
 ) -> tuple[GPT, Moments]:
@@ -258,9 +268,14 @@ def _only(schedule: Schedule, fired: int) -> Schedule:
     return parse_schedule(json.dumps(schedule.as_given[:fired], indent=1), "fired.json")
 
 
-def check_fingerprint(config: TrainConfig, state: State, data: DataSet) -> None:
+def check_fingerprint(config: TrainConfig, state: State, data: Sources) -> None:
     """Raises Refused where the data is not what the checkpoint was trained on, whatever its name is."""
-    changed = [name for name, print_ in data.fingerprint().items() if state.data.get(name) != print_]
+    known = {name: print_ for name, print_ in data.fingerprint().items() if name in (*state.data, "train", "val")}
+    changed = [name for name, print_ in known.items() if state.data.get(name) != print_]
+    if changed and not state.settings.mixture:  # older versions read through the map of a file from the start
+        size, path = config.shrunken_vocab_size, config.vocab_remapping_file
+        through = data.remapped(read_remap(path, None, size)) if size else data
+        changed = [name for name, print_ in through.fingerprint().items() if state.data.get(name) != print_]
     problems = []
     if changed and not config.allow_changed_data:
         problems.append(
@@ -268,7 +283,7 @@ def check_fingerprint(config: TrainConfig, state: State, data: DataSet) -> None:
             f"the checkpoint was trained on ({state.config.dataset}; fingerprints differ): the stream of samples "
             "would not go on where it stopped; --allow_changed_data=True goes on all the same"
         )
-    other = other_tokenizer(data, config, state.tokenizer)
+    other = other_tokenizer(data.speaks, config, state.tokenizer)
     if changed and other and not config.allow_other_tokenizer:
         problems.append(f"{other}; --allow_other_tokenizer=True goes on all the same")
     if problems:

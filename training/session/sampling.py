@@ -13,8 +13,8 @@ from orchestrate.data.stream import Meta
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt, peft_folder
 from orchestrate.model.gpt import GPT, from_weights
-from orchestrate.training.session.resume import latest_good, named, reading
-from orchestrate.training.session.start import speaker
+from orchestrate.training.session.resume import latest_good, reading
+from orchestrate.training.session.start import named_checkpoint, speaker
 from orchestrate.training.session.texts import remapped
 from orchestrate.training.store.state import State
 
@@ -27,7 +27,7 @@ def open_checkpoint(out_dir: str, name: str = "latest") -> tuple[GPT, State, lis
 
     Raises ValueError.
     """
-    loaded, passed_over = latest_good(out_dir)[:2] if name == "latest" else (named(out_dir, name), [])
+    loaded, passed_over = latest_good(out_dir)[:2] if name == "latest" else (named_checkpoint(out_dir, name), [])
     settings = loaded.state.settings
     with reading(loaded.path):
         model = from_weights(settings.model, loaded.model)
@@ -44,7 +44,7 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
     """
     model, state, passed_over = open_checkpoint(out_dir, name)
     tokenizer = of_data(dataset) if dataset else tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer))
-    return model, remapped(tokenizer, state.config, state.settings.vocabulary_map), passed_over
+    return model, remapped(tokenizer, state.present.vocabulary_map), passed_over
 
 
 def foreign_model(source: str) -> GPT:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from orchestrate.data.mixture import Mixture
 from orchestrate.training.run.casting import in_words
 from orchestrate.training.run.device import on_its_way
 from orchestrate.training.run.run import Run
@@ -24,7 +25,17 @@ from orchestrate.training.session.stopping import NoSignals, SignalWatch
 from orchestrate.training.session.texts import continue_prompts
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused, Stopped
-from orchestrate.training.settings.metrics import LOGGED, ON_FIRST_RANK, PARTS, VAL_LOSS, falling, finite, numbers
+from orchestrate.training.settings.metrics import (
+    LOGGED,
+    ON_FIRST_RANK,
+    PARTS,
+    VAL_LOSS,
+    comes_with,
+    falling,
+    finite,
+    numbers,
+    of_source,
+)
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Silent, machine, memory_percent
@@ -122,7 +133,19 @@ class Session:
             grad_accum=s.grad_accum,
             passes=run.stream.passes(p.cursor),
             coverage=run.stream.coverage(p.cursor),
+            **self._of_sources(),
         )
+
+    def _of_sources(self) -> dict[str, float]:
+        """How far each of several data sets has been read."""
+        stream, cursor = self.run.stream, self.run.progress.cursor
+        if not isinstance(stream, Mixture):
+            return {}
+        return {
+            of_source(kind, name): getattr(own, kind)(stream.own(name, cursor))
+            for name, own in stream.streams.items()
+            for kind in ("passes", "coverage")
+        }
 
     def tick(self) -> None:
         """Bring the run's clock up to now."""
@@ -178,7 +201,7 @@ class Session:
     def _asked(self) -> set[str]:
         """Numbers of the lines of log_interval that somebody decides on."""
         stopping = {self.config.early_stopping_metric} if self.config.early_stopping_patience else set()
-        return (self.orchestrator.asked | stopping).intersection(LOGGED)
+        return {name for name in self.orchestrator.asked | stopping if comes_with(name, LOGGED)}
 
     def _look_at(self, logged: dict[str, float]) -> None:
         """Hand what was logged to those who decide on it, the same on every rank."""
@@ -220,29 +243,34 @@ class Session:
 
     def evaluate(self) -> float | None:
         """The evaluation of this boundary: best loss, early stopping and metrics follow. None where a signal came."""
-        loss = self.run.evaluate(self.signals.poll)
+        losses = self.run.evaluate_each(self.signals.poll)
         ends = self.config.eval_only or self.run.progress.iter >= self.config.max_iters or bool(self.why_end())
-        scored = None if loss is None else scores(self.run, self.tasks, ends, self.signals.poll)
-        if loss is None or scored is None:
+        scored = None if losses is None else scores(self.run, self.tasks, ends, self.signals.poll)
+        if losses is None or scored is None:
             return None
         self.tick()
-        p = self.run.progress
+        p, loss, of_sources = self.run.progress, self.run.together(losses), self._losses(losses)
         recorded = p.last_val_loss if p.last_eval_iter == p.iter and not p.changed_since_eval else None
         p.last_val_loss, p.last_eval_iter, p.last_eval_tokens, p.changed_since_eval = loss, p.iter, p.tokens, False
         if p.best_val_loss is None or loss < p.best_val_loss:
             p.best_val_loss, p.best_iter = loss, p.iter
         if self.config.early_stopping_metric == VAL_LOSS:
             self._look_for_gain(VAL_LOSS, loss)
-        if (metric := self.config.early_stopping_metric) in scored:
-            self._look_for_gain(metric, scored[metric])
-        self.metrics("eval", val_loss=loss, **scored, best_val_loss=p.best_val_loss)
-        self.reporter.say(f"step {p.iter}: val loss {loss:.4f}" + (" (best)" if p.best_iter == p.iter else ""))
+        by_name = {**of_sources, **scored}
+        if (metric := self.config.early_stopping_metric) in by_name:
+            self._look_for_gain(metric, by_name[metric])
+        self.metrics("eval", val_loss=loss, **by_name, best_val_loss=p.best_val_loss)
+        each = f" ({', '.join(f'{name} {value:.4f}' for name, value in losses.items())})" if of_sources else ""
+        self.reporter.say(f"step {p.iter}: val loss {loss:.4f}{each}" + (" (best)" if p.best_iter == p.iter else ""))
         if scored:
             self.reporter.say(f"step {p.iter}: " + ", ".join(f"{name} {value:.4f}" for name, value in scored.items()))
-        self.orchestrator.observe(scored)
+        self.orchestrator.observe(by_name)
         if recorded is not None:  # with eval_only
             same = "equals" if loss == recorded else f"differs by {loss - recorded:.3g} from"
             self.reporter.say(f"val loss {loss!r} {same} what the checkpoint recorded")
+        self.orchestrator.observe(of_sources)
+        if self.config.early_stopping_metric in of_sources:
+            self._look_for_gain(self.config.early_stopping_metric, of_sources[self.config.early_stopping_metric])
         if self.config.sample_prompts:
             try:
                 self.event("samples", texts=continue_prompts(self.run))
@@ -250,6 +278,11 @@ class Session:
                 self.reporter.say(f"warning: sample_prompts: {error}")
             self.tick()
         return loss
+
+    def _losses(self, losses: dict[str, float]) -> dict[str, float]:
+        """The validation losses of several data sets by the names of their metrics; of one there is val_loss alone."""
+        several = len(self.run.batches.data) > 1
+        return {of_source(VAL_LOSS, name): loss for name, loss in losses.items()} if several else {}
 
     def _look_for_gain(self, metric: str, value: float) -> None:
         """Count one more value of the metric that early stopping looks at."""
@@ -267,10 +300,12 @@ class Session:
 
     def measure(self, why: str) -> float | None:
         """An extra evaluation around an operation; it neither counts as best nor for early stopping."""
-        loss = self.run.evaluate(self.signals.poll)
-        if loss is not None:
-            self.tick()
-            self.metrics("eval", val_loss=loss, best_val_loss=self.run.progress.best_val_loss, why=why)
+        losses = self.run.evaluate_each(self.signals.poll)
+        if losses is None:
+            return None
+        self.tick()
+        loss, best = self.run.together(losses), self.run.progress.best_val_loss
+        self.metrics("eval", val_loss=loss, **self._losses(losses), best_val_loss=best, why=why)
         return loss
 
     def watch_memory(self) -> None:
@@ -318,7 +353,7 @@ class Session:
             wandb_id=self.wandb_id,
             log_sizes=self.reporter.sizes(),
             data=run.batches.opened.fingerprint(),
-            tokenizer=run.data.meta.of_tokens(),
+            tokenizer=run.batches.opened.meta.of_tokens(),
             world_size=run.ranks.world_size,
             operations=tuple(UserFile(**file.to_json()) for file in self.operations),
         )
@@ -338,14 +373,15 @@ class Session:
         try:
             path = checkpoint.folder(self.config.out_dir) / name
             loaded = checkpoint.load(path, whole=run.ranks.is_first)
-            found = loaded.state, *open_model(loaded, loaded.state.settings, run.ranks, run.device)
+            settings = loaded.state.present
+            found = loaded.state, settings, *open_model(loaded, settings, run.ranks, run.device)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = f"{type(caught).__name__}: {caught}"
         failures = [text for text in run.ranks.gather(error) if text]
         if failures or found is None:
             raise Stopped(f"cannot go back to checkpoint {name}: {failures[0]}")
-        state, model, moments = found
-        run.restore(state.settings, state.progress, model, moments, state.scaler)
+        state, settings, model, moments = found
+        run.restore(settings, state.progress, model, moments, state.scaler)
         self.stops_seen = run.settings.stops_asked
         self._logged_tokens = run.progress.tokens
         self.reporter.void_since(state.log_sizes)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from orchestrate.data.keeping import check_kept, differs, kept_with_data, named
+from orchestrate.data.mixture import Sources, extends
 from orchestrate.data.stream import DataSet, Meta, find_folder, open_data, read_meta, read_remap, within
 from orchestrate.data.tokenizer import has_tokenizer, tells_apart
 from orchestrate.model import hugging_face, nanogpt, peft_folder
@@ -26,7 +27,7 @@ from orchestrate.model.config import (
     layer_names,
     layer_of_adapter,
 )
-from orchestrate.model.gpt import GPT, crop_block_size, init_weights
+from orchestrate.model.gpt import GPT, crop_block_size, from_weights, init_weights
 from orchestrate.model.lora import reshape_lora
 from orchestrate.training.schedule.file import Schedule, read_schedule
 from orchestrate.training.schedule.stages import Stage
@@ -34,8 +35,10 @@ from orchestrate.training.session.scores import check_tasks
 from orchestrate.training.session.texts import check_prompts
 from orchestrate.training.settings.config import TrainConfig, keys_of, model_values, stands_for_more
 from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.metrics import source_of
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import shown
+from orchestrate.training.store import checkpoint
 
 DEFAULT_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as nanoGPT has it
 
@@ -46,7 +49,8 @@ IN_SETTINGS = {
         for key in (
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
             "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_interval_tokens "
-            "eval_iters log_interval use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype"
+            "eval_iters log_interval use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype "
+            "curriculum_alpha"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
@@ -89,8 +93,8 @@ def _without_adapters(config: TrainConfig, model: ModelConfig) -> tuple[str, ...
     return tuple(name for name in layer_names(model) if name not in adapted)
 
 
-def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
-    """The settings that a run of this configuration starts with. Raises Refused."""
+def settings_from(config: TrainConfig, model: ModelConfig, foreign: Foreign | None = None) -> Settings:
+    """The settings that a run of this configuration starts with. Raises Refused and ValueError."""
     values = {name: getattr(config, key) for key, name in IN_SETTINGS.items()}
     try:
         named = [name.strip() for name in config.frozen_layers.split(",")] if config.frozen_layers else []
@@ -98,7 +102,14 @@ def settings_from(config: TrainConfig, model: ModelConfig) -> Settings:
     except ValueError as error:
         raise Refused(f"frozen_layers: {error}") from None
     ordered = tuple(name for name in layer_names(model) if name in frozen)
-    return Settings(model=model, lora_alpha=config.lora_alpha, frozen=ordered, **values)
+    through = foreign.vocabulary_map if foreign else ()
+    if config.shrunken_vocab_size:
+        if through:
+            raise Refused(f"shrunken_vocab_size: the weights of {config.init_from} have a vocabulary map of their own")
+        old = read_meta(find_folder(next(iter(config.datasets)))).vocab_size
+        through = tuple(read_remap(config.vocab_remapping_file, old, config.shrunken_vocab_size).tolist())
+    more = {"lora_alpha": config.lora_alpha, "mixture": config.datasets, "vocabulary_map": through}
+    return Settings(model=model, frozen=ordered, **more, **values)
 
 
 class Foreign(NamedTuple):
@@ -106,6 +117,12 @@ class Foreign(NamedTuple):
 
     model: ModelConfig
     load: Callable[[hugging_face.Keep], GPT]
+    vocabulary_map: tuple[int, ...] = ()
+    """That the weights were trained through: `Settings.vocabulary_map`."""
+    tokenizer: Meta | None = None
+    """What the tokens meant to a run that they come from."""
+    parent: dict[str, Any] | None = None
+    """That run, for the start event."""
 
 
 def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
@@ -117,12 +134,17 @@ def opened(config: TrainConfig) -> tuple[TrainConfig, Foreign | None]:
     given, peft = config.model_fields_set, peft_folder.is_peft(config.init_from)
     if config.base_model and not peft:
         raise Refused(f"base_model {config.base_model}: init_from {config.init_from} is no PEFT folder and has no base")
+    if config.checkpoint != "latest" and config.init_from != "resume" and not is_run_folder(config.init_from):
+        raise Refused(f"checkpoint {config.checkpoint}: init_from {config.init_from} is no run folder")
     if config.init_from in ("scratch", "resume"):
         return config, None
     if peft:
         described = peft_folder.describe(config.init_from, config.base_model)
         foreign = Foreign(described.model, partial(peft_folder.load, config.init_from, config.base_model))
         more = _peft_keys(described)
+    elif is_run_folder(config.init_from):
+        foreign = _of_run_folder(config.init_from, config.checkpoint)
+        more = _NO_OTHER_ADAPTERS if foreign.model.lora else {}
     elif Path(config.init_from).is_file():
         shape, load = nanogpt.open_model(config.init_from)
         # A ckpt.pt is mapped into memory: what is rounded of it is when the run is opened.
@@ -150,8 +172,9 @@ def planned_model_config(config: TrainConfig, foreign: Foreign | None = None) ->
     if foreign is not None:
         return _adjusted(config, foreign.model), notes
     vocab = config.shrunken_vocab_size
-    if not vocab:
-        vocab = read_meta(find_folder(config.dataset)).vocab_size
+    if not vocab:  # that of what is read from the start; for other data sets it may grow
+        sizes = [read_meta(find_folder(name)).vocab_size for name, share in config.datasets.items() if share]
+        vocab = max(filter(None, sizes), default=None)
     if not vocab:
         vocab = DEFAULT_VOCAB
         notes.append(f"no vocabulary size with data set {config.dataset}: {DEFAULT_VOCAB} (GPT-2) is assumed")
@@ -161,8 +184,43 @@ def planned_model_config(config: TrainConfig, foreign: Foreign | None = None) ->
 def _peft_keys(described: peft_folder.Described) -> dict[str, Any]:
     """What a PEFT folder says of keys on adapters: those that are added start as its own; which there are, it says."""
     how = {name: getattr(described, name) for name in ("lora_alpha", "use_rslora", "init_lora_weights")}
-    ranks = "attn_lora_rank mlp_lora_rank embedding_rank lora_rank"
-    return {**how, **dict.fromkeys(ranks.split(), 0), "lora_targets": ""}
+    return {**how, **_NO_OTHER_ADAPTERS}
+
+
+_NO_OTHER_ADAPTERS = dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank lora_rank".split(), 0) | {
+    "lora_targets": ""
+}
+
+
+def named_checkpoint(out_dir: str, name: str) -> checkpoint.Checkpoint:
+    """The checkpoint of a run folder by its name, `latest` or `best`. Raises Refused."""
+    path = checkpoint.folder(out_dir) / name
+    if not path.exists():
+        there = [found.name for found in checkpoint.find(out_dir)]
+        raise Refused(f"out_dir {out_dir}: there is no checkpoint {name}; there are {', '.join(there) or 'none'}")
+    return checkpoint.load(path)
+
+
+def is_run_folder(source: str) -> bool:
+    """Whether weights may be read from the checkpoints there."""
+    return source not in ("scratch", "resume") and checkpoint.folder(source).is_dir()
+
+
+def _of_run_folder(out_dir: str, name: str) -> Foreign:
+    """A run's weights, and what its tokens mean; nothing of its optimizer or its schedule. Raises Refused."""
+    loaded = named_checkpoint(out_dir, name)
+    state, settings = loaded.state, loaded.state.present
+    if settings.fading:
+        raise Refused(
+            f"init_from {out_dir}: in checkpoint {loaded.path.name} {', '.join(settings.fading)} is fading in"
+        )
+    path = loaded.path.resolve()  # what `latest` is now
+    parent = {"run": out_dir, "checkpoint": path.name, "iter": state.progress.iter, "tokens": state.progress.tokens}
+    parent["val_loss"] = state.val_loss
+    model = settings.model
+    return Foreign(
+        model, lambda keep: from_weights(model, loaded.model), settings.vocabulary_map, state.tokenizer, parent
+    )
 
 
 def _adjusted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
@@ -203,13 +261,20 @@ def the_schedule(config: TrainConfig) -> Schedule:
     return read_schedule(config.schedule) if config.schedule else Schedule()
 
 
-def data_of(config: TrainConfig) -> DataSet:
-    """The data set of a configuration, read through its vocabulary map. Raises ValueError."""
-    remap = None
-    if config.shrunken_vocab_size:
-        old = read_meta(find_folder(config.dataset)).vocab_size
-        remap = read_remap(config.vocab_remapping_file, old, config.shrunken_vocab_size)
-    return open_data(config.dataset, config.block_size, remap)
+def data_of(config: TrainConfig, stages: list[Stage]) -> Sources:
+    """The data sets that are read in any stage, or evaluated, and in any case the first. Raises Refused, ValueError."""
+    place = {name: "" for name, share in {**config.datasets, **config.evaluated}.items() if share}
+    for stage in stages:
+        for name, share in stage.settings.mixture.items():
+            if share:
+                place.setdefault(name, f"entry {stage.entry.number}: {stage.entry}: " if stage.entry else "")
+    found: dict[str, DataSet] = {}
+    for name in dict.fromkeys([next(iter(config.datasets)), *place]):
+        try:
+            found[name] = open_data(name, config.block_size)
+        except ValueError as error:
+            raise Refused(f"{place.get(name, '')}{error}") from None
+    return Sources(found).agreed()
 
 
 def check_target(stages: list[Stage], config: TrainConfig) -> None:
@@ -228,34 +293,55 @@ def check_target(stages: list[Stage], config: TrainConfig) -> None:
         )
 
 
-def check_data(data: DataSet, config: TrainConfig, stages: list[Stage]) -> None:
+def check_data(data: Sources, config: TrainConfig, stages: list[Stage], foreign: Foreign | None = None) -> None:
     """Raises Refused where the data does not fit the models of a run, or where sample_prompts cannot be read.
 
     There may be too few tokens, or ids that a model lacks, or ids that mean something else to it. A task of eval_tasks
-    may not fit, or one is missing that a metric asks for.
+    may not fit, or one is missing that a metric asks for, and so may a data set.
 
     Of the files only samples are looked at; a batch is looked at whole before it is used.
     """
-    check_lengths(stages, data)
-    if not config.allow_other_tokenizer and (problem := other_tokenizer(data, config)):
+    trained = foreign.tokenizer if foreign else None
+    if not config.allow_other_tokenizer and (problem := other_tokenizer(data.speaks, config, trained)):
         raise Refused(f"{problem}; --allow_other_tokenizer=True goes on all the same")
-    try:
-        check_kept(data.meta, kept_with_data(data.folder))
-    except ValueError as error:
-        raise Refused(f"dataset {config.dataset}: {error}") from None
     settings = stages[0].settings
-    known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
-    if known and known > size and not settings.vocabulary_map:
-        whose = "" if config.init_from in ("scratch", "resume") else f" of {config.init_from}"
-        raise Refused(f"dataset {config.dataset} has a vocabulary of {known}, more than the {size} of the model{whose}")
-    mapped = data.remapped(np.array(settings.vocabulary_map) if settings.vocabulary_map else None)
-    for file in (mapped.train, mapped.val):
+    for name, one in data.items():
+        check_lengths(stages, one)
         try:
-            within(file.sampled(), size, file.path)
+            check_kept(one.meta, kept_with_data(one.folder))
+            _check_vocabulary(name, one, config, stages, several=len(data) > 1)
+            mapped = one.remapped(np.array(settings.vocabulary_map) if settings.vocabulary_map else None)
+            size = settings.model.vocab_size
+            for file in (mapped.train, mapped.val):
+                # One that is read later only may have tokens that the model will have by then.
+                within(
+                    file.sampled(), size if settings.vocabulary_map else max(size, one.meta.vocab_size or 0), file.path
+                )
         except ValueError as error:
-            raise Refused(f"dataset {config.dataset}: {error}") from None
-    check_prompts(config, data.meta, settings)
+            raise error if isinstance(error, Refused) else Refused(f"dataset {name}: {error}") from None
+    check_prompts(config, data.speaks, settings)
     check_tasks(config, data.meta, stages)
+    asked = [("early_stopping_metric", config.early_stopping_metric)] if config.early_stopping_patience else []
+    entries = [stage.entry for stage in stages if stage.entry]
+    asked += [(f"entry {entry.number}: {entry}", name) for entry in entries for name in sorted(entry.metrics)]
+    there = ", ".join(data) if len(data) > 1 else f"{next(iter(data))} alone, and its metrics have no name behind them"
+    for place, name in asked:
+        if source_of(name) and (len(data) == 1 or source_of(name) not in data):
+            raise Refused(f"{place}: {name} is of no data set that the run reads: there is {there}")
+
+
+def _check_vocabulary(name: str, one: DataSet, config: TrainConfig, stages: list[Stage], several: bool) -> None:
+    """Raises Refused where a data set is read, or counts in val_loss, while the model lacks tokens of it."""
+    known = one.meta.vocab_size
+    for stage in stages:
+        settings = stage.settings
+        evaluated = stage.entry is None and config.evaluated.get(name)
+        read = not several or settings.mixture.get(name) or evaluated
+        if known and read and known > settings.model.vocab_size and not settings.vocabulary_map:
+            place = f"entry {stage.entry.number}: {stage.entry}: " if stage.entry else ""
+            whose = "" if config.init_from in ("scratch", "resume") else f" of {config.init_from}"
+            more = f"more than the {settings.model.vocab_size} of the model{whose}"
+            raise Refused(f"{place}dataset {name} has a vocabulary of {known}, {more}")
 
 
 def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = None) -> str:
@@ -265,7 +351,7 @@ def other_tokenizer(data: DataSet, config: TrainConfig, trained: Meta | None = N
         trained: what the tokens were that a checkpoint was trained on.
     """
     if trained is not None:
-        other = named(trained) if tells_apart(data.meta, trained) else ""
+        other = named(trained) if tells_apart(data.meta, trained) and not extends(data, trained) else ""
         whose = "the checkpoint was trained on those of"
     elif config.init_from in ("scratch", "resume") or config.shrunken_vocab_size or Path(config.init_from).is_file():
         return ""
@@ -284,14 +370,14 @@ def speaker(source: str, base_model: str = "") -> str:
     return source
 
 
-def doubts(data: DataSet, config: TrainConfig, settings: Settings, trained: Meta | None = None) -> list[str]:
+def doubts(data: Sources, config: TrainConfig, settings: Settings, trained: Meta | None = None) -> list[str]:
     """What is allowed and likely not meant, one sentence each; `trained` as in `other_tokenizer`."""
     told = []
-    if config.allow_other_tokenizer and (other := other_tokenizer(data, config, trained)):
+    if config.allow_other_tokenizer and (other := other_tokenizer(data.speaks, config, trained)):
         told.append(f"{other}; going on all the same (allow_other_tokenizer)")
-    if data.meta.tokenizer == "huggingface" and not has_tokenizer(kept_with_data(data.folder)):
+    if data.meta.tokenizer == "huggingface" and not has_tokenizer(kept_with_data(data.speaks.folder)):
         told.append(f"dataset {config.dataset} has not the files of its tokenizer, so the run cannot keep them")
-    known, size = config.shrunken_vocab_size or data.meta.vocab_size, settings.model.vocab_size
+    known, size = data.meta.vocab_size, settings.model.vocab_size
     if known and not settings.vocabulary_map and size > -(-known // 128) * 128:  # more than padding
         told.append(f"dataset {config.dataset} has {known} tokens, and the model's vocabulary is {size}")
     if settings.model.block_size % data.meta.row:

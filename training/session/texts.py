@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orchestrate.data.keeping import kept_with_data
-from orchestrate.data.stream import Meta, find_folder, read_remap
+from orchestrate.data.stream import DataSet
 from orchestrate.data.tokenizer import Pieces, RemappedTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model.generate import Choice, Continuation, evaluating
 from orchestrate.model.gpt import GPT
@@ -163,29 +163,25 @@ class _Text:
         return any(stop.startswith(text) for stop in self._stop)
 
 
-def remapped(tokenizer: Tokenizer, config: TrainConfig, vocabulary_map: Sequence[int] | None) -> Tokenizer:
-    """A data set's tokenizer as a run of this configuration speaks it, through the map in force. Raises ValueError."""
-    if config.shrunken_vocab_size:
-        remap = read_remap(config.vocab_remapping_file, None, config.shrunken_vocab_size)
-        tokenizer = RemappedTokenizer(tokenizer, remap)
+def remapped(tokenizer: Tokenizer, vocabulary_map: Sequence[int]) -> Tokenizer:
+    """A data set's tokenizer as a run speaks it, through the map in force."""
     return RemappedTokenizer(tokenizer, np.array(vocabulary_map)) if vocabulary_map else tokenizer
 
 
-def _of_run(config: TrainConfig, meta: Meta, settings: Settings) -> Tokenizer:
-    """That of the data set, through the maps of the run. Raises ValueError."""
-    inner = _opened(meta, kept_with_data(find_folder(config.dataset)))
-    return remapped(inner, config, settings.vocabulary_map)
+def _of_run(data: DataSet, settings: Settings) -> Tokenizer:
+    """That of the data set, through the map of the run. Raises ValueError."""
+    return remapped(_opened(data.meta, kept_with_data(data.folder)), settings.vocabulary_map)
 
 
 _opened = lru_cache(maxsize=1)(tokenizer_of)  # large vocabularies take seconds
 
 
-def check_prompts(config: TrainConfig, meta: Meta, settings: Settings) -> None:
+def check_prompts(config: TrainConfig, data: DataSet, settings: Settings) -> None:
     """Raises Refused where the texts of sample_prompts cannot be read by the run's tokenizer, or by its model."""
     if not config.sample_prompts:
         return
     try:
-        tokenizer = _of_run(config, meta, settings)
+        tokenizer = _of_run(data, settings)
         encoded(tokenizer, config.sample_prompts, settings.model.vocab_size)
     except ValueError as error:
         problems = error.problems if isinstance(error, Refused) else [str(error)]
@@ -201,7 +197,7 @@ def continue_prompts(run: Run) -> list[dict[str, str]]:
     config, prompts = run.config, run.config.sample_prompts
     if not prompts or not (run.ranks.is_first or run.ranks.sharded):
         return []
-    tokenizer = _of_run(config, run.data.meta, run.settings)
+    tokenizer = _of_run(run.batches.opened.speaks, run.settings)
     texts = [{"prompt": prompt, "text": ""} for prompt in prompts]
     try:
         with run.stopwatch.part("eval"):

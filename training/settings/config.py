@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from orchestrate.model.config import DEFAULTS, OPTIONS, ModelConfig
 from orchestrate.training.settings import depth
@@ -25,6 +25,7 @@ from orchestrate.training.settings.faults import parse_faults
 from orchestrate.training.settings.metrics import VAL_LOSS, MetricName
 from orchestrate.training.settings.values import (
     MOST_PROBLEMS,
+    MOST_SOURCES,
     OPTIMIZER_NUMBERS,
     Fraction,
     NonNegativeFloat,
@@ -32,12 +33,16 @@ from orchestrate.training.settings.values import (
     OptimizerName,
     PositiveFloat,
     PositiveInt,
+    SourceName,
     WeightsDtype,
     is_large,
     nearest,
+    not_empty,
     problems_of,
     read_at_most,
+    shares_of,
     shown,
+    weighty,
 )
 
 
@@ -66,6 +71,8 @@ def _assigned(value: Any) -> Any:
 Architecture = Annotated[dict[str, bool | int | float | str], BeforeValidator(_assigned)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_counted)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Weights = Annotated[dict[SourceName, NonNegativeFloat], Field(max_length=MOST_SOURCES), AfterValidator(weighty)]
+DataSets = str | Annotated[Weights, AfterValidator(not_empty)]
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -103,12 +110,15 @@ class _RunKeys(BaseModel):
     keep_every: NonNegativeInt = _key(
         0, "keep the first checkpoint at or after each multiple of so many iterations for good; 0: none"
     )
-    checkpoint: str = _key("latest", "with eval_only and init_from=resume: latest | best | a checkpoint's name")
+    checkpoint: str = _key(
+        "latest", "of a run folder as init_from, or to eval_only: latest | best | a checkpoint's name"
+    )
     async_save: bool = _key(
         False, "write the checkpoints of evaluations in the background; a save blocks for a copy only"
     )
     init_from: str = _key(
-        "scratch", "scratch | resume | gpt2[-medium|-large|-xl] | a Hugging Face or PEFT folder | a nanoGPT ckpt.pt"
+        "scratch",
+        "scratch | resume | gpt2[-medium|-large|-xl] | a run, Hugging Face or PEFT folder | a nanoGPT ckpt.pt",
     )
     base_model: str = _key("", "of a PEFT folder as init_from: its base; empty: base_model_name_or_path of the folder")
     schedule: str = _key("", "the schedule file, YAML or JSON (also spelled scaling_schedule_file)")
@@ -122,13 +132,21 @@ class _RunKeys(BaseModel):
     wandb_project: str = _key("owt", "W&B project")
     wandb_run_name: str = _key("gpt2", "W&B run name")
     # data
-    dataset: str = _key("openwebtext", "a folder under data/, or a path to one, with train.bin and val.bin")
+    dataset: DataSets = _key(
+        "openwebtext", "a folder under data/, or a path to one; or several with a weight each: {'a': 0.7, 'b': 0.3}"
+    )
+    eval_mixture: Weights = _key(
+        {}, "what val_loss means with several data sets: a weight each; {}: the weights that dataset gives"
+    )
     allow_changed_data: bool = _key(False, "on resume: go on although train.bin or val.bin is not what it was")
     allow_other_tokenizer: bool = _key(
         False, "go on although the data is in tokens of another tokenizer than the model's"
     )
     gradient_accumulation_steps: PositiveInt = _key(40, "micro-steps in one iteration, over all ranks together")
     batch_size: PositiveInt = _key(12, "sequences in one micro-step on one rank")
+    curriculum_alpha: Annotated[NonNegativeFloat, Field(le=1)] = _key(
+        0.0, "sample rare tokens more often: 0 the data as it is, to 1 (data/curriculum.py)"
+    )
     shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
     vocab_remapping_file: str = _key("", ".npy or .json array that maps each old token id to a new one")
 
@@ -267,6 +285,16 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
         (), "e.g. 1,2,3: a run for each, one after the other, in OUT_DIR/seed-N; then mean and spread in summary.json"
     )
 
+    @property
+    def datasets(self) -> dict[str, float]:
+        """The data sets of `dataset` and their shares, which add up to 1."""
+        return {self.dataset: 1.0} if isinstance(self.dataset, str) else shares_of(self.dataset)
+
+    @property
+    def evaluated(self) -> dict[str, float]:
+        """The data sets that `val_loss` is made of and their shares, which add up to 1."""
+        return shares_of(self.eval_mixture) if self.eval_mixture else self.datasets
+
 
 ALIASES = {"scaling_schedule_file": "schedule", "target_architecture_config": "target_architecture"}
 KEYS = tuple(TrainConfig.model_fields)
@@ -385,6 +413,8 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
             return names[name]
         case ast.Name(id=name):
             raise ValueError(f"the name {name} is not assigned above{nearest(name, names)}")
+        case ast.Dict(keys=keys, values=values) if len(keys) <= MOST_SOURCES and None not in keys:
+            return {_evaluate(key, names): _evaluate(value, names) for key, value in zip(keys, values, strict=True)}
         case ast.List(elts=elements) | ast.Tuple(elts=elements):
             return [_evaluate(element, names) for element in elements]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
@@ -482,6 +512,7 @@ def resolve(files: Sequence[str | Path], command_line: Sequence[tuple[str, str]]
         key = ALIASES.get(key, key)
         kind = TrainConfig.model_fields[key].annotation if key in KEYS else None
         is_text = kind is str or (kind == tuple[str, ...] and text[:1] not in "[(")
+        is_text |= kind == DataSets and text[:1] != "{"
         given[key] = (text if is_text else parse_text(text), f"--{key}")
 
     for i, key in enumerate([key for key in given if key not in KEYS]):
@@ -546,7 +577,7 @@ def check_config(config: TrainConfig) -> TrainConfig:
         parse_faults(config.inject)
     except ValueError as error:
         problems.append(str(error))
-    if config.checkpoint != "latest" and not (config.eval_only and config.init_from == "resume"):
+    if config.checkpoint != "latest" and not config.eval_only and config.init_from == "resume":
         problems.append(
             f"checkpoint {shown(config.checkpoint)} is for eval_only with init_from=resume: "
             "a run goes on from its latest checkpoint"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
@@ -31,7 +31,20 @@ ON_FIRST_RANK = (
 LOGGED = ("loss", "grad_norm", "lr", "step_lr", "batch_size", "grad_accum", "passes", "coverage", *ON_FIRST_RANK)
 """Values come with the lines of every log_interval."""
 NAMES = (*EVALUATED, *LOGGED)
+_OF_SOURCES = (VAL_LOSS, "passes", "coverage")
+"""What a run with several data sets measures of each, as val_loss/NAME and so on."""
 _OF_TASK = "eval/"
+
+
+def of_source(name: str, source: str) -> str:
+    """The name of a metric of one of several data sets."""
+    return f"{name}/{source}"
+
+
+def source_of(name: str) -> str:
+    """The data set that a metric is about; nothing where it is about all."""
+    kind, _, source = name.partition("/")
+    return source if kind in _OF_SOURCES else ""
 
 
 def of_task(what: str) -> str:
@@ -44,9 +57,16 @@ def is_of_task(name: str) -> bool:
     return re.fullmatch(r"eval/[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
 
 
+def comes_with(name: str, kinds: Container[str]) -> bool:
+    """Whether a metric's values come with the evaluations (EVALUATED), or with the lines of log_interval (LOGGED)."""
+    if is_of_task(name):
+        return VAL_LOSS in kinds
+    return name.partition("/")[0] in kinds if source_of(name) else name in kinds
+
+
 def is_metric(name: str) -> bool:
-    """Whether a run may measure this."""
-    return name in NAMES or is_of_task(name)
+    """Whether a run may measure this; of data sets and tasks that are not the run's it does not."""
+    return name in NAMES or bool(source_of(name)) or is_of_task(name)
 
 
 def rises(name: str) -> bool:
@@ -61,12 +81,12 @@ def falling(name: str, value: float) -> float:
 
 def in_nats(name: str) -> bool:
     """Whether a metric is a cross-entropy."""
-    return name in (VAL_LOSS, "loss")
+    return name in (VAL_LOSS, "loss") or name.startswith(of_source(VAL_LOSS, ""))
 
 
 def spoken(name: str) -> str:
     """A metric's name in a sentence."""
-    return "val loss" if name == VAL_LOSS else name
+    return "val loss" if name == VAL_LOSS else name.replace(of_source(VAL_LOSS, ""), "val loss of ", 1)
 
 
 def told(name: str, value: float) -> str:

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 
+from orchestrate.data.proportions import UNITS
 from orchestrate.data.stream import Cursor
 from orchestrate.model.config import ONCE_SHAPE, Fade, ModelConfig, check_fading
 from orchestrate.training.settings.metrics import VAL_LOSS
@@ -35,6 +36,10 @@ EXACTLY = ConfigDict(extra="forbid")
 def _possible(cursor: Cursor) -> Cursor:
     if not 0 <= cursor.sample < 2**60 or cursor.length < 1 or cursor.block_size % cursor.length:
         raise ValueError(f"no place in a stream: {cursor}")
+    names, units = [s.name for s in cursor.sources], [s.units for s in cursor.sources]
+    possible = all(0 <= s.sample < 2**60 and abs(s.debt) < 2**40 for s in cursor.sources)
+    if names and not (possible and len({*names}) == len(names) and min(units) >= 0 and sum(units) == UNITS):
+        raise ValueError(f"no place in a mixture: {cursor.sources}")
     return cursor
 
 
@@ -95,6 +100,10 @@ class Settings:
     """Counter: each increase is a change of weights or moments that the shape does not show (other order, reset)."""
     vocabulary_map: tuple[NonNegativeInt, ...] = ()
     """New token id of each id in the data files; () where they are the same."""
+    mixture: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    """Data set -> its share of the samples; all together 1. Empty in states of versions that had one data set."""
+    curriculum_alpha: Annotated[NonNegativeFloat, Field(le=1)] = 0.0
+    """How far samples of rare tokens are preferred, from 0 (not at all) to 1 (data/curriculum.py)."""
     checkpoints_asked: NonNegativeInt = 0
     """Counter: each increase asks for a checkpoint at this boundary."""
     stops_asked: NonNegativeInt = 0
@@ -116,8 +125,13 @@ class Settings:
         return self.samples_per_iter * self.sequence_length
 
     def cursor(self, sample: int) -> Cursor:
-        """The place of a sample in the units in force."""
+        """The place of a sample in the units in force, of one data set."""
         return Cursor(self.model.block_size, self.sequence_length, sample)
+
+    def followed(self, cursor: Cursor, before: Settings) -> Cursor:
+        """A place in the stream of earlier settings, from which on these hold."""
+        cut = cursor.cut(self.model.block_size, self.sequence_length)
+        return cut.mixed(self.mixture, only=next(iter(before.mixture), "")) if self.mixture else cut
 
     def evaluates_as(self, other: Settings) -> bool:
         """Whether the same weights, carried from these settings to the others, have the same validation loss."""
@@ -151,7 +165,7 @@ class Settings:
         return TypeAdapter(cls).validate_python(values)
 
 
-_FADING = "fading."
+_FADING, _MIXTURE = "fading.", "mixture."
 
 
 def present_name(name: str) -> str:
@@ -161,10 +175,12 @@ def present_name(name: str) -> str:
 
 
 def get_field(settings: Settings, name: str) -> Any:
-    """The value of a field by its name, e.g. `learning_rate` or `fading.mlp.3`.
+    """The value of a field by its name, e.g. `learning_rate`, `mixture.NAME` or `fading.mlp.3`.
 
     The latter is the share of what is being faded in, 1.0 where nothing is.
     """
+    if name.startswith(_MIXTURE):
+        return settings.mixture.get(name.removeprefix(_MIXTURE), 0.0)
     if name.startswith(_FADING):
         fade = settings.fading.get(name.removeprefix(_FADING))
         return 1.0 if fade is None else fade.share
@@ -173,6 +189,8 @@ def get_field(settings: Settings, name: str) -> Any:
 
 def with_field(settings: Settings, name: str, value: Any) -> Settings:
     """A copy of the settings with one field, by its name, replaced. What has faded in fully is plain again."""
+    if name.startswith(_MIXTURE):
+        return replace(settings, mixture={**settings.mixture, name.removeprefix(_MIXTURE): value})
     if name.startswith(_FADING):
         fading, layer = dict(settings.fading), name.removeprefix(_FADING)
         if value >= 1.0:
@@ -181,6 +199,11 @@ def with_field(settings: Settings, name: str, value: Any) -> Settings:
             fading[layer] = replace(fading[layer], share=value)
         return replace(settings, fading=fading)
     return replace(settings, **{name: value})
+
+
+def numbers_in(settings: Settings, field_name: str) -> list[str]:
+    """The names by which `get_field` and `with_field` know the numbers of a field: of a mixture one a source."""
+    return [f"mixture.{name}" for name in settings.mixture] if field_name == "mixture" else [field_name]
 
 
 def differences(before: Settings, after: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -244,7 +267,7 @@ class Progress:
     @classmethod
     def start(cls, settings: Settings) -> Progress:
         """The beginning of a run."""
-        return cls(settings.cursor(0))
+        return cls(settings.followed(settings.cursor(0), settings))
 
     @property
     def place(self) -> Place:
@@ -255,7 +278,10 @@ class Progress:
         self.iter, self.cursor, self.tokens = place.iter, place.cursor, place.tokens
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if not self.cursor.sources:
+            del values["cursor"]["sources"]
+        return values
 
     @classmethod
     def from_json(cls, values: Any, settings: Settings) -> Progress:
@@ -268,8 +294,8 @@ class Progress:
             samples = TypeAdapter(NonNegativeInt).validate_python(values["samples"])
             values = {**rest, "cursor": dataclasses.asdict(settings.cursor(samples))}
         progress = TypeAdapter(cls).validate_python(values)
-        if progress.cursor != settings.cursor(progress.cursor.sample):
-            raise ValueError(f"cursor counts in other units than the settings: {progress.cursor}")
+        if progress.cursor != settings.followed(progress.cursor, settings):
+            raise ValueError(f"cursor counts in other units or another mixture than the settings: {progress.cursor}")
         return progress
 
 

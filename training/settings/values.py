@@ -7,8 +7,9 @@ without a fraction, such as 1e9, is taken where a whole number is meant, because
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -31,6 +32,9 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+SourceName = Annotated[str, Field(min_length=1, max_length=1000)]
+"""Of a data set in a mixture: as `dataset` takes it."""
+MOST_SOURCES = 64
 OptimizerName = Literal["adamw", "sgd"]
 WeightsDtype = Literal["float32", "bfloat16"]
 OPTIMIZER_NUMBERS: dict[str, tuple[str, ...]] = {"adamw": ("beta1", "beta2"), "sgd": ("momentum",)}
@@ -41,6 +45,26 @@ LARGEST_BITS = 1024
 """Of a whole number in a configuration or a schedule: as many as a float can hold."""
 MOST_PROBLEMS = 50
 """That are told of one file: a person reads no more, and a file of nothing but mistakes ends soon."""
+
+
+def weighty(weights: dict[str, float]) -> dict[str, float]:
+    """Raises ValueError where weights are given and none is above 0, or where they are too large to add up."""
+    if weights and not 0 < sum(weights.values()) < math.inf:
+        raise ValueError("must have a weight above 0, and a finite sum")
+    return weights
+
+
+def not_empty(weights: dict[str, float]) -> dict[str, float]:
+    """Raises ValueError where there are no weights."""
+    if not weights:
+        raise ValueError("must name a data set")
+    return weights
+
+
+def shares_of(weights: Mapping[str, float]) -> dict[str, float]:
+    """The same shares, which add up to 1; those that do already stay to the bit."""
+    total = math.fsum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def read_at_most(path: str | Path, limit: int) -> bytes:

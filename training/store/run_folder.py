@@ -147,6 +147,8 @@ class Start(_Begins):
     """A run begins."""
 
     kind: Literal["start"]
+    parent: NotRequired[dict[str, Any]]
+    """Of a run that begins with the weights of another: run, its folder; checkpoint; iter, tokens, val_loss of that."""
 
 
 class Resume(_Begins):

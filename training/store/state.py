@@ -7,12 +7,13 @@ formats up to date, so nothing else knows that there were any.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from orchestrate.data.stream import Meta
+from orchestrate.data.stream import Meta, read_remap
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.records import EXACTLY, Progress, Settings
 from orchestrate.training.settings.values import problems_of
@@ -69,6 +70,21 @@ class State:
     """Processes of the run."""
     operations: tuple[UserFile, ...] = ()
     """Files of the user's own operations. Formats 1 and 2 had none."""
+
+    @property
+    def present(self) -> Settings:
+        """The settings as this version has them. Raises ValueError where the map of an older one cannot be read.
+
+        Older versions had one data set, and applied the map of vocab_remapping_file beside the settings.
+        """
+        config, settings = self.config, self.settings
+        if settings.mixture:
+            return settings
+        through = np.array(settings.vocabulary_map, dtype=np.int64)
+        if config.shrunken_vocab_size:
+            remap = read_remap(config.vocab_remapping_file, None, config.shrunken_vocab_size)
+            through = through[remap] if len(through) else remap
+        return replace(settings, mixture=config.datasets, vocabulary_map=tuple(through.tolist()))
 
     @property
     def fired(self) -> int:
