@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -383,6 +384,30 @@ def test_guards_that_are_refused(guard, message):
         parse_schedule(json.dumps([clip(at_iter=2, guard=guard)]), "s.json")
 
 
-def test_the_shipped_configuration_is_for_whole_lines():
-    source = (ROOT / "config/adder.py").read_text()
-    assert "block_size = 26" in source and 26 % 13 == 0
+def test_the_digits_schedule_moves_on_what_is_mastered(tmp_path, monkeypatch):
+    """The shipped schedule and configuration, on the sets of the shipped script, under scores that are made up."""
+    folder = tmp_path / "adder"
+    prepare(ADDER, folder, digits=3, limit=1000, test=10)
+    text = (ROOT / "schedules/curriculum_digits.yaml").read_text().replace("adder/1", f"{folder}/1")
+    text = text.replace(f"eval/{folder}/1", "eval/adder/1")
+    for n in (2, 3):
+        text = text.replace(f" adder/{n}:", f" {folder}/{n}:")
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    told = {"": iter([0.3, 0.4, 0.98, 0.985, 0.99, 1.0]), "/1": iter([0.5, 0.99, 0.5, 0.99, 0.99, 0.99]),
+            "/2": iter([0.99, 0.9, 0.98, 0.99, 0.99, 0.99])}  # fmt: skip
+    seen = []
+
+    def score(one, run, poll):
+        seen.append({Path(name).name: share for name, share in run.settings.mixture.items()})
+        return {f"{ACCURACY}{which}": next(values) for which, values in told.items()}
+
+    monkeypatch.setattr("orchestrate.training.tasks.exact_match.ExactMatch.score", score)
+    given = dict(dataset=folder, out_dir=tmp_path / "run", eval_tasks=f"adder:{folder}", schedule=path, eval_interval=2)
+    small = dict(n_layer=1, n_embd=8, n_head=1, batch_size=2, max_iters=20, eval_iters=1)
+    config = str(ROOT / "config/adder.py")
+    assert train_orchestrated.main([config, *(f"--{key}={value}" for key, value in (given | small).items())]) == 0
+    fired = [(e["iter"], e["entry"]) for e in events(tmp_path / "run", "operation")]
+    assert fired == [(0, 1), (2, 2), (6, 3), (8, 4)], "at 0 nothing of 2 digits counts yet; at 6, two digits are known"
+    assert [one.get("3") for one in seen] == [None, 0.1, 0.3, 0.3, 0.8]
+    assert open_data(str(folder), 26).meta.row == 13 and 26 % 13 == 0
