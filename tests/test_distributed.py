@@ -121,8 +121,11 @@ def _every_operation(rank: int, data: str, parallel: str):
     first = make_run(data, parallel=parallel)
     losses, prints = {}, []
     for name, value in EXAMPLES.items():
-        model = initial_model(first.config, first.settings.model)
-        settings = replace(first.settings, optimizer=ONLY_WITH.get(name, ["adamw"])[0], mixture={"first": 1.0})
+        shape = replace(first.settings.model, vocab_size=30)  # as the examples have it
+        model = initial_model(first.config, shape)
+        settings = replace(
+            first.settings, model=shape, optimizer=ONLY_WITH.get(name, ["adamw"])[0], mixture={"first": 1.0}
+        )
         run = Run(
             first.config,
             settings,
