@@ -526,7 +526,7 @@ def _join(shards: list[Path], out: Path, tokenizer: Tokenizer, split: _Split, fa
                     ends = place + (kept if name == "train" else len(ids)) == end
                     sides[name].add(ids[part], counts[part], np.array([len(ids[part])]), np.array([ends]))
                 continue
-            held = np.isin(index["document"], chosen) & of_weight[index["source"]]
+            held = np.isin(index["document"], chosen)
             copies = np.where(held, 0, split.copies(index))
             taken = [("val", held), *(("train", copies > number) for number in range(int(copies.max(initial=0))))]
             for name, which in taken:

@@ -56,7 +56,6 @@ class TokenFile:
 
     Attributes:
         mask: whether the loss counts a token, one by one; None where it counts all.
-        row: as `Meta.row`.
 
     Raises ValueError for a file that is missing, empty or no whole number of tokens, or a mask that does not fit.
     """
@@ -69,7 +68,6 @@ class TokenFile:
         masked: bool = False,
         row: int = 1,
     ) -> None:
-        self.row = row
         self.paths = [Path(path)] if isinstance(path, (str, Path)) else list(path)
         self.path = self.paths[0]
         self.dtype = np.dtype(dtype)

@@ -1,7 +1,8 @@
 """Configurations and weights from and to Hugging Face's names, for the families that we know.
 
-transformers read config.json; the weights are read here, tensor by tensor (shards.py). `from_hf` and `to_hf` are a pair
-of pure maps between names and tensors (families/). What one side cannot represent exactly is refused with the reason.
+transformers read config.json; the weights are read here, tensor by tensor (shards.py). What a tensor is
+called there, and where it lies among ours, the families say (families/). What one side cannot represent exactly is
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -185,13 +186,8 @@ def family_of(config: ModelConfig) -> Family:
     raise ValueError(f"this model has no Hugging Face form: {'; '.join(reasons)}")
 
 
-def from_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's names and tensors as ours. Raises ValueError for a shape that no family has."""
-    return family_of(config).from_hf(config, weights)
-
-
 def to_hf(model: GPT) -> dict[str, Tensor]:
-    """The inverse of from_hf. Raises ValueError for a model that none of Hugging Face's families can hold exactly."""
+    """Hugging Face's names and tensors. Raises ValueError for a model that none of its families can hold exactly."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return family_of(model.config).to_hf(model.config, weights)
 

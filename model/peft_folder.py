@@ -484,7 +484,7 @@ def _on_base(model: GPT, modules: Mapping[str, str], pairs: dict[str, _Pair], ba
             rows = config.qkv_rows.get(part, slice(None))
             more[module] = _difference(now[rows], was[rows])
         if not more or None in more.values():
-            trained.append(parameter)
+            trained.append(parameter + " (rounded to bfloat16)" * (now.dtype == torch.bfloat16))
             continue
         for module, extra in more.items():
             if extra is not None and len(extra.a):

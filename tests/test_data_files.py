@@ -240,6 +240,9 @@ def test_what_was_read_ahead_for_something_else_is_not_used(tmp_path, other):
     wanted = Stream(open_data(str(folder), 4).train, 1337).batch(*other)
     assert all(np.array_equal(a, b) for a, b in zip(ours.read(*other)[:2], wanted, strict=True))
     ours.read_ahead(Cursor(4, 4, 8), 3, 600)
+    with pytest.raises(Refused, match="beyond the model's vocabulary of 101"):
+        ours.read(Cursor(4, 4, 8), 3, 101)
+    ours.read_ahead(Cursor(4, 4, 8), 3, 600)
     ours.stream = Stream(ours.data.train, 7)
     wanted = ours.stream.batch(Cursor(4, 4, 8), 3)
     assert np.array_equal(ours.read(Cursor(4, 4, 8), 3, 600).x, wanted[0]), "of another stream"

@@ -18,7 +18,7 @@ from orchestrate.model.gpt import GPT, from_weights, init_weights
 from orchestrate.model.nanogpt import load_checkpoint
 from orchestrate.tools import export
 from orchestrate.training.session import exporting
-from orchestrate.training.session.model_card import fired
+from orchestrate.training.session.model_card import card, fired
 from orchestrate.training.session.sampling import open_run_folder
 from orchestrate.training.settings.errors import Refused, Stopped
 from orchestrate.training.store.run_folder import RunRecord
@@ -423,6 +423,16 @@ def test_which_operations_made_a_checkpoint():
     record = RunRecord(Path(), None, [], events, [], {})
     state = replace(state_of(iter=4), orchestrator={"position": {"fired": 2}, "ramps": []})
     assert [(event["iter"], event["entry"]) for event in fired(state, record)] == lines[:3]
+
+
+def test_the_start_that_counts_is_the_one_that_came_to_a_checkpoint(tmp_path):
+    starts = [{"kind": "start", "config": {"init_from": name}} for name in ("a", "b")]
+    record = RunRecord(Path(), None, [], [*starts, {"kind": "resume", "config": {"init_from": "c"}}], [], {})
+    assert record.began_with == {"init_from": "b"} and replace(record, events=[]).began_with == {}
+    source = exporting.Source("run", shaken(GPT2_STYLE), record=record)
+    with pytest.raises(Refused, match="run: began with b, which is no Hugging Face folder here"):
+        exporting._base(source)
+    assert "| began with | b |" in card(GPT2_STYLE, {}, [], state_of(), record)
 
 
 def test_a_run_in_the_middle_of_a_fade(tmp_path, tiny):

@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_orchestrated
+from orchestrate.model import peft_folder
 from orchestrate.model.config import LoraSpec
 from orchestrate.model.gpt import GPT, Cache, compile_blocks, set_dropout
 from orchestrate.model.lora import trainable_parameters
@@ -533,3 +534,23 @@ def test_a_folder_is_read_without_float32_whole(data, tmp_path, stored):
     with torch.no_grad():
         expected = theirs(torch.arange(16)[None] % 30).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_pissa_takes_its_part_of_weights_that_were_not_rounded(data, tmp_path):
+    """And what is left of them is rounded once. It differs from the base by no low rank any more."""
+    torch.manual_seed(1)
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=60)
+    theirs = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=16))
+    theirs.save_pretrained(tmp_path / "llama")
+    keys = dict(init_from=str(tmp_path / "llama"), lora_targets="all-linear", lora_rank=2, init_lora_weights="pissa")
+    keys |= dict(weights_dtype="bfloat16", block_size=16, dataset=str(data), device="cpu", compile=False)
+    config, foreign = opened(TrainConfig(**keys, gradient_accumulation_steps=1))
+    run = open_run(config, None, Schedule(), Ranks("cpu"), foreign)
+    assert run.cast.rounded == sum(p.numel() for p in theirs.parameters() if p.dim() == 2)
+    down = theirs.model.layers[1].mlp.down_proj.weight.detach()
+    u, s, vh = torch.linalg.svd(down, full_matrices=False)
+    rest = down - (u[:, :2] * s[:2]) @ vh[:2]
+    found = run.model.get_parameter("transformer.h.1.mlp.c_proj.base_layer.weight").float()
+    assert ((found - rest).abs() <= 1.01 * 2**-8 * rest.abs() + 1e-7).all(), "half a step of bfloat16"
+    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn.weight \(rounded to bfloat16\)"):
+        peft_folder.write(run.model, tmp_path / "out", str(tmp_path / "llama"))

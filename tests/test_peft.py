@@ -550,7 +550,7 @@ def test_targets_on_the_command_line(data, tiny, tmp_path):
         ({"lora_rank": 2}, "lora_targets and lora_rank go together"),
         ({"lora_targets": "mlp.*", "lora_rank": 2, "mlp_lora_rank": 2}, "mlp.0 has a rank from another key"),
         ({"lora_targets": "mlp.0.up", "lora_rank": 2, "mlp_lora_rank": 2}, "mlp.0 and mlp.0.up cannot both"),
-        ({"lora_targets": "gate_proj", "lora_rank": 2}, "no projection is called 'gate_proj'"),
+        ({"lora_targets": "gate_proj", "lora_rank": 2}, "lora_targets: no projection is called 'gate_proj'"),
         ({"lora_targets": "attn.*", "lora_rank": 2, "lora_dropout": 1.0}, "lora_dropout must be less than 1"),
     ):
         with pytest.raises(Exception, match=said):

@@ -150,28 +150,45 @@ def test_the_best_checkpoint_has_its_recorded_loss_to_the_last_bit(tiny, resume,
 
 
 @pytest.mark.parametrize(
-    "entry",
+    "entries, keys",
     [
-        {"name": "drop_layers", "value": [0]},
-        {"name": "set_eval_iters", "value": 1},
-        {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "over": 3},
+        ([{"name": "drop_layers", "value": [0]}], {}),
+        ([{"name": "set_eval_iters", "value": 1}, {"name": "set_lr", "value": 1e-3}], {}),
+        ([{"name": "stack_layers", "value": [1, 0]}], {}),
+        ([{"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "over": 3}], {}),
+        ([{"name": "freeze_layer", "value": "block.0"}], {"weights_dtype": "bfloat16"}),
     ],
+    ids=lambda value: value[0]["name"] if isinstance(value, list) else None,
 )
-def test_a_loss_is_recorded_of_the_weights_that_it_was_measured_on(tiny, resume, capsys, entry):
-    """The loss at 4 is the best so far, and an entry of that boundary changes what was measured."""
-    _, out = tiny([{**entry, "at_iter": 4}], eval_interval=4, max_iters=5, keep_last=9)
-    assert json.loads((out / "checkpoints/iter_000000004/manifest.json").read_text())["val_loss"] is None
-    assert recorded(out, "iter_000000004_before_entry_1") == lines(out / "metrics.jsonl")[5]["val_loss"]
-    for path in checkpoint.find(out):
-        said = evaluated(out, resume, capsys, path.name)
-        assert ("what the checkpoint recorded" in said) == (read(path).val_loss is not None)
-        assert "differs" not in said
+def test_a_loss_is_recorded_of_the_weights_that_it_was_measured_on(tiny, resume, capsys, entries, keys):
+    """The loss at 4 is the best so far, and an entry of that boundary changes what was measured; at 8 nothing does."""
+    _, out = tiny([{**entry, "at_iter": 4} for entry in entries], eval_interval=4, max_iters=8, keep_last=9, **keys)
+    kept = {path.name: read(path).val_loss for path in checkpoint.find(out)}
+    losses = {m["iter"]: m["val_loss"] for m in lines(out / "metrics.jsonl") if m["kind"] == "eval"}
+    assert kept == {
+        "iter_000000008": losses[8],
+        "iter_000000004": None,
+        "iter_000000004_before_entry_1": losses[4],
+    }
+    for name, loss in kept.items():
+        said = evaluated(out, resume, capsys, name)
+        assert ("what the checkpoint recorded" in said) == (loss is not None) and "differs" not in said
+
+
+def test_a_checkpoint_before_an_entry_is_not_the_first_of_its_span(tiny):
+    _, out = tiny([{"name": "drop_layers", "value": [0], "at_iter": 4}], keep_every=3, keep_last=1, keep_best=0)
+    assert [path.name for path in checkpoint.find(out)] == [f"iter_{n:09d}" for n in (12, 8, 4)]
 
 
 def test_nothing_is_kept_before_an_entry_that_leaves_the_loss_as_it_is(tiny):
     _, out = tiny([{"name": "set_lr", "value": 1e-3, "at_iter": 4}], eval_interval=4, max_iters=5, keep_last=9)
     assert [path.name for path in checkpoint.find(out)] == ["iter_000000005", "iter_000000004"]
     assert recorded(out, "iter_000000004") is not None
+
+
+def test_nothing_is_kept_before_an_entry_where_there_is_no_best_of_this_boundary(tiny):
+    _, out = tiny([{"name": "drop_layers", "value": [0], "at_iter": 5}], eval_interval=4, max_iters=8, keep_last=9)
+    assert [path.name for path in checkpoint.find(out)] == ["iter_000000008", "iter_000000004"]
 
 
 def test_other_checkpoints_are_for_evaluation_alone(tiny, resume):

@@ -291,20 +291,12 @@ def test_there_are_shipped_files():
     assert len(CONFIGS) >= 6 and len(SCHEDULES) >= 4
 
 
-# What adds a share of the blocks takes models whose depth it divides: published ones do.
-BLOCKS = {"llama_pro.yaml": 4, "depth_up_scaling.yaml": 4}
-
-
 @pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.name)
 def test_every_shipped_schedule_plans_against_every_shipped_config(path):
     schedule = read_schedule(path)
     for config_file in CONFIGS:
         config, _ = resolve([config_file], [])
         model, _ = planned_model_config(config)
-        if model.n_layer % BLOCKS.get(path.name, 1):
-            with pytest.raises(Refused, match=r"stack_layers: (times must make a whole number|.* an even number)"):
-                plan_stages(schedule, settings_from(config, model), world_size=1)
-            continue
         stages = plan_stages(schedule, settings_from(config, model), world_size=1)
         assert len(stages) == len(schedule.entries) + 1
 

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, arguments, events, lines
 
 import train_orchestrated
-from orchestrate.training.session.seeds import spread
+from orchestrate.training.session.seeds import results, spread
 from orchestrate.training.settings.config import resolve
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store.manifest import find
@@ -24,6 +25,26 @@ def test_spread_by_hand():
     """2, 4, 9: the mean is 5, the squares 9 + 1 + 16 = 26 over n - 1 = 2."""
     assert spread([2.0, 4.0, 9.0]) == {"n": 3, "mean": 5.0, "std": 13**0.5, "stderr": pytest.approx((13 / 3) ** 0.5)}
     assert spread([2.0]) == {"n": 1, "mean": 2.0, "std": None, "stderr": None}
+
+
+def test_results_are_the_last_of_each_measure_and_none_of_those_around_an_operation():
+    measured = [
+        {"kind": "eval", "val_loss": 3.0, "best_val_loss": 3.0, "val_loss/a": 2.0, "eval/score": 0.5, "lr": 1.0},
+        {"kind": "train", "val_loss": 9.0},
+        {"kind": "eval", "val_loss": 3.5, "best_val_loss": 3.0, "val_loss/a": None},
+        {"kind": "eval", "val_loss": 7.0, "best_val_loss": 3.0, "why": "after an operation"},
+    ]
+    record = SimpleNamespace(valid=SimpleNamespace(metrics=measured))
+    assert results(record) == {"val_loss": 3.5, "best_val_loss": 3.0, "val_loss/a": 2.0, "eval/score": 0.5}
+
+
+def test_an_early_stop_is_an_end_until_the_patience_is_another(data, tmp_path, capfd):
+    keys = {"seeds": "1", "early_stopping_min_delta": 9.0, "max_iters": 50}
+    for patience, at, said in ((1, 4, False), (1, 4, True), (2, 8, False)):
+        assert train_orchestrated.main(arguments(data, tmp_path, early_stopping_patience=patience, **keys)) == 0
+        assert events(tmp_path / "seed-1", "end")[-1]["iter"] == at
+        assert ("seed 1: finished before" in capfd.readouterr().out) == said
+    assert json.loads((tmp_path / "summary.json").read_text())["metrics"]["val_loss"]["std"] is None
 
 
 def test_two_seeds_one_command(data, tmp_path, capfd):

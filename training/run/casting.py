@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrate.model.gpt import GPT, put_parameter
+from orchestrate.model.gpt import GPT, adapted_modules, put_parameter
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.model.narrow import kept_as
 from orchestrate.training.settings.records import Settings
@@ -79,11 +79,15 @@ class Casting:
 
     @classmethod
     def at_start(cls, settings: Settings) -> Casting:
-        """For the weights of others, which have no adapters yet."""
+        """For the weights of others, which have no adapters yet. What PiSSA takes its part of is rounded after that."""
         with torch.device("meta"):
             model = GPT(settings.model)
         types = types_of(model, trainable_parameters(model, settings.frozen), settings.weights_dtype)
-        return cls({name.replace(".base_layer.", "."): dtype for name, dtype in types.items()})
+        found = {name.replace(".base_layer.", "."): dtype for name, dtype in types.items()}
+        for path, specs in adapted_modules(settings.model).items():
+            if any(spec.init_lora_weights == "pissa" for spec in specs.values()):
+                del found[f"{path}.weight"]
+        return cls(found)
 
     @torch.no_grad()
     def __call__(self, name: str, value: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def _base(source: Source) -> str:
     """What a run's adapters are on: the model that it began with. Raises Refused where peft cannot load that."""
     begun, named = source.name, ""
     if source.record is not None:
-        first = next((e["config"] for e in source.record.events if e["kind"] == "start"), {})
+        first = source.record.began_with
         begun, named = first.get("init_from", "scratch"), first.get("base_model", "")
     with refusing():
         base = peft_folder.describe(begun, named).base if peft_folder.is_peft(begun) else begun
@@ -218,7 +218,7 @@ def _families(source: Source) -> list[Family]:
     """All of them, first the one that the weights came from, where that can still be seen."""
     begun = source.name
     if source.record is not None:
-        begun = next((e["config"].get("init_from", "") for e in source.record.events if e["kind"] == "start"), "")
+        begun = source.record.began_with.get("init_from", "")
     kind = ""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kind = json.loads((Path(begun) / "config.json").read_text("utf-8"))["model_type"]

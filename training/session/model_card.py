@@ -68,8 +68,7 @@ def fired(state: State, record: RunRecord) -> list[dict[str, Any]]:
 
 def _training(state: State, record: RunRecord) -> list[str]:
     c, p = state.config, state.progress
-    first = next((event["config"] for event in record.events if event["kind"] == "start"), {})
-    begun = str(first.get("init_from", "unknown"))
+    begun = str(record.began_with.get("init_from", "unknown"))
     facts = {
         "began with": "random weights" if begun == "scratch" else Path(begun).name,
         "data set": _data_name(c.dataset),

@@ -77,7 +77,10 @@ def _adapted(config: TrainConfig, model: ModelConfig) -> ModelConfig:
             f"lora_targets and lora_rank go together, got {shown(config.lora_targets)} and {config.lora_rank}"
         )
     if config.lora_targets:
-        named = expand_adapters(model, [name.strip() for name in config.lora_targets.split(",")])
+        try:
+            named = expand_adapters(model, [name.strip() for name in config.lora_targets.split(",")])
+        except ValueError as error:
+            raise ValueError(f"lora_targets: {error}") from None
         if twice := [name for name in named if name in asked]:
             raise ValueError(f"lora_targets: {twice[0]} has a rank from another key already")
         asked.update(dict.fromkeys(named, config.lora_rank))

@@ -322,6 +322,7 @@ OTHER_KEYS = {
     "clip_grad": "write grad_clip",
     **{f"adam_beta{n}": f"write beta{n}" for n in (1, 2)},
     "eval_batch_num": "write eval_iters",
+    "eval_score_interval": "write eval_tasks and eval_tasks_interval",
     **dict.fromkeys(("save_ckpt", "save_snapshot", "save_strategy"), "write save_interval, keep_best and keep_every"),
     "save_ckpt_num": "write keep_best",
     "use_early_stopping": "write early_stopping_patience",

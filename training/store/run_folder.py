@@ -513,6 +513,11 @@ class RunRecord:
         metrics, events = ([line for line in lines if not line.get("void")] for lines in (self.metrics, self.events))
         return replace(self, metrics=metrics, events=events)
 
+    @property
+    def began_with(self) -> Mapping[str, Any]:
+        """The configuration of the run's start; empty where none is told. Starts before it left no checkpoint."""
+        return next((event["config"] for event in reversed(self.events) if event["kind"] == "start"), {})
+
 
 def read_run(folder: str | Path, most_lines: int = MOST_LINES) -> RunRecord:
     """Read a run folder, of a run under way too. Raises Refused for no folder, or for more lines than wanted."""
