@@ -41,6 +41,7 @@ Of clocks and machines (`tokens_per_second`, `seconds_by_part`, `machine`) rank 
 ROOMS = {
     "hyperparameters": "Learning rate, optimizer, dropout",
     "batch": "Batch",
+    "data": "Data",
     "freezing": "Freezing",
     "lora": "LoRA adapters",
     "growth": "Growth",

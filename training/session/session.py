@@ -264,13 +264,11 @@ class Session:
         self.reporter.say(f"step {p.iter}: val loss {loss:.4f}{each}" + (" (best)" if p.best_iter == p.iter else ""))
         if scored:
             self.reporter.say(f"step {p.iter}: " + ", ".join(f"{name} {value:.4f}" for name, value in scored.items()))
-        self.orchestrator.observe(by_name)
+        if by_name:
+            self.orchestrator.observe(by_name)
         if recorded is not None:  # with eval_only
             same = "equals" if loss == recorded else f"differs by {loss - recorded:.3g} from"
             self.reporter.say(f"val loss {loss!r} {same} what the checkpoint recorded")
-        self.orchestrator.observe(of_sources)
-        if self.config.early_stopping_metric in of_sources:
-            self._look_for_gain(self.config.early_stopping_metric, of_sources[self.config.early_stopping_metric])
         if self.config.sample_prompts:
             try:
                 self.event("samples", texts=continue_prompts(self.run))
