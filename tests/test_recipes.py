@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, events, tensors
 
-RECIPES = sorted((ROOT / "schedules").iterdir())
+RECIPES = sorted(path for path in (ROOT / "schedules").iterdir() if path.suffix in (".yaml", ".json"))
 WAITS = ("max_wait_iters", "max_wait_tokens", "at_iter", "at_tokens")
 
 

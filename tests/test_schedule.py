@@ -106,8 +106,8 @@ def test_empty_schedules():
         ("- {name: resize_vocabulary, value: {size: 70, init: {cop: 3}}}", "value.init.cop is no field here; did you mean copy? allowed: copy"),
         ("- {name: adjust_batch_size, value: {target_vram_percent: 80}}", "target: 0.8 instead of target_vram_percent: 80"),
         ("- {name: adjust_batch_size, value: {percent: 80}}", "value.percent is no field here; allowed: target, keep_global_batch, max_batch_size"),
-        ("- {name: set_lr, value: 1, guard: {max: 1}}", "guard.max is no field here; allowed: metric, max_increase, within_iters, then"),
-        ("- {name: set_lr, value: 1, guard: 3}", "guard must be a mapping of metric, max_increase, within_iters, then, got 3"),
+        ("- {name: set_lr, value: 1, guard: {max: 1}}", "guard.max is no field here; allowed: metric, max_increase, max_decrease, within_iters, then"),
+        ("- {name: set_lr, value: 1, guard: 3}", "guard must be a mapping of metric, max_increase, max_decrease, within_iters, then, got 3"),
         ("- {name: merge_lora_weights}", "adapted: none (merging removes adapters; relora merges and keeps them)"),
         ("- {value: 1}", "has no `name`"),
         ("- 3", "an entry is a mapping"),
@@ -284,7 +284,7 @@ def test_unreadable_files(tmp_path):
 
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
-SCHEDULES = sorted(path for path in (ROOT / "schedules").iterdir())
+SCHEDULES = sorted(path for path in (ROOT / "schedules").iterdir() if path.suffix in (".yaml", ".json"))
 
 
 def test_there_are_shipped_files():
@@ -295,6 +295,8 @@ def test_there_are_shipped_files():
 def test_every_shipped_schedule_plans_against_every_shipped_config(path):
     schedule = read_schedule(path)
     for config_file in CONFIGS:
+        if config_file.name == "adder.py" and path.name != "curriculum_digits.yaml":
+            continue  # two blocks and lines of 26 tokens: for its own schedule
         config, _ = resolve([config_file], [])
         model, _ = planned_model_config(config)
         stages = plan_stages(schedule, settings_from(config, model), world_size=1)
