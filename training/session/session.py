@@ -264,7 +264,8 @@ class Session:
         self.reporter.say(f"step {p.iter}: val loss {loss:.4f}{each}" + (" (best)" if p.best_iter == p.iter else ""))
         if scored:
             self.reporter.say(f"step {p.iter}: " + ", ".join(f"{name} {value:.4f}" for name, value in scored.items()))
-        self.orchestrator.observe(by_name)
+        if by_name:
+            self.orchestrator.observe(by_name)
         if recorded is not None:  # with eval_only
             same = "equals" if loss == recorded else f"differs by {loss - recorded:.3g} from"
             self.reporter.say(f"val loss {loss!r} {same} what the checkpoint recorded")
