@@ -269,9 +269,6 @@ class Session:
         if recorded is not None:  # with eval_only
             same = "equals" if loss == recorded else f"differs by {loss - recorded:.3g} from"
             self.reporter.say(f"val loss {loss!r} {same} what the checkpoint recorded")
-        self.orchestrator.observe(of_sources)
-        if self.config.early_stopping_metric in of_sources:
-            self._look_for_gain(self.config.early_stopping_metric, of_sources[self.config.early_stopping_metric])
         if self.config.sample_prompts:
             try:
                 self.event("samples", texts=continue_prompts(self.run))
