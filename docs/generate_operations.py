@@ -33,6 +33,7 @@ METRICS = """## Metrics
 
 - with every evaluation at eval_interval: {}
 - with every line of log_interval: {}
+- with several data sets, of each: `val_loss/NAME` with evaluations, `passes/NAME` and `coverage/NAME` with the lines
 - with the evaluations that score `eval_tasks`: the numbers of those tasks, such as `eval/adder_accuracy`, of which more
   is better: a plateau is one below the highest, and a guard gives `max_decrease`. Names that no task gives are refused.
 
@@ -44,6 +45,7 @@ ROOMS = {
     "data": "Data",
     "freezing": "Freezing",
     "lora": "LoRA adapters",
+    "data": "Data",
     "growth": "Growth",
     "memory": "Memory",
     "control": "The run's rhythm",

@@ -208,6 +208,12 @@ def test_what_is_measured_of_each_source(tiny, two):
     assert [e["name"] for e in events(out, "operation")] == ["set_dataset", "set_lr"]
     fired = [e for e in events(out, "decision") if e["name"] == "set_lr"]
     assert fired[0]["iter"] == 2 and "within the limit" in fired[-1]["reason"], "16 of 293 windows are 0.0546"
+    state = json.loads((out / "checkpoints" / "latest" / "state.json").read_text())
+    falls = [line[other] for line in evaluations if "why" not in line]
+    lowest, waited = falls[0], 0
+    for value in falls[1:]:
+        lowest, waited = (value, 0) if value < lowest else (lowest, waited + 1)
+    assert (state["progress"]["stopping_best"], state["progress"]["evals_without_gain"]) == (lowest, waited)
     _, only = tiny(out="only", eval_mixture={two[1]: 5}, **keys)
     assert all(line["val_loss"] == line[other] for line in lines(only / METRICS) if line["kind"] == "eval")
 
