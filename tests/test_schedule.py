@@ -296,8 +296,8 @@ def test_every_shipped_schedule_plans_against_every_shipped_config(path):
     schedule = read_schedule(path)
     for config_file in CONFIGS:
         config, _ = resolve([config_file], [])
-        if config.n_layer < 4:  # config/adder.py: recipes name four layers
-            config, _ = resolve([config_file], [("n_layer", "4")])
+        if config.n_layer < 4:  # config/adder.py: recipes name four layers, and lengths that divide 64
+            config, _ = resolve([config_file], [("n_layer", "4"), ("block_size", "64")])
         model, _ = planned_model_config(config)
         stages = plan_stages(schedule, settings_from(config, model), world_size=1)
         assert len(stages) == len(schedule.entries) + 1
