@@ -45,7 +45,6 @@ ROOMS = {
     "data": "Data",
     "freezing": "Freezing",
     "lora": "LoRA adapters",
-    "data": "Data",
     "growth": "Growth",
     "memory": "Memory",
     "control": "The run's rhythm",

@@ -139,8 +139,10 @@ def test_every_file_says_what_it_is():
 
 def test_documents_name_files_and_operations_that_exist():
     text = "".join(path.read_text("utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    # Other trainers' files are in one page, which has a test of its own (test_migrating.py).
+    ours = text.replace((ROOT / "docs" / "migrating.md").read_text("utf-8"), "")
     for name in set(
-        re.findall(r"\b(?:training|model|data|config|schedules|docs|tests|bench)/[\w/]+\.(?:py|md|yaml|json)\b", text)
+        re.findall(r"\b(?:training|model|data|config|schedules|docs|tests|bench)/[\w/]+\.(?:py|md|yaml|json)\b", ours)
     ):
         assert (ROOT / name).exists(), name
     tree = re.search(r"```text\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.S)[1]
