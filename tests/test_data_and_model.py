@@ -218,7 +218,7 @@ def test_a_key_that_contradicts_foreign_weights_is_refused(data, tmp_path):
     assert len(refused.value.problems) == 3
 
 
-def test_the_recorded_configuration_is_that_of_the_foreign_weights(data, tmp_path):
+def test_the_recorded_configuration_is_that_of_the_foreign_weights(data, tmp_path, monkeypatch):
     llama(max_position_embeddings=24).save_pretrained(tmp_path / "hf")
     out = tmp_path / "run"
     given = [f"--dataset={data}", f"--out_dir={out}", f"--init_from={tmp_path / 'hf'}", "--device=cpu"]
@@ -235,6 +235,10 @@ def test_the_recorded_configuration_is_that_of_the_foreign_weights(data, tmp_pat
     assert train_orchestrated.main([*resumed, "--n_layer=2"]) == 0
     with pytest.raises(Refused, match="n_layer cannot change on resume from 2 to 12"):
         train_orchestrated.main([*resumed, "--n_layer=12"])
+    with pytest.raises(Refused, match="n_hidden cannot change on resume from 48 to 0"):
+        train_orchestrated.main([*resumed, "--n_hidden=0"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the first command again: 0 is what the folder has
+    assert train_orchestrated.main([*given, "--max_iters=4"]) == 0 and events(out, "end")[-1]["iter"] == 4
 
 
 def test_what_the_finer_options_say_of_foreign_weights(data, tmp_path, monkeypatch):

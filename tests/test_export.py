@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, arguments, state_of
 
 import train_orchestrated
@@ -383,6 +384,12 @@ def test_a_tokenizer_of_more_tokens_than_the_model_stays_behind(run, tmp_path):
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("base", ["#x", "[x", "a: b", "openai-community/gpt2", "yes", "'"])
+def test_any_name_of_a_base_stands_in_the_head_of_a_card(base):
+    text = card(ModelConfig(n_layer=1, n_head=1, n_embd=4), {}, [], None, None, base_model=base)
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == base
+
+
 def test_the_model_card(run, tmp_path):
     export.main([str(run), "--to", "hf", str(tmp_path / "hf"), "--dtype", "bfloat16"])
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -478,6 +485,13 @@ def test_a_run_for_nanogpt(run, data, tmp_path, capsys, tiny):
     assert "## Training" not in (tmp_path / "hf" / "README.md").read_text()
 
 
+def test_empty_names_are_refused(run):
+    with pytest.raises(Refused, match="^where to write is empty"):
+        export.main([str(run), "--to", "hf", ""])
+    with pytest.raises(Refused, match="there is no checkpoint ''; there are iter_"):
+        export.main([str(run), "--to", "hf", "x", "--checkpoint="])
+
+
 def test_targets_are_whole_or_as_they_were(run, tmp_path, monkeypatch):
     there = tmp_path / "hf"
     there.mkdir()
@@ -535,7 +549,7 @@ def test_what_must_not_be_replaced(run, tmp_path):
         (["FOLDER", "--to", "hf", "x"], "neither a run folder .no checkpoints/. nor a Hugging Face folder"),
         (["EMPTY", "--to", "hf", "x"], "there is no complete checkpoint"),
         (["RUN", "--to", "onnx", "x"], "--to onnx: allowed are hf, peft, nanogpt"),
-        (["RUN", "--to", "hf", "x", "--checkpoint", "iter_9"], "no checkpoint iter_9; there are iter_000000008"),
+        (["RUN", "--to", "hf", "x", "--checkpoint", "iter_9"], "no checkpoint 'iter_9'; there are iter_000000008"),
         (["FILE", "--to", "hf", "x"], "not a checkpoint"),
         (["FILE", "--to", "hf", "x", "--checkpoint", "best"], "is no run folder and has no checkpoints"),
         (["DAMAGED", "--to", "hf", "x"], "damaged"),

@@ -285,7 +285,7 @@ def test_a_run_begins_with_the_weights_of_another(tiny, two):
     assert tiny(out="other", max_iters=1, n_embd=16, **keys)[0] == 0, "what the weights say may be said"
     for more, message in (
         ({"n_embd": 32}, f"n_embd: got 32, but the weights of {parent} have n_embd 16"),
-        ({"checkpoint": "iter_7"}, "there is no checkpoint iter_7"),
+        ({"checkpoint": "iter_7"}, "there is no checkpoint 'iter_7'"),
         ({"checkpoint": "best", "init_from": "scratch"}, "init_from scratch is no run folder"),
     ):
         with pytest.raises(Refused, match=message):

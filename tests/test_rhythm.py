@@ -195,7 +195,7 @@ def test_other_checkpoints_are_for_evaluation_alone(tiny, resume):
     _, out = tiny(max_iters=4)
     with pytest.raises(Refused, match="checkpoint 'best' is for eval_only with init_from=resume"):
         resume(out, checkpoint="best")
-    with pytest.raises(Refused, match=re.escape("there is no checkpoint iter_7; there are iter_000000004")):
+    with pytest.raises(Refused, match=re.escape("there is no checkpoint 'iter_7'; there are iter_000000004")):
         resume(out, eval_only=True, checkpoint="iter_7")
 
 

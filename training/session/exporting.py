@@ -258,6 +258,8 @@ def _causes(source: Source, options: frozenset[str]) -> list[str]:
 
 def _target(source: Source, target: str, overwrite: bool, *, is_folder: bool) -> Path:
     """Where to write. Raises Refused where something is that must not be replaced."""
+    if not target:
+        raise Refused("where to write is empty: give a folder, or for nanogpt a file")
     path = Path(os.path.realpath(target))
     if not os.path.lexists(path) or (is_folder and path.is_dir() and not os.listdir(path)):
         return path

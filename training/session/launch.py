@@ -28,7 +28,7 @@ from orchestrate.training.session.resume import Resumed, resume
 from orchestrate.training.session.session import Session
 from orchestrate.training.session.start import doubts, opened, the_schedule
 from orchestrate.training.session.stopping import SignalWatch
-from orchestrate.training.settings.config import TrainConfig, depth_told
+from orchestrate.training.settings.config import TrainConfig, depth_told, stands_for_more
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.manifest import held, refuse_to_overwrite, set_aside
@@ -130,7 +130,9 @@ def resume_after_restart(config: TrainConfig, given: dict[str, str]) -> tuple[Tr
     # Checkpoints that cannot be read are a reason to go on too: that is refused, where a new run would hide the loss.
     if restarted and config.init_from != "resume" and held(config.out_dir):
         # Keys of the command are those that the run was started with; the schedule may have moved them since.
-        kept = {key: place for key, place in given.items() if key != "init_from"}
+        foreign = config.init_from != "scratch"  # then a number of 0 stands for what those weights have
+        said = [key for key in given if not (foreign and stands_for_more(key) and not getattr(config, key))]
+        kept = {key: given[key] for key in said if key != "init_from"}
         return config.model_copy(update={"init_from": "resume"}), kept
     return config, given
 

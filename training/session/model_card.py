@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import parameter_count
 from orchestrate.training.store.run_folder import RunRecord
@@ -36,7 +38,7 @@ def card(
         head: more lines of the head that Hugging Face reads.
     """
     head = {"license": "unknown", "library_name": library_name, "pipeline_tag": "text-generation", **head}
-    lines = ["---", *(f"{key}: {json.dumps(value) if ' ' in value else value}" for key, value in head.items()), "---"]
+    lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000).rstrip(), "---"]
     parameters = parameter_count(replace(config, lora={}))
     about = {
         **about,

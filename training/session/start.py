@@ -198,9 +198,9 @@ _NO_OTHER_ADAPTERS = dict.fromkeys("attn_lora_rank mlp_lora_rank embedding_rank 
 def named_checkpoint(out_dir: str, name: str) -> checkpoint.Checkpoint:
     """The checkpoint of a run folder by its name, `latest` or `best`. Raises Refused."""
     path = checkpoint.folder(out_dir) / name
-    if not path.exists():
+    if not name or not path.exists():
         there = [found.name for found in checkpoint.find(out_dir)]
-        raise Refused(f"out_dir {out_dir}: there is no checkpoint {name}; there are {', '.join(there) or 'none'}")
+        raise Refused(f"out_dir {out_dir}: there is no checkpoint {name!r}; there are {', '.join(there) or 'none'}")
     return checkpoint.load(path)
 
 
