@@ -28,7 +28,7 @@ class Sources(dict[str, DataSet]):
     @property
     def speaks(self) -> DataSet:
         """The one whose tokenizer knows the tokens of all: of those with the largest vocabulary the first."""
-        return max(self.values(), key=lambda data: data.meta.vocab_size or 0)
+        return max(self.values(), key=lambda data: data.meta.tokens)
 
     @property
     def meta(self) -> Meta:
@@ -74,7 +74,7 @@ class Sources(dict[str, DataSet]):
 
 def extends(data: DataSet, meta: Meta) -> bool:
     """Whether a data set's tokenizer is the one that a meta names with tokens added behind its last."""
-    if not meta.vocab_size or meta.vocab_size >= (data.meta.vocab_size or 0):
+    if not 0 < meta.tokens < data.meta.tokens:
         return False
     return begins_with(tokenizer_of(data.meta, kept_with_data(data.folder)), meta)
 

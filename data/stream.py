@@ -29,6 +29,7 @@ from orchestrate.data.proportions import UNITS, in_units, turns
 
 # Far above any data set there is. More is a slip of the pen, or meant to fill the memory of who reads it.
 _LARGEST_VOCABULARY = 2**24
+GPT2_TOKENS = 50257
 _LONGEST_META = 4 * 2**20
 _LONGEST_PICKLE = 2 * 2**20
 _LONGEST_MAP = 8 * 2**20
@@ -187,6 +188,14 @@ class Meta:
             **({"masks": list(self.masks)} if self.masks else {}),
             **({"row": self.row} if self.row > 1 else {}),
         }
+
+    @property
+    def tokens(self) -> int:
+        """How many the tokenizer has; 0 where nothing says so.
+
+        Data of GPT-2's tokens names no vocab_size, because models of them have it rounded up, as in nanoGPT.
+        """
+        return self.vocab_size or (GPT2_TOKENS if self.tokenizer == "gpt2" else 0)
 
     def of_tokens(self) -> Meta:
         """What the ids mean, without the files that they lie in: what a run keeps."""

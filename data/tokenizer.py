@@ -451,7 +451,7 @@ def tells_apart(meta: Meta, other: Meta) -> bool:
 def begins_with(tokenizer: Tokenizer, meta: Meta) -> bool:
     """Whether a tokenizer is the one that a meta names with tokens added behind its last, none of them out of text."""
     table = tokenizer.token_bytes if hasattr(tokenizer, "token_bytes") else dict(enumerate(_texts_of(tokenizer)))
-    known = [(i, text) for i, text in table.items() if i < (meta.vocab_size or 0)]
+    known = [(i, text) for i, text in table.items() if i < meta.tokens]
     return bool(fingerprint_of(meta)) and _fingerprint(known, tokenizer.encode_plain) == fingerprint_of(meta)
 
 

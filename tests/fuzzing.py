@@ -376,7 +376,7 @@ def schedule_runs(data: st.DataObject, workspace: Workspace) -> str:
         run = open_run(config, None, parse_schedule("", "s"), Ranks("cpu"))
         try:
             schedule = parse_schedule(json.dumps(entries(data)), "s.json")
-            check_lengths(plan_stages(schedule, run.settings, 1), run.batches.opened)
+            check_lengths(plan_stages(schedule, run.settings, 1), run.data)
         except Refused:
             return "refused"
         for entry in schedule.entries:

@@ -23,7 +23,7 @@ STEPS = [
     (changes, "trainable_parameters"),
     (changes, "set_dropout"),
     (changes, "compile_blocks"),
-    (Batches, "mapped"),
+    (Batches, "following"),
     (Ranks, "whole"),
     (Ranks, "place"),
     (Ranks, "place_state"),

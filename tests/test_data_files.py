@@ -9,11 +9,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, write_data
+from conftest import arguments, state_of, write_data
 from test_operations import live_run
 
 import train_orchestrated
 from orchestrate.data.files import Bits, Joined, packed
+from orchestrate.data.mixture import Sources
 from orchestrate.data.stream import Cursor, Meta, Stream, TokenFile, eval_windows, gather, open_data, read_meta
 from orchestrate.training.run.batches import Batches
 from orchestrate.training.settings.errors import Refused
@@ -215,7 +216,7 @@ class Counting:
 def batches(folder, seconds=0.0) -> tuple[Batches, Counting]:
     data = open_data(str(folder), 4)
     data.train.tokens = Counting(data.train.tokens, seconds)
-    return Batches(data, 1337, torch.device("cpu")), data.train.tokens
+    return Batches(Sources(d=data), 1337, torch.device("cpu"), state_of().settings), data.train.tokens
 
 
 def test_a_batch_is_read_ahead_by_a_thread(tmp_path):
@@ -243,7 +244,7 @@ def test_what_was_read_ahead_for_something_else_is_not_used(tmp_path, other):
     with pytest.raises(Refused, match="beyond the model's vocabulary of 101"):
         ours.read(Cursor(4, 4, 8), 3, 101)
     ours.read_ahead(Cursor(4, 4, 8), 3, 600)
-    ours.stream = Stream(ours.data.train, 7)
+    ours.stream = Stream(ours.data.first.train, 7)
     wanted = ours.stream.batch(Cursor(4, 4, 8), 3)
     assert np.array_equal(ours.read(Cursor(4, 4, 8), 3, 600).x, wanted[0]), "of another stream"
 
@@ -258,11 +259,19 @@ def test_a_fault_in_what_was_read_ahead_is_told_by_who_asks_for_it(tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_every_batch_of_a_run_but_the_first_is_read_ahead(data, accumulation):
+def test_every_batch_of_a_run_but_the_first_is_read_ahead(data, accumulation, monkeypatch):
     run = live_run(data, steps=0, gradient_accumulation_steps=accumulation)
-    seen = run.stream.tokens.tokens = Counting(run.stream.tokens.tokens)
+    kind, readers = type(run.stream), []
+    real = kind.batch
+
+    def batch(self, *args):
+        if self is run.stream:
+            readers.append(threading.current_thread().name)
+        return real(self, *args)
+
+    monkeypatch.setattr(kind, "batch", batch)
     for _ in range(4):
         run.step()
     run.batches._ahead[1].result()
-    names = [name.partition("_")[0] for name in seen.readers]
+    names = [name.partition("_")[0] for name in readers]
     assert names == ["MainThread"] + ["read-ahead"] * (4 * accumulation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -13,11 +14,13 @@ import yaml
 from conftest import ROOT, TINY, assert_same_tensors, events, lines, on_ranks, tensors, write_data
 
 import train_orchestrated
+from orchestrate.data import stream
 from orchestrate.data.conversations import chat
-from orchestrate.data.mixture import Sources
+from orchestrate.data.mixture import Sources, extends
 from orchestrate.data.prepare import Reading, prepare
 from orchestrate.data.proportions import UNITS, in_units, turns
-from orchestrate.data.stream import Cursor, Source, open_data, windows_per_pass
+from orchestrate.data.stream import Cursor, Meta, Source, open_data, windows_per_pass
+from orchestrate.data.tokenizer import CharTokenizer
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store.run_folder import METRICS
 
@@ -256,6 +259,17 @@ def test_sources_share_a_tokenizer_or_one_begins_with_the_other(tiny, two, tmp_p
     code, out = tiny(grown, out="grown", dataset=two[0])
     measured = [(f"val_loss/{two[1]}" in line) for line in lines(out / METRICS) if line["kind"] == "eval"]
     assert code == 0 and measured == [False, False, True, True], "evaluated once the model has its tokens"
+
+
+def test_tokens_that_name_no_vocabulary_are_gpt2s(two, monkeypatch):
+    """As prepare.py writes GPT-2's: a chat set that adds tokens behind the last one goes on from it."""
+    assert (Meta().tokens, Meta(7).tokens, Meta(tokenizer="huggingface").tokens) == (50257, 7, 0)
+    data = open_data(two[1], 16)
+    known = data.meta.itos
+    plain = Meta(None, tokenizer="gpt2", fingerprint=CharTokenizer(known[:-1]).fingerprint)
+    assert not extends(data, plain), "50257 are more"
+    monkeypatch.setattr(stream, "GPT2_TOKENS", len(known) - 1)
+    assert extends(data, plain) and not extends(data, replace(plain, fingerprint="0" * 64))
 
 
 def test_a_resume_keeps_its_sources(tiny, two, resume):
