@@ -545,7 +545,7 @@ def test_what_must_not_be_replaced(run, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["nowhere", "--to", "hf", "x"], "nowhere"),
+        (["nowhere", "--to", "hf", "x"], "^nowhere: there is no such run folder"),
         (["FOLDER", "--to", "hf", "x"], "neither a run folder .no checkpoints/. nor a Hugging Face folder"),
         (["EMPTY", "--to", "hf", "x"], "there is no complete checkpoint"),
         (["RUN", "--to", "onnx", "x"], "--to onnx: allowed are hf, peft, nanogpt"),

@@ -73,6 +73,8 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
         return Source(name, model, state, read_run(path), tuple(passed_over))
     if path.is_dir() and not (peft_folder.is_peft(name) or (path / "config.json").is_file()):
         raise Refused(f"{name}: neither a run folder (no checkpoints/) nor a Hugging Face folder (no config.json)")
+    if not path.exists() and name not in hugging_face.GPT2_MODELS:
+        raise Refused(f"{name}: there is no such run folder, Hugging Face or PEFT folder, or nanoGPT ckpt.pt")
     if checkpoint != "latest":
         raise Refused(f"--checkpoint {shown(checkpoint)}: {name} is no run folder and has no checkpoints")
     return Source(name, foreign_model(name))
