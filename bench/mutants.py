@@ -69,7 +69,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "run": (
         [f"training/run/{name}.py" for name in ("run", "step", "changes", "sickness", "batches")],
-        ["step", "changes", "sickness", "operations"],
+        ["step", "changes", "sickness", "data_files", "operations", "survive"],
     ),
     "checkpoint": (["training/store/checkpoint.py"], ["checkpoint", "sharded"]),
 }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import on_ranks
-from test_operations import apply, live_run
+from test_operations import apply, live_run, logits
 
 from orchestrate.model.gpt import GPT
 from orchestrate.training.operations import make
@@ -101,6 +103,19 @@ def test_a_fault_while_going_back_leaves_the_run(data, monkeypatch):
     run.restore(*state)
     assert run.progress.iter == 2 and run.progress.cursor.sample == 4 * 8
     assert torch.equal(run.model.get_parameter("transformer.wte.weight"), earlier.model.transformer["wte"].weight)
+
+
+def test_what_a_change_fades_in_is_faded_in(data):
+    """The model that takes over shows what its settings say: at a share of 0 the function of the model before."""
+    run = live_run(data)
+    before = logits(run)
+    stack = make("stack_layers", {"value": {"times": 2, "how": "copy"}})
+    target = stack.fade(run.settings, stack.plan(run.settings))
+    run.adopt(target, partial(stack.reshape, masked=True))
+    assert run.settings.fading and run.model.fading == run.settings.fading and run.model.training
+    torch.testing.assert_close(logits(run), before, atol=1e-6, rtol=1e-5)
+    run.adopt(replace(run.settings, fading={}))
+    assert run.model.fading == {} and (logits(run) - before).abs().max() > 1e-4
 
 
 def _fault_on_one_rank(rank: int, data: str, attribute: str, name: str):

@@ -223,7 +223,7 @@ def test_a_stop_string_ends_a_sample_and_pieces_are_flushed(trained, capsys, mon
         (["--start="], "prompt is empty"),
         (["--out_dir=nowhere"], "no complete checkpoint"),
         (["--init_from=nothing"], "nothing"),
-        (["--checkpoint=iter_9"], "no checkpoint iter_9; there are iter_000000012, iter_000000008"),
+        (["--checkpoint=iter_9"], "no checkpoint 'iter_9'; there are iter_000000012, iter_000000008"),
     ],
 )
 def test_sample_refuses_with_a_message(trained, args, message):

@@ -41,6 +41,7 @@ def test_the_answer_comes_one_step_late_and_settling_waits_for_it(data, late, tm
     assert run.step().sick is None, "it is told after the next step"
     told = run.step().sick
     assert told is not None and told.cause == "not finite" and told.at.iter == 4 and told.at.cursor.sample == 32
+    assert str(told) == "not finite in the step after iteration 4, samples 32 to 39"
     assert run.diagnosis.settle() is None and not run.diagnosis.pending
 
 

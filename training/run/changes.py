@@ -176,7 +176,6 @@ def _wrap(run: Run, change: Change) -> nn.Module:
             parameter.requires_grad_(name in trainable)
             # A stale gradient would still be applied by the optimizer after a freeze.
             parameter.grad = None
-        model.train()
         if run.config.compile:
             compile_blocks(model)
     if settings.dropout != model.dropout:
