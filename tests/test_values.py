@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrate.model.config import BLOCK_LAYERS
-from orchestrate.training.settings.values import brief, layer_ranges
+from orchestrate.training.settings.values import brief, layer_ranges, problems_of
 
 
 def blocks(*numbers: int) -> list[str]:
@@ -27,6 +28,33 @@ def blocks(*numbers: int) -> list[str]:
 )
 def test_layers_as_ranges(names, expected):
     assert layer_ranges(names) == expected
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    size: int = 0
+    kind: int | str = 0
+
+
+class Outer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    inner: Inner = Inner()
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"A": 1}, [(("A",), "is no field here; allowed: inner")]),
+        ({"int": 1}, [(("int",), "is no field here; did you mean inner? allowed: inner")]),
+        ({"inner": {"Size": 1}}, [(("inner", "Size"), "is no field here; did you mean size? allowed: size, kind")]),
+        ({"inner": {"kind": []}}, [(("inner", "kind"), "must be a valid integer or text, got []")]),
+        (3, [((), "must be a mapping of inner, got 3")]),
+    ],
+)
+def test_a_key_that_looks_like_a_name_of_pydantics_is_still_a_key(values, expected):
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate(values)
+    assert problems_of(caught.value, Outer) == expected
 
 
 def test_many_layers_take_no_time():

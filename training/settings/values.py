@@ -164,8 +164,13 @@ def problems_of(error: ValidationError, model: type[BaseModel] | None = None) ->
     found: dict[Location, list[str]] = {}
     given: dict[Location, str] = {}
     for detail in error.errors(include_url=False, include_context=True)[:MOST_PROBLEMS]:
-        # Of a value that may be several things, pydantic puts the name of each into the location.
-        location = tuple(part for part in detail["loc"] if not (isinstance(part, str) and _TAG.search(part)))
+        # Of a value that may be several things, pydantic puts the name of each into the location; a key that somebody
+        # gave may look like one.
+        *parts, last = detail["loc"] or ("",)
+        key = detail["type"] in ("missing", "extra_forbidden", "unexpected_keyword_argument")
+        location = tuple(part for part in parts if not (isinstance(part, str) and _TAG.search(part)))
+        if detail["loc"] and (key or not (isinstance(last, str) and _TAG.search(last))):
+            location += (last,)
         message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         message = _LIST.sub("a list", message).replace("a valid string", "text")
         match detail["type"]:
@@ -178,7 +183,7 @@ def problems_of(error: ValidationError, model: type[BaseModel] | None = None) ->
             case "model_type" | "dict_type" | "dataclass_type" | "model_attributes_type":
                 allowed = _fields(_inside(model, detail["loc"]))
                 message = "must be a mapping" + (f" of {', '.join(allowed)}" if allowed else "")
-        if detail["type"] not in ("missing", "extra_forbidden", "unexpected_keyword_argument"):
+        if not key:
             given[location] = shown(detail["input"])
         found.setdefault(location, []).append(message)
     # Where one reading of a value got as far as a field in it, that it is no other reading is not the news.
