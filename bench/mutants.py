@@ -65,7 +65,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
             "training/session/healing.py",
             "training/session/saving.py",
         ],
-        ["evaluation", "guard", "sickness", "survive", "resume", "run_folder", "reporting", "commands"],
+        ["evaluation", "guard", "sickness", "rhythm", "survive", "resume", "run_folder", "reporting", "commands"],
     ),
     "run": (
         [f"training/run/{name}.py" for name in ("run", "step", "changes", "sickness", "batches")],

@@ -178,14 +178,16 @@ def test_what_hurts_one_rank_is_known_to_all(data, tmp_path, fault):
 # ---------------------------------------------------------------------------------------------- memory, lock, faults
 
 
-def test_memory_beyond_the_limit_is_saved_once_per_crossing(tiny, monkeypatch, capsys):
-    percents = iter([10, 10, 95, 96, 97, 50, 99] + [10] * 20)
+@pytest.mark.parametrize("first, at", [([10, 10, 95, 96, 97, 50, 99], [3, 7]), ([90, 91, 89.9, 90], [1, 4])])
+def test_memory_beyond_the_limit_is_saved_once_per_crossing(tiny, monkeypatch, capsys, first, at):
+    """The limit itself is beyond it, and so may the first look be."""
+    percents = iter(first + [10] * 20)
     monkeypatch.setattr(
         "orchestrate.training.session.session.memory_percent", lambda device: {"host": float(next(percents))}
     )
     _, out = tiny(memory_checkpoint_percent=90.0, eval_interval=12)
     saved = [e["iter"] for e in events(out, "checkpoint") if "memory" in e["reason"]]
-    assert saved == [3, 7]
+    assert saved == at
     assert capsys.readouterr().out.count("warning: host memory") == 2
 
 
