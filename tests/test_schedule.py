@@ -217,6 +217,7 @@ def test_an_entry_is_named_as_it_was_written():
 def test_what_a_guard_is_when_nothing_is_said():
     guard = parse_schedule("- {name: change_lr, value: 0.5, guard: {}}", "s.yaml").entries[0].guard
     assert (guard.metric, guard.max_increase, guard.within_iters, guard.then) == ("val_loss", 0.05, 200, "revert")
+    assert guard.max_decrease == 0.0
 
 
 def test_a_merged_key_may_be_overridden_and_one_of_the_same_mapping_may_not():
