@@ -65,13 +65,39 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
             "training/session/healing.py",
             "training/session/saving.py",
         ],
-        ["evaluation", "guard", "sickness", "rhythm", "survive", "resume", "run_folder", "reporting", "commands"],
+        [
+            "evaluation",
+            "guard",
+            "sickness",
+            "rhythm",
+            "sample_prompts",
+            "survive",
+            "resume",
+            "run_folder",
+            "reporting",
+            "commands",
+        ],
     ),
     "run": (
         [f"training/run/{name}.py" for name in ("run", "step", "changes", "sickness", "batches")],
         ["step", "changes", "sickness", "data_files", "operations", "survive"],
     ),
     "checkpoint": (["training/store/checkpoint.py"], ["checkpoint", "sharded"]),
+    "foreign weights": (
+        ["model/hugging_face.py", "model/shards.py", *(f"model/families/{n}.py" for n in ("family", "gpt2", "llama"))],
+        ["foreign_weights", "data_and_model"],
+    ),
+    "adapters": (["model/adapters.py", "model/lora.py", "model/peft_folder.py"], ["peft", "growth"]),
+    "export": (["model/export.py", "training/session/exporting.py"], ["export"]),
+    "tokenizers": (["data/tokenizer.py", "data/keeping.py"], ["tokenizers", "text_prepare"]),
+    "texts": (["model/generate.py", "training/session/texts.py"], ["generate", "sample_prompts"]),
+    "memory": (["model/narrow.py", "training/run/casting.py"], ["memory"]),
+    "data files": (
+        [f"data/{name}.py" for name in ("files", "corpus", "conversations", "packing")],
+        ["data_files", "data_sets", "text_prepare"],
+    ),
+    "mixture": (["data/mixture.py", "data/proportions.py", "data/curriculum.py"], ["mixture", "curriculum"]),
+    "tasks": (["data/arithmetic.py", "training/session/scores.py"], ["arithmetic", "tasks"]),
 }
 """Files, and tests/test_NAME.py in the order in which they are run: those that notice most, and soon, come first."""
 NOT_RUN = "not fuzz and not random_moments and not torchrun"
