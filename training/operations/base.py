@@ -18,7 +18,7 @@ from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import Lineage
 from orchestrate.training.settings.errors import ScheduleError
 from orchestrate.training.settings.records import Settings
-from orchestrate.training.settings.values import closest, problems_of, shown
+from orchestrate.training.settings.values import closest, problems_of, registered, shown
 
 
 class Peers(Protocol):
@@ -107,15 +107,7 @@ OPERATIONS: dict[str, type[Operation]] = {}
 
 def operation(name: str) -> Callable[[type[Operation]], type[Operation]]:
     """Class decorator: make the operation available to schedules. Raises ValueError for a name that is taken."""
-
-    def register(cls: type[Operation]) -> type[Operation]:
-        if name in OPERATIONS:
-            raise ValueError(f"there is an operation {name} already")
-        cls.name = name
-        OPERATIONS[name] = cls
-        return cls
-
-    return register
+    return registered(OPERATIONS, name, "name", "an operation")
 
 
 _ALL_BUT_EMBEDDINGS = (

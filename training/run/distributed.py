@@ -10,7 +10,7 @@ import datetime
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -181,6 +181,17 @@ class Ranks:
     def mean(self, value: float) -> float:
         """The mean over the ranks, the same on every rank."""
         return float(self.sum(np.array([value]))[0]) / self.world_size
+
+    def turns(self, pieces: int) -> Iterator[tuple[int | None, bool]]:
+        """Which of so many pieces of work is this rank's in each turn, and whether it counts; equally often everywhere.
+
+        None where there is none left for it. With sharded weights no rank can compute alone: there one without a piece
+        repeats the last, and that does not count.
+        """
+        for first in range(0, pieces, self.world_size):
+            mine = first + self.rank
+            counts = mine < pieces
+            yield (min(mine, pieces - 1) if counts or self.sharded else None), counts
 
     def exchange_later(self, flag: int) -> int:
         """The largest flag that the ranks gave at the PREVIOUS call; this call's is sent in the background.

@@ -43,13 +43,11 @@ def validation_loss(
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(chunks), ranks.world_size):
+        for mine, counts in ranks.turns(len(chunks)):
             if poll():
                 return None
-            mine = first + ranks.rank
-            # With sharded weights no rank can compute alone: one without a batch repeats the last.
-            if mine < len(chunks) or ranks.sharded:
-                chunk = chunks[min(mine, len(chunks) - 1)]
+            if mine is not None:
+                chunk = chunks[mine]
                 try:
                     pair = gather(tokens, chunk, block_size, model.config.vocab_size)
                 except ValueError as error:
@@ -57,7 +55,7 @@ def validation_loss(
                 x, y = (torch.from_numpy(a).to(device) for a in pair)
                 with autocast():
                     loss = model(x, y)
-            if mine < len(chunks):
+            if counts:
                 for row, value in enumerate(loss):
                     losses[row, mine] = value.double() if device.type != "mps" else value.cpu().double()
     finally:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, falling, spoken, told
 from orchestrate.training.settings.records import Elapsed, Measured
-from orchestrate.training.settings.values import Finite, NonNegativeFloat, NonNegativeInt, PositiveInt
+from orchestrate.training.settings.values import Finite, NonNegativeFloat, NonNegativeInt, PositiveInt, registered
 
 
 class Trigger(BaseModel):
@@ -84,15 +84,7 @@ TRIGGERS: dict[str, type[Trigger]] = {}
 
 def trigger(field: str) -> Callable[[type[Trigger]], type[Trigger]]:
     """Class decorator: make the trigger a field of a schedule's entries. Raises ValueError for a name that is taken."""
-
-    def register(cls: type[Trigger]) -> type[Trigger]:
-        if field in TRIGGERS:
-            raise ValueError(f"there is a trigger {field} already")
-        cls.field = field
-        TRIGGERS[field] = cls
-        return cls
-
-    return register
+    return registered(TRIGGERS, field, "field", "a trigger")
 
 
 @trigger("trigger_loss")

@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from orchestrate.model.config import BLOCK_LAYERS
+
+T = TypeVar("T")
 
 
 def _whole(value: Any) -> Any:
@@ -153,6 +155,23 @@ def layer_ranges(names: Sequence[str]) -> list[str]:
             found.append(f"{kind}.{first}" if first == last else f"{kind}.{first}-{last}")
             left[kind] -= set(range(first, last + 1))
     return found
+
+
+def registered(known: dict[str, type[T]], name: str, attribute: str, what: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: keep a class by its name, which it then has as this attribute too. Raises ValueError.
+
+    Args:
+        what: "an operation" and the like, for the message where the name is taken.
+    """
+
+    def register(cls: type[T]) -> type[T]:
+        if name in known:
+            raise ValueError(f"there is {what} {name} already")
+        setattr(cls, attribute, name)
+        known[name] = cls
+        return cls
+
+    return register
 
 
 def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[tuple[Location, str]]:

@@ -15,7 +15,7 @@ from orchestrate.data.stream import Meta
 from orchestrate.training.run.run import Run
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.metrics import of_task
-from orchestrate.training.settings.values import nearest, shown
+from orchestrate.training.settings.values import nearest, registered, shown
 
 
 class Task(ABC):
@@ -56,15 +56,7 @@ TASKS: dict[str, type[Task]] = {}
 
 def task(name: str) -> Callable[[type[Task]], type[Task]]:
     """Class decorator: make a task known to eval_tasks. Raises ValueError for a name that is taken."""
-
-    def register(cls: type[Task]) -> type[Task]:
-        if name in TASKS:
-            raise ValueError(f"there is a task {name} already")
-        cls.name = name
-        TASKS[name] = cls
-        return cls
-
-    return register
+    return registered(TASKS, name, "name", "a task")
 
 
 def make(given: Sequence[str]) -> tuple[Task, ...]:

@@ -114,15 +114,13 @@ class ExactMatch(Task):
         right = np.zeros(len(problems))
         try:
             with run.stopwatch.part("eval"):
-                for first in range(0, len(chunks), ranks.world_size):
+                for mine, counts in ranks.turns(len(chunks)):
                     if poll():
                         return None
-                    mine = first + ranks.rank
-                    # With sharded weights no rank can compute alone: one without a chunk repeats the last.
-                    if mine < len(chunks) or ranks.sharded:
-                        chunk = chunks[min(mine, len(chunks) - 1)]
+                    if mine is not None:
+                        chunk = chunks[mine]
                         found = self._answered(run, [problems[number] for number in chunk])
-                    if mine < len(chunks):
+                    if counts:
                         right[chunk] = found
                 right = ranks.sum(right)
         finally:
