@@ -6,6 +6,7 @@ does a Hugging Face folder; a PEFT folder has its own or its base's; the others 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrate.data.keeping import kept_with_run, of_data
@@ -43,7 +44,7 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
         dataset: the data set whose tokenizer is taken instead of the run's own.
     """
     model, state, passed_over = open_checkpoint(out_dir, name)
-    tokenizer = of_data(dataset) if dataset else tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer))
+    tokenizer = _spoken(dataset, lambda: tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer)))
     return model, remapped(tokenizer, state.present.vocabulary_map), passed_over
 
 
@@ -63,4 +64,12 @@ def foreign_tokenizer(source: str) -> Tokenizer:
 
 def open_foreign(source: str, dataset: str = "") -> tuple[GPT, Tokenizer]:
     """A model from elsewhere and its tokenizer, or a data set's. Raises ValueError."""
-    return foreign_model(source), of_data(dataset) if dataset else foreign_tokenizer(source)
+    return foreign_model(source), _spoken(dataset, lambda: foreign_tokenizer(source))
+
+
+def _spoken(dataset: str, own: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer of a data set, if one is named, else the model's own. Raises ValueError."""
+    try:
+        return of_data(dataset) if dataset else own()
+    except ValueError as error:
+        raise ValueError(str(error) if dataset else f"{error}; --dataset names a data set that has one") from None
