@@ -63,7 +63,7 @@ def open_model(name_or_folder: str | Path) -> tuple[ModelConfig, Callable[..., G
         config = gpt2_config(str(name_or_folder))
         return config, lambda keep=as_is: _fetched(str(name_or_folder), config, keep)
     place = f"init_from {name_or_folder}"
-    theirs = _read_config(Path(name_or_folder), place)
+    theirs = _read_config(str(name_or_folder), place)
     family = FAMILIES[theirs.model_type]
     try:
         family.config(theirs)  # what it says is refused before its files are looked at
@@ -90,11 +90,12 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
-def _read_config(folder: Path, place: str) -> Any:
+def _read_config(name: str, place: str) -> Any:
     """A folder's configuration as transformers read it, of a family that we know. Raises ValueError."""
+    folder = Path(name)
     if not folder.is_dir():
         hint = ""
-        if "/" in str(folder) and not is_path(str(folder)):
+        if "/" in name and not is_path(name):
             hint = "; of the hub's models only those of GPT-2 are fetched: download others and give the folder"
         raise ValueError(
             f"{place}: there is no such file or folder; allowed: scratch, resume, {', '.join(GPT2_MODELS)}, "

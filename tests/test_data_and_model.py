@@ -364,6 +364,7 @@ def test_an_empty_schedule_on_resume_means_no_more_entries(tiny, resume):
     [
         ("Qwen/Qwen2-0.5B", "no such file or folder; allowed: scratch, resume, gpt2, .* of the hub's models only"),
         ("gpt3", "no such file or folder; allowed: scratch, resume, gpt2, gpt2-medium"),
+        ("./Qwen/Qwen2-0.5B", "there is no such file or folder; allowed: .*, a nanoGPT ckpt.pt$"),
     ],
 )
 def test_init_from_says_what_is_allowed(data, tmp_path, name, said):
