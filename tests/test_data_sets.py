@@ -477,6 +477,9 @@ def test_a_set_in_many_files_is_the_one_in_a_single_file(tmp_path, shard_tokens,
     if len(one.train) > shard_tokens:
         with pytest.raises(ValueError, match=f"--shard_tokens {shard_tokens}: a data set has at most 1 files of"):
             prepare.prepare([path], tmp_path / "no", small_encoding(), **how, shard_tokens=shard_tokens)
+        assert not list((tmp_path / "no").glob("train*.bin")) and list((tmp_path / "no").glob("train*.tmp"))
+        prepare.prepare([path], tmp_path / "no", small_encoding(), **how)
+        assert files(tmp_path / "no") == files(tmp_path / "one"), "what was begun is not left either"
 
 
 def test_a_full_last_file_has_no_empty_one_behind_it(tmp_path):
