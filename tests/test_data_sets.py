@@ -534,10 +534,11 @@ def test_stories_are_documents_in_every_form(tmp_path, form, monkeypatch):
 
 
 def test_the_script_of_the_stories(tmp_path):
-    (tmp_path / "in.txt").write_text(f"One.{EOT}Two.{EOT}Three.")
-    assert "3 documents" in script(
-        "tinystories", "--input", tmp_path / "in.txt", "--tokenizer", "char", "--out", tmp_path
-    )
+    mine = tmp_path / "download" / "in.txt"
+    mine.parent.mkdir()
+    mine.write_text(f"One.{EOT}Two.{EOT}Three.")
+    assert "3 documents" in script("tinystories", "--input", mine, "--tokenizer", "char", "--out", tmp_path)
+    assert mine.exists(), "only what was fetched goes"
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["source"] == {"name": "roneneldan/TinyStories", "split": "train"}
     assert meta["licence"] == "CDLA-Sharing-1.0" and "One." + EOT in "".join(decoded(tmp_path).values())
@@ -615,6 +616,7 @@ def test_the_subsets_of_the_mixture_through_the_hub(tmp_path, monkeypatch, limit
     assert [one["documents"] for one in meta["sources"]] == [limit or 60] * 2
     texts = "".join(decoded(tmp_path / "out").values())
     assert texts.count("gsm8k") == texts.count("it is") == (limit or 60)
+    assert not (tmp_path / "out" / "download").exists()
 
 
 def test_the_sample_of_fineweb_edu_through_the_hub(tmp_path, monkeypatch):
