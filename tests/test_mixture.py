@@ -20,7 +20,7 @@ from orchestrate.data.mixture import Sources, extends
 from orchestrate.data.prepare import Reading, prepare
 from orchestrate.data.proportions import UNITS, in_units, turns
 from orchestrate.data.stream import Cursor, Meta, Source, open_data, windows_per_pass
-from orchestrate.data.tokenizer import CharTokenizer
+from orchestrate.data.tokenizer import CharTokenizer, _fingerprint
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store.run_folder import METRICS
 
@@ -125,6 +125,9 @@ def test_batches_are_those_of_the_sources_in_turn(two):
             parts.append(stream.batch(cursor, size)[0])
             cursor = cursor.skip(size)
         assert np.array_equal(np.concatenate(parts), x) and cursor == start.skip(20)
+    with pytest.raises(ValueError, match=f"data set three is not open; there are {two[0]}, {two[1]}"):
+        stream.batch(start.mixed({"three": 1.0}, only="?"), 1)
+    stream.batch(start.mixed({"three": 0.0, two[0]: 1.0}, only="?"), 1)
     keys = {stream.streams[name].seed for name in two}
     assert keys > {7} and len(keys) == 2, "the first has the run's own seed, each other one of its own"
 
@@ -283,6 +286,8 @@ def test_tokens_that_name_no_vocabulary_are_gpt2s(two, monkeypatch):
     assert not extends(data, plain), "50257 are more"
     monkeypatch.setattr(stream, "GPT2_TOKENS", len(known) - 1)
     assert extends(data, plain) and not extends(data, replace(plain, fingerprint="0" * 64))
+    of_none = _fingerprint([], CharTokenizer(known).encode_plain)
+    assert not extends(data, Meta(None, tokenizer="huggingface", fingerprint=of_none)), "how many it has nobody says"
 
 
 def test_a_resume_keeps_its_sources(tiny, two, resume):
