@@ -60,6 +60,13 @@ def test_it_is_a_pure_function_of_the_sample(tokens):
     assert not np.array_equal(Curriculum(tokens, 5, 0.2).batch(place, 600)[0], whole)
 
 
+def test_the_order_stays_what_it_is(tokens):
+    """Checkpoints hold a place in it: samples of the seam between two groups, and of the second pass."""
+    stream = Curriculum(tokens, 5, 0.6)
+    assert (stream._starts(60, 9, 8) // 8).tolist() == [13, 18, 33, 101, 49, 55, 50, 50, 50]
+    assert stream._starts(190, 4, 8).tolist() == [274, 850, 658, 730]
+
+
 def test_it_ramps_and_is_resumed_to_the_bit(tiny, resume):
     schedule = [{"name": "set_curriculum_alpha", "value": 1.0, "at_iter": 2, "over": 6}]
     _, plain = tiny(out="plain")
