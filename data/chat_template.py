@@ -93,7 +93,8 @@ class ChatTemplate:
         from jinja2 import nodes
 
         try:
-            tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(self.source)
+            bare = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)  # a tag of transformers
+            tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(bare)
         except (jinja2.TemplateError, RecursionError):
             return re.compile("((?!))")
         calls = (node.args for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Getattr))
