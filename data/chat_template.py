@@ -82,7 +82,7 @@ class ChatTemplate:
             if place % 2 == 0 and core:
                 stand_in = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(8))  # private use
                 said[stand_in] = core
-                text = text.replace(core, stand_in, 1)
+                text = text.replace(core, stand_in)
             made += text
         return made
 

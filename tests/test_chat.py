@@ -181,7 +181,7 @@ def test_a_template_sees_the_texts_that_it_looks_for():
     template = ChatTemplate(QWEN3, SPECIAL[QWEN3], {})
     assert template._looked_for.pattern == "(</think>)"
     rest = "{{ '<|im_' in x }}{{ x.split('|>') }}{{ x.split('<|im_end|>x') }}{{ x.strip('\n') }}{{ f('a') }}"
-    rest += "{{ x.split('yes<|im') }}{{ x.split('nd|>yes') }}"
+    rest += "{{ x.split('yes<|im') }}{{ x.split('nd|>yes') }}{{ x.split('yes<') }}{{ x.split('>yes') }}"
     rest += "{{ f('yes') }}{{ x.f('yes') }}"
     assert ChatTemplate(rest, SPECIAL[QWEN3], {})._looked_for.pattern == "(yes)"
     tagged = "{%- generation %}{% break %}{{ 'yes' in x }}{% endgeneration -%}"
