@@ -91,6 +91,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "export": (["model/export.py", "training/session/exporting.py"], ["export"]),
     "tokenizers": (["data/tokenizer.py", "data/keeping.py"], ["tokenizers", "text_prepare"]),
     "texts": (["model/generate.py", "training/session/texts.py"], ["generate", "sample_prompts"]),
+    "talking": (["data/chat_template.py", "training/session/talking.py", "tools/chat.py"], ["chat"]),
     "memory": (["model/narrow.py", "training/run/casting.py"], ["memory"]),
     "data files": (
         [f"data/{name}.py" for name in ("files", "corpus", "conversations", "packing")],
