@@ -352,7 +352,7 @@ def test_a_plateau_is_one_below_the_highest():
 def test_what_the_oldest_say_is_the_highest_of_them():
     run = Driven([clip(**on(ACCURACY, plateau={"evals": 1, "min_delta": 0.1}))])
     assert [run.boundary(**{ACCURACY: value}) for value in (0.1, 0.3, 0.5, 0.7)] == [[]] * 4
-    assert run.orchestrator.position.history == {ACCURACY: (0.5, 0.7)}
+    assert run.orchestrator.position.queues[""].history == {ACCURACY: (0.5, 0.7)}
 
 
 @pytest.mark.parametrize("after, back", [(0.51, False), (0.5, False), (0.49, True), (0.9, False)])
