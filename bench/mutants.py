@@ -98,7 +98,14 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         ["data_files", "data_sets", "text_prepare"],
     ),
     "mixture": (["data/mixture.py", "data/proportions.py", "data/curriculum.py"], ["mixture", "curriculum"]),
-    "tasks": (["data/arithmetic.py", "training/session/scores.py"], ["arithmetic", "tasks"]),
+    "data sets": (
+        [f"data/{name}.py" for name in ("prepare", "hub", "shrink_vocabulary")],
+        ["data_sets", "text_prepare", "prepare", "curriculum"],
+    ),
+    "tasks": (
+        ["data/arithmetic.py", "training/session/scores.py", "training/tasks/exact_match.py", "training/tasks/base.py"],
+        ["arithmetic", "tasks"],
+    ),
 }
 """Files, and tests/test_NAME.py in the order in which they are run: those that notice most, and soon, come first."""
 NOT_RUN = "not fuzz and not random_moments and not torchrun"

@@ -113,6 +113,10 @@ FIELDS = {
     "exponent": 2.0,
     "on_error": "skip",
     "guard": {"max_increase": 0.1, "within_iters": 3, "then": "keep"},
+    "label": "x",
+    "after": "first",
+    "repeat": {"times": 2, "until": {"metric": "loss", "below": 1.0}},
+    "all_of": [{"trigger_loss": 2.0}, {"max_wait_iters": 3}],
     "trigger_plateau": {"evals": 2, "min_delta": 0.1},
     "trigger": {"metric": "loss", "plateau": {"evals": 2, "min_delta": 0.1}},
 }
@@ -272,6 +276,20 @@ def entries(data: st.DataObject) -> list[dict]:
     return made
 
 
+def in_tracks(data: st.DataObject, made: list[dict]) -> Any:
+    """The entries as they are, or some of them in a block, or in several tracks; and something wrong with that."""
+    made = [{"name": "save_checkpoint", "label": "first"}, *made]
+    at = data.draw(st.integers(0, len(made)))
+    if data.draw(st.booleans()):
+        times = data.draw(st.one_of(st.integers(1, 3), JSON, st.just({"times": 2, "until": FIELDS["trigger"]})))
+        block = {"repeat": times, "do": made[at:], data.draw(st.sampled_from(["label", "desc"])): "block"}
+        made = [*made[:at], block]
+    if data.draw(st.booleans()):
+        return made
+    tracks = {data.draw(st.one_of(st.just("a"), TEXTS)): made[:at], "b": data.draw(st.one_of(st.just(made[at:]), JSON))}
+    return data.draw(st.sampled_from([{"tracks": tracks}, {"operations": made, "tracks": tracks}, {"tracks": made}]))
+
+
 def schedule_entries(data: st.DataObject, workspace: Workspace) -> str:
     """A schedule whose entries have wrong values and fields; what has an unknown field or name must be refused."""
     made = entries(data)
@@ -281,6 +299,7 @@ def schedule_entries(data: st.DataObject, workspace: Workspace) -> str:
         chosen["name" if data.draw(st.booleans()) else "trigger_lost"] = "set_lrr"
     with workspace.case() as folder:
         # The examples' names of data sets, where there is one.
+        made = in_tracks(data, made) if data.draw(st.booleans()) else made
         text = json.dumps(made).replace('"second"', json.dumps(str(workspace.data)))
         (folder / "s.json").write_text(text.replace('"first"', json.dumps(f"{workspace.data}/")))
         given = workspace.arguments(
