@@ -16,6 +16,7 @@ from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.training.session.resume import latest_good, reading
 from orchestrate.training.session.start import named_checkpoint, speaker
 from orchestrate.training.session.texts import remapped
+from orchestrate.training.store.checkpoint import Checkpoint
 from orchestrate.training.store.state import State
 
 
@@ -28,11 +29,22 @@ def open_checkpoint(out_dir: str, name: str = "latest") -> tuple[GPT, State, lis
     Raises ValueError.
     """
     loaded, passed_over = latest_good(out_dir)[:2] if name == "latest" else (named_checkpoint(out_dir, name), [])
+    return checkpoint_model(loaded), loaded.state, passed_over
+
+
+def checkpoint_model(loaded: Checkpoint) -> GPT:
+    """The model of a checkpoint, as far as it has faded in. Raises ValueError."""
     settings = loaded.state.settings
     with reading(loaded.path):
         model = from_weights(settings.model, loaded.model)
     model.set_fading(settings.fading)
-    return model, loaded.state, passed_over
+    return model
+
+
+def run_tokenizer(out_dir: str, state: State) -> Tokenizer:
+    """The tokenizer that a run speaks at a checkpoint with this state. Raises ValueError."""
+    tokenizer = tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer))
+    return remapped(tokenizer, state.present.vocabulary_map)
 
 
 def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tuple[GPT, Tokenizer, list[str]]:
@@ -43,8 +55,9 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
         dataset: the data set whose tokenizer is taken instead of the run's own.
     """
     model, state, passed_over = open_checkpoint(out_dir, name)
-    tokenizer = of_data(dataset) if dataset else tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer))
-    return model, remapped(tokenizer, state.present.vocabulary_map), passed_over
+    if dataset:
+        return model, remapped(of_data(dataset), state.present.vocabulary_map), passed_over
+    return model, run_tokenizer(out_dir, state), passed_over
 
 
 def foreign_model(source: str) -> GPT:
