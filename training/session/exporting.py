@@ -31,9 +31,8 @@ from orchestrate.model.families import FAMILIES, Family
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.device import DTYPES
 from orchestrate.training.session.model_card import card, fired
-from orchestrate.training.session.sampling import foreign_model, foreign_tokenizer, open_checkpoint
+from orchestrate.training.session.sampling import foreign_model, foreign_tokenizer, is_run, open_checkpoint
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
-from orchestrate.training.settings.values import shown
 from orchestrate.training.store.run_folder import RunRecord, read_run
 from orchestrate.training.store.state import State
 
@@ -67,16 +66,9 @@ class Exported:
 
 def open_source(name: str, checkpoint: str = "latest") -> Source:
     """A run folder, a Hugging Face or PEFT folder or a nanoGPT ckpt.pt. Raises ValueError."""
-    path = Path(name)
-    if (path / "checkpoints").is_dir():
+    if is_run(name, checkpoint):
         model, state, passed_over = open_checkpoint(name, checkpoint)
-        return Source(name, model, state, read_run(path), tuple(passed_over))
-    if path.is_dir() and not (peft_folder.is_peft(name) or (path / "config.json").is_file()):
-        raise Refused(f"{name}: neither a run folder (no checkpoints/) nor a Hugging Face folder (no config.json)")
-    if not path.exists() and name not in hugging_face.GPT2_MODELS:
-        raise Refused(f"{name}: there is no such run folder, Hugging Face or PEFT folder, or nanoGPT ckpt.pt")
-    if checkpoint != "latest":
-        raise Refused(f"--checkpoint {shown(checkpoint)}: {name} is no run folder and has no checkpoints")
+        return Source(name, model, state, read_run(Path(name)), tuple(passed_over))
     return Source(name, foreign_model(name))
 
 
