@@ -121,7 +121,9 @@ class ChatTemplate:
                 [talk], chat_template=self.source, add_generation_prompt=answering, **self._special
             )
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+            raise ValueError(f"the chat template refuses this conversation: {str(error)!r:.300}") from None
         except Exception as error:  # a template may do anything to its values
-            raise ValueError(f"the chat template cannot be rendered ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"the chat template cannot be rendered ({type(error).__name__}: {str(error)!r:.300})"
+            ) from None
         return rendered[0]

@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -443,6 +444,63 @@ def test_a_single_text_is_packed_too(tmp_path, monkeypatch):
     prepare.prepare([tmp_path / "in.txt"], tmp_path / "out", small_encoding(), val=0.25, pack_length=64)
     texts = decoded(tmp_path / "out")
     assert "".join(text.replace(EOT, "") for text in texts.values()) == TEXT[:2000]
+
+
+# ---------------------------------------------------------------------------------------------- many files
+
+
+@pytest.mark.parametrize("pack_length", [0, 16])
+@pytest.mark.parametrize("shard_tokens", [7, 64, 1000])
+def test_a_set_in_many_files_is_the_one_in_a_single_file(tmp_path, shard_tokens, pack_length, monkeypatch):
+    path = records(tmp_path / "in.jsonl", TALKS)
+    how = dict(reading=CHATS, val=0.3, pack_length=pack_length)
+    for out, more in (("one", {}), ("many", {"shard_tokens": shard_tokens})):
+        prepare.prepare([path], tmp_path / out, small_encoding(), **how, **more)
+    one, many = (open_data(str(tmp_path / out), 4) for out in ("one", "many"))
+    for name in ("train", "val"):
+        whole, parts = getattr(one, name), getattr(many, name)
+        count = -(-len(whole) // shard_tokens)
+        assert [p.name for p in parts.paths] == [f"{name}_{n:05d}.bin" for n in range(count)]
+        sizes = [p.stat().st_size // 2 for p in parts.paths]
+        assert sizes[:-1] == [shard_tokens] * (count - 1) and 0 < sizes[-1] <= shard_tokens
+        assert np.array_equal(parts.tokens[:], whole.tokens[:]) and np.array_equal(parts.mask[:], whole.mask[:])
+    left = {path.name for path in (tmp_path / "many").iterdir() if path.is_file()}
+    named = {file for files in many.meta.files.values() for file in files}
+    assert left == named | {file.replace(".bin", ".mask.bin") for file in named} | {"meta.json"}
+    assert replace(many.meta, files=one.meta.files) == one.meta
+
+    # In fewer files, and in one: nothing of before is left.
+    for again in (2 * shard_tokens, 0):
+        prepare.prepare([path], tmp_path / "many", small_encoding(), **how, shard_tokens=again)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    monkeypatch.setattr(prepare, "MOST_FILES", 1)
+    if len(one.train) > shard_tokens:
+        with pytest.raises(ValueError, match=f"--shard_tokens {shard_tokens}: a data set has at most 1 files of"):
+            prepare.prepare([path], tmp_path / "no", small_encoding(), **how, shard_tokens=shard_tokens)
+
+
+def test_a_full_last_file_has_no_empty_one_behind_it(tmp_path):
+    (tmp_path / "in.txt").write_text("abcdefghij" * 10)
+    given = ["--input", tmp_path / "in.txt", "--tokenizer", "char", "--out", tmp_path / "d"]
+    said = script("text", *given, "--val", "0.4", "--shard_tokens", "20")
+    assert "train 60 tokens, val 40 tokens" in said
+    meta = json.loads((tmp_path / "d" / "meta.json").read_text())
+    assert meta["files"] == {
+        "train": ["train_00000.bin", "train_00001.bin", "train_00002.bin"], "val": ["val_00000.bin", "val_00001.bin"]
+    }  # fmt: skip
+    assert script("text", *given, "--shard_tokens", "-1", code=2).startswith("error: --workers must be at least 1")
+
+
+def test_the_first_of_many_files_is_written_last(tmp_path, monkeypatch):
+    path, written = records(tmp_path / "in.jsonl", TALKS), []
+    real = prepare.os.replace
+    monkeypatch.setattr(prepare.os, "replace", lambda a, b: (written.append(b.name), real(a, b)))
+    prepare.prepare([path], tmp_path / "out", small_encoding(), reading=CHATS, shard_tokens=2000)
+    assert [name for name in written if "train" in name] == [
+        "train_00001.mask.bin", "train_00001.bin", "train_00000.mask.bin", "train_00000.bin"
+    ]  # fmt: skip
+    assert written.index("meta.json") < written.index("val_00000.bin") < written.index("train_00001.mask.bin")
+    assert written[-1] == "train_00000.bin"
 
 
 # ---------------------------------------------------------------------------------------------- sources

@@ -84,6 +84,7 @@ EXACT = {
         "llama",
         0,
     ),
+    "dynamic NTK": (replace(LLAMA_STYLE, rotary_dynamic_factor=4.0, rotary_original_length=8), "llama", 0),
     "qwen2": (replace(LLAMA_STYLE, attn_bias="qkv"), "qwen2", 0),
     "qwen3, biases": (replace(LLAMA_STYLE, qk_norm=True, attn_bias="all"), "qwen3", 0),
     "llama, adapters": (

@@ -93,7 +93,10 @@ MODELS = {
         **_LLAMA, "n_kv_head": 1, "tie_weights": False, "rotary_llama3_factor": 8.0, "rotary_original_length": 8,
     },
     "qwen2": {**_LLAMA, "attn_bias": "qkv", "rotary_scale": 1.5},
-    "qwen3": {**_LLAMA, "qk_norm": True, "head_size": 6, "n_kv_head": 1},
+    "qwen3": {
+        **_LLAMA, "qk_norm": True, "head_size": 6, "n_kv_head": 1, "rotary_dynamic_factor": 3.0,
+        "rotary_original_length": 6,
+    },
 }  # fmt: skip
 BY_FAMILY = {"llama3": {"untie_head": "the head is not tied"}}
 """What of the examples a family refuses, and why."""

@@ -6,13 +6,18 @@ does a Hugging Face folder; a PEFT folder has its own or its base's; the others 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+import torch
 
 from orchestrate.data.keeping import kept_with_run, of_data
 from orchestrate.data.stream import Meta
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt, peft_folder
 from orchestrate.model.gpt import GPT, from_weights
+from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.session.resume import latest_good, reading
 from orchestrate.training.session.start import is_run_folder, named_checkpoint, speaker
 from orchestrate.training.session.texts import remapped
@@ -58,6 +63,15 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
     """
     model, state, passed_over = open_checkpoint(out_dir, name)
     return model, run_tokenizer(out_dir, state, dataset), passed_over
+
+
+def placed(model: GPT, device: str, dtype: str) -> tuple[GPT, Callable[[], AbstractContextManager]]:
+    """A model on its device, both by the options' names, and the number type that it computes in. Raises ValueError."""
+    where = pick_device(device, 0)
+    model = model.to(where)
+    model.reset_buffers(where)
+    kind = DTYPES[pick_dtype(dtype, where)]
+    return model, nullcontext if kind == torch.float32 else lambda: torch.autocast(where.type, kind)
 
 
 def is_run(source: str, checkpoint: str = "latest") -> bool:

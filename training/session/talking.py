@@ -1,30 +1,34 @@
 """Talking to a model: a conversation as the token ids that its next answer follows, and what ends that answer.
 
-Three forms, by what the tokenizer has: the template of our conversations (data/conversations.py), a chat template of a
-Hugging Face folder (data/chat_template.py), or neither, and then the text of the conversation goes on. In each of them
-what a message says is text and never becomes a control token. A conversation that does not fit loses its oldest turns.
+A model is talked to by the template of our conversations (data/conversations.py), or by a chat template of its own
+(data/chat_template.py). Where it has neither, the text of the conversation goes on. What a message says is text and
+never becomes a control token. A conversation that does not fit loses its oldest turns.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from orchestrate.data.chat_template import ChatTemplate
-from orchestrate.data.conversations import END, START, TEMPLATE, Message, encode, spans
+from orchestrate.data.conversations import END, START, TEMPLATE, Message, encode, read_messages, spans
 from orchestrate.data.stream import read_file
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, RemappedTokenizer, Tokenizer
+from orchestrate.model.generate import Choice, Continuation, evaluating
 from orchestrate.model.gpt import GPT
 from orchestrate.training.session.sampling import is_run, open_foreign, open_run_folder
 from orchestrate.training.session.start import speaker
+from orchestrate.training.session.texts import NOT_FINITE, Text
 from orchestrate.training.settings.errors import Refused, refusing
 
 _CONFIG = 4 * 2**20
-"""Bytes that a configuration file may have."""
+_TALKS = 64 * 2**20
+"""Bytes that a configuration file, and a file of conversations, may have."""
 
 
 class Prompt(NamedTuple):
@@ -60,8 +64,8 @@ class ChatFormat:
     stop: tuple[str, ...] = ()
 
     def room(self, max_new_tokens: int) -> int:
-        """How many tokens are kept free for an answer of at most so many: no more than half of the context."""
-        return min(max_new_tokens, self.block_size // 2)
+        """How many tokens are kept free for an answer of at most so many: no more than a quarter of the context."""
+        return min(max_new_tokens, self.block_size // 4)
 
     def prompt(self, messages: Sequence[Message], room: int) -> Prompt:
         """What the next answer follows, at most block_size - room ids.
@@ -114,6 +118,122 @@ class ChatFormat:
             if max(ids) >= self.vocab_size:
                 raise Refused(f"token {max(ids)} of the prompt is beyond the model's vocabulary of {self.vocab_size}")
         return ids
+
+
+class Talk:
+    """A conversation under way.
+
+    Attributes:
+        system: the system prompt; empty: none.
+        turns: what was said, without it. An answer that was interrupted is there as far as it came.
+        left_out: how many of the oldest messages the last answer has not seen.
+        cut: how many tokens at the beginning it has not seen, of a plain continuation.
+        full: why the last answer ended before its end: the option or the context that left no room; empty: it did not.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        form: ChatFormat,
+        system: str = "",
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.model, self.form, self.system, self._autocast = model, form, system, autocast
+        self.turns: list[Message] = []
+        self.left_out = self.cut = 0
+        self.full = ""
+
+    @property
+    def messages(self) -> list[Message]:
+        """The system prompt, where there is one, and the turns."""
+        return self._opening + self.turns
+
+    @property
+    def _opening(self) -> list[Message]:
+        return [Message("system", self.system)] if self.system else []
+
+    def ask(self, text: str, choice: Choice, seed: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Say something. The answer comes in pieces; it is among the turns when the iterator is exhausted or closed.
+
+        Raises Refused, and nothing was said then, where the prompt is; and in between for logits that are not finite.
+        """
+        prompt = self._prompt([*self.turns, Message("user", text)], max_new_tokens)
+        self.turns.append(Message("user", text))
+        return self._answer(prompt, choice, seed, max_new_tokens)
+
+    def retry(self, choice: Choice, seed: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Another answer instead of the last one, or one to a user who has none. Raises Refused."""
+        kept = self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
+        if not kept:
+            raise Refused("there is nothing to answer")
+        prompt = self._prompt(kept, max_new_tokens)
+        self.turns = list(kept)
+        return self._answer(prompt, choice, seed, max_new_tokens)
+
+    def _prompt(self, turns: Sequence[Message], max_new_tokens: int) -> list[int]:
+        prompt = self.form.prompt([*self._opening, *turns], self.form.room(max_new_tokens))
+        self.left_out, self.cut, self.full = prompt.dropped, prompt.cut, ""
+        return prompt.ids
+
+    def _answer(self, prompt: list[int], choice: Choice, seed: Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        context = self.form.block_size - len(prompt)
+        room = min(max_new_tokens, context)
+        rows = Continuation(self.model, [prompt], choice, [seed], room)
+        text = Text(self.form.tokenizer, prompt, self.form.stop, self.form.ends)
+        text.take()  # the prompt
+        said = ""
+        try:
+            for step in range(room):
+                with evaluating(self.model), self._autocast():
+                    token = rows.step()[0]
+                if token < 0:
+                    raise Refused(NOT_FINITE)
+                text.add(token)
+                if step + 1 == room and not text.ended:
+                    self.full = "context" if room == context else "max_new_tokens"
+                    text.end()
+                new = text.take()
+                said += new
+                if new:
+                    yield new
+                if text.ended:
+                    break
+        finally:
+            self.turns.append(Message("assistant", said))
+
+    def save(self, path: str | Path) -> None:
+        """Add the conversation to a file of JSON lines, as data/chat/prepare.py reads it. Raises Refused."""
+        if not any(message.role == "assistant" for message in self.turns):
+            raise Refused("there is no answer to save yet")
+        line = json.dumps({"messages": [message._asdict() for message in self.messages]}, ensure_ascii=False)
+        try:
+            with open(path, "a+b") as file:
+                torn = file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n"
+                file.write(b"\n" * torn + line.encode("utf-8") + b"\n")
+        except (OSError, ValueError) as error:
+            raise Refused(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
+
+    def load(self, path: str | Path) -> None:
+        """Go on with the last conversation of such a file, and with its system prompt. Raises Refused."""
+        try:
+            lines = read_file(Path(path), _TALKS).decode("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise Refused(f"{path}: not UTF-8 (byte {error.start})") from None
+        except (OSError, ValueError) as error:
+            raise Refused(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+        number = next((n for n in range(len(lines), 0, -1) if lines[n - 1].strip()), 0)
+        if not number:
+            raise Refused(f"{path}: there is no conversation in it")
+        try:
+            record = json.loads(lines[number - 1])
+            if not isinstance(record, dict):
+                raise ValueError(f"must be a JSON object with 'messages', got {record!r:.80}")
+            messages = read_messages(record.get("messages"), learning=False)
+            _as_text(messages).encode("utf-8")  # JSON may hold halves of characters
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{path}:{number}: {error}") from None
+        self.system = messages[0].content if messages[0].role == "system" else ""
+        self.turns = messages[messages[0].role == "system" :]
 
 
 def chat_format(tokenizer: Tokenizer, block_size: int, vocab_size: int, folder: str = "") -> ChatFormat:

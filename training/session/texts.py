@@ -26,6 +26,8 @@ from orchestrate.training.settings.records import Settings
 AT_EVALUATIONS = Choice(temperature=0.8, top_k=200)
 """How sample_prompts are continued: as sample.py does by default."""
 
+NOT_FINITE = "the model's logits are not finite: its weights have diverged"
+
 
 class Piece(NamedTuple):
     """A piece of a text, as it comes."""
@@ -93,7 +95,7 @@ def samples(
                     break
                 front += 1
         if broken:
-            raise Refused("the model's logits are not finite: its weights have diverged")
+            raise Refused(NOT_FINITE)
 
 
 def encoded(tokenizer: Tokenizer, prompts: Sequence[str], vocab_size: int) -> list[list[int]]:
