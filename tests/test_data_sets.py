@@ -579,6 +579,57 @@ def test_openwebtext_through_the_hub_is_resumable(tmp_path, monkeypatch, capsys)
     assert meta["limit"] == 7 and meta["val"] == 0.0005
 
 
+def repository(folder, subset: str, values):
+    """A folder as a data set of the hub has it: README.md says which files are a subset's splits."""
+    folder.mkdir()
+    told = ""
+    for name, split, some in ((subset, "train", values), ("more", "train", values[:1]), ("again", "test", values[:1])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), folder / f"{name}.parquet")
+        told += f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {name}.parquet\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{told}---\n")
+    return folder
+
+
+@pytest.mark.parametrize("limit", [0, 25])
+def test_the_subsets_of_the_mixture_through_the_hub(tmp_path, monkeypatch, limit):
+    """The sources' own subsets, splits and columns, in folders that stand for the hub; `datasets` reads them."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    mixture_of = module("task_mixture")
+    values = (
+        [talk | {"source": "x"} for talk in TALKS], [{"train": MMLU | {"question": f"mmlu {i}?"}} for i in range(60)],
+        [GSM8K | {"question": f"gsm8k {i}?"} for i in range(60)],
+    )  # fmt: skip
+    hubs = tuple(
+        replace(one, name=str(repository(tmp_path / name, one.subset, found)))
+        for one, name, found in zip(mixture_of.HUBS, TASKS, values, strict=True)
+    )
+    monkeypatch.setattr(mixture_of, "HUBS", hubs)
+    given = ["--tokenizer", "train:400", "--val", "0.2", "--workers", "1", "--limit", str(limit)]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *given, "--weights", "mmlu=0", "--out", str(tmp_path / "out")])
+    mixture_of.main()
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert [one["source"]["subset"] for one in meta["source"]] == ["all", "main"], "of weight 0 nothing is fetched"
+    assert [one["documents"] for one in meta["sources"]] == [limit or 60] * 2
+    texts = "".join(decoded(tmp_path / "out").values())
+    assert texts.count("gsm8k") == texts.count("it is") == (limit or 60)
+
+
+def test_the_sample_of_fineweb_edu_through_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    rows = [{"text": text, "id": f"<urn:{i}>", "score": 3.1} for i, text in enumerate(DOCUMENTS)]
+    folder = repository(tmp_path / "hub", "sample-10BT", rows)
+    given = ["--dataset", str(folder), "--tokenizer", "train:300", "--workers", "1", "--shard_tokens", "500"]
+    fineweb = module("fineweb_edu")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *given, "--out", str(tmp_path / "out")])
+    fineweb.main()
+    texts = decoded(tmp_path / "out")
+    assert sorted((texts["train"] + texts["val"]).split(EOT)[:-1]) == sorted(DOCUMENTS)
+    assert len(open_data(str(tmp_path / "out"), 1).train.paths) > 3
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *given, "--subset", "absent", "--out", str(tmp_path / "no")])
+    with pytest.raises(ValueError, match=r"hub cannot be loaded \(ValueError: .*absent"):
+        fineweb.main()
+
+
 def test_what_was_fetched_is_not_asked_for_again(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "hub").mkdir()

@@ -36,7 +36,7 @@ def lines(path, documents, key="text"):
 def decoded(folder) -> dict[str, str]:
     """The text of both files."""
     data, tokenizer = open_data(str(folder), 1), of_data(str(folder))
-    return {name: tokenizer.decode(getattr(data, name).tokens.tolist()) for name in ("train", "val")}
+    return {name: tokenizer.decode(getattr(data, name).tokens[:].tolist()) for name in ("train", "val")}
 
 
 def files(folder) -> dict[str, bytes]:
