@@ -44,10 +44,10 @@ class Oracle(torch.nn.Module):
     def __init__(self, itos, answer, block_size=40) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(block_size=block_size, n_kv_head=1, head_size=2)
+        self.config = SimpleNamespace(block_size=block_size, cache_length=block_size, n_kv_head=1, head_size=2)
         self.itos, self.answer, self.sizes = itos, answer, []
 
-    def extend(self, idx, counts, cache):
+    def extend(self, idx, counts, cache, first):
         assert not self.training
         self.sizes.append(len(idx))
         logits = torch.zeros(len(idx), len(self.itos))
