@@ -97,6 +97,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         ["data_files", "data_sets", "text_prepare"],
     ),
     "mixture": (["data/mixture.py", "data/proportions.py", "data/curriculum.py"], ["mixture", "curriculum"]),
+    "serving": ([f"tools/serving/{name}.py" for name in ("engine", "api", "guard", "models", "app")], ["serve"]),
     "tasks": (["data/arithmetic.py", "training/session/scores.py"], ["arithmetic", "tasks"]),
 }
 """Files, and tests/test_NAME.py in the order in which they are run: those that notice most, and soon, come first."""
