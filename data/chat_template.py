@@ -82,7 +82,7 @@ class ChatTemplate:
             if place % 2 == 0 and core:
                 stand_in = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(8))  # private use
                 said[stand_in] = core
-                text = text.replace(core, stand_in, 1)
+                text = text.replace(core, stand_in)
             made += text
         return made
 
@@ -93,7 +93,8 @@ class ChatTemplate:
         from jinja2 import nodes
 
         try:
-            tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(self.source)
+            bare = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)  # a tag of transformers
+            tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(bare)
         except (jinja2.TemplateError, RecursionError):
             return re.compile("((?!))")
         calls = (node.args for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Getattr))

@@ -130,12 +130,13 @@ def packing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pack_length", type=int, default=1024, help="tokens of a row: the block_size (default 1024)")
 
 
-def prepared(given: argparse.Namespace, inputs: Sequence[str | Path], **how: Any) -> None:
-    """`prepare` as the command line says it, and `how`; what was downloaded goes. Raises ValueError."""
+def prepared(given: argparse.Namespace, inputs: Sequence[str | Path], *, fetched: bool = False, **how: Any) -> None:
+    """`prepare` as the command line says it, and `how`; inputs that were fetched go. Raises ValueError."""
     asked = {name: getattr(given, name) for name in ("limit", "workers", "shard_tokens")}
     asked["pack_length"] = given.pack_length if getattr(given, "pack", "none") == "best-fit" else 0
     prepare(inputs, given.out, given.tokenizer, **(asked | how))
-    shutil.rmtree(given.out / DOWNLOAD, ignore_errors=True)
+    if fetched:
+        shutil.rmtree(given.out / DOWNLOAD, ignore_errors=True)
 
 
 def prepare_own(parser: argparse.ArgumentParser, what: str, reading: Callable[[argparse.Namespace], Reading]) -> None:
@@ -156,7 +157,8 @@ def prepare_texts(description: str, folder: Path, hub: Hub, *, val: float, separ
     given = parsed(parser)
     hub = replace(hub, name=given.dataset, subset=given.subset, revision=given.revision)
     inputs = given.input or fetch(hub, given.out / DOWNLOAD, given.limit)
-    prepared(given, inputs, reading=Reading(separator=separator), val=val, facts=hub.facts())
+    reading = Reading(separator=separator)
+    prepared(given, inputs, fetched=not given.input, reading=reading, val=val, facts=hub.facts())
 
 
 def prepare_shakespeare(description: str, folder: Path, tokenizer: str) -> None:

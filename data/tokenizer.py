@@ -242,7 +242,7 @@ class HuggingFaceTokenizer(_ByteTokenizer):
             self._open(files)
         except (OSError, ValueError, RecursionError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(f"{folder}: no tokenizer can be read from it ({first}); --dataset names one") from None
+            raise ValueError(f"{folder}: no tokenizer can be read from it ({first})") from None
 
     @classmethod
     def of(cls, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
@@ -550,9 +550,7 @@ def tokenizer_of(meta: Meta, folder: str | Path | None = None) -> Tokenizer:
         tokenizer.kind = meta.tokenizer  # its form is another one, it is not
     elif meta.tokenizer == "huggingface":
         where = f"{folder}: there is no tokenizer.json" if folder is not None else "its files are not kept"
-        raise ValueError(
-            f"the tokenizer of the data set cannot be had ({where}); --dataset names a data set that has it"
-        )
+        raise ValueError(f"the tokenizer of the data set cannot be had ({where})")
     else:
         folder, tokenizer = None, tiktoken_tokenizer(meta.tokenizer.removeprefix("tiktoken:"))
     if meta.fingerprint and tokenizer.fingerprint != meta.fingerprint:

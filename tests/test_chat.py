@@ -181,8 +181,11 @@ def test_a_template_sees_the_texts_that_it_looks_for():
     template = ChatTemplate(QWEN3, SPECIAL[QWEN3], {})
     assert template._looked_for.pattern == "(</think>)"
     rest = "{{ '<|im_' in x }}{{ x.split('|>') }}{{ x.split('<|im_end|>x') }}{{ x.strip('\n') }}{{ f('a') }}"
+    rest += "{{ x.split('yes<|im') }}{{ x.split('nd|>yes') }}{{ x.split('yes<') }}{{ x.split('>yes') }}"
     rest += "{{ f('yes') }}{{ x.f('yes') }}"
     assert ChatTemplate(rest, SPECIAL[QWEN3], {})._looked_for.pattern == "(yes)"
+    tagged = "{%- generation %}{% break %}{{ 'yes' in x }}{% endgeneration -%}"
+    assert ChatTemplate(f"{{% for x in y %}}{tagged}{{% endfor %}}", [], {})._looked_for.pattern == "(yes)"
     assert ChatTemplate("{% if %}", [], {})._looked_for.split("a") == ["a"]
 
 
@@ -341,7 +344,7 @@ def test_prompts_that_are_none():
         chat_format(CharTokenizer("ab"), 9, 9).encode(say("user:"))
     with pytest.raises(Refused, match="token 1 of the prompt is beyond the model's vocabulary of 1"):
         chat_format(CharTokenizer("ab"), 9, 1).encode(say("user:b"))
-    assert [form_of(100).room(n) for n in (1, 25, 26, 1000)] == [1, 25, 25, 25]
+    assert [form_of(100).room(n) for n in (1, 25, 26, 1000)] == [1, 25, 25, 25] and form_of(3).room(9) == 1
 
 
 def test_a_plain_continuation(tmp_path):

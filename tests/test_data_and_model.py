@@ -364,6 +364,7 @@ def test_an_empty_schedule_on_resume_means_no_more_entries(tiny, resume):
     [
         ("Qwen/Qwen2-0.5B", "no such file or folder; allowed: scratch, resume, gpt2, .* of the hub's models only"),
         ("gpt3", "no such file or folder; allowed: scratch, resume, gpt2, gpt2-medium"),
+        ("./Qwen/Qwen2-0.5B", "there is no such file or folder; allowed: .*, a nanoGPT ckpt.pt$"),
     ],
 )
 def test_init_from_says_what_is_allowed(data, tmp_path, name, said):
@@ -403,7 +404,7 @@ def test_a_folder_is_sampled_with_its_own_tokenizer(tmp_path, capsys, data):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, data, capsys):
     llama(vocab_size=64).save_pretrained(tmp_path / "hf")
     options = [f"--init_from={tmp_path / 'hf'}", "--device=cpu", "--num_samples=1", "--max_new_tokens=2"]
-    with pytest.raises(ValueError, match="no tokenizer can be read from it .*--dataset names one"):
+    with pytest.raises(ValueError, match="no tokenizer can be read from it .*--dataset names a data set that has one"):
         sample.main(options)
     assert sample.main([*options, f"--dataset={data}"]) == 0
 

@@ -618,6 +618,11 @@ def test_adapters_for_peft(tmp_path, tiny, capsys):
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(Refused, match="no Hugging Face folder here: adapters are on one .--base FOLDER"):
         export.main([str(out), "--to", "peft", str(tmp_path / "peft"), "--overwrite"])
+    for typo in ("./typo", "~/typo", "/typo", "a/b/typo", str(tmp_path / "peft" / "README.md")):
+        with pytest.raises(Refused, match=f"^--base {typo}: there is no such folder; allowed are a Hugging Face"):
+            export.main([str(out), "--to", "peft", str(tmp_path / "peft"), "--overwrite", "--base", typo])
+    given = ["--overwrite", "--base", "organisation/name"]  # which may be on the hub
+    assert export.main([str(out), "--to", "peft", str(tmp_path / "peft"), *given]) == 0
     given = ["--overwrite", "--base", str(tmp_path / "moved")]
     assert export.main([str(out), "--to", "peft", str(tmp_path / "peft"), *given]) == 0
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == given[2]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_foreign_weights import to_hf
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +27,6 @@ from orchestrate.model.gpt import (
     weights_of,
 )
 from orchestrate.model.growth import Layer, stack
-from orchestrate.model.hugging_face import to_hf
 from orchestrate.model.lineage import carry
 from orchestrate.model.lora import reshape_lora, trainable_parameters
 from orchestrate.training.plan import flops_per_token

@@ -150,7 +150,8 @@ def test_contract(data, name, model, optimizer, tmp_path):
         assert settings == planned and changed, "an example must change something"
     assert run.model.config == settings.model
     if operation.keeps_function:
-        torch.testing.assert_close(logits(run), function, atol=1e-5, rtol=0)
+        rounded = any(p.dtype == torch.bfloat16 for p in run.model.parameters())
+        torch.testing.assert_close(logits(run), function, atol=1e-2 if rounded else 1e-5, rtol=0)
 
     # the optimizer covers exactly what trains, in model order, and flags agree
     trainable = trainable_parameters(run.model, settings.frozen)

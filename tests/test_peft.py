@@ -179,7 +179,10 @@ def test_keys_that_contradict_a_folder_are_refused(base, data, tmp_path):
         ({"lora_targets": "c_attn", "lora_rank": 2}, "lora_targets: got 'c_attn'"),
         ({"use_rslora": True}, "use_rslora: got True"),
         ({"n_layer": 3}, "n_layer: got 3"),
-        ({"base_model": tmp_path / "none"}, "its base model .*none is no folder here: download it"),
+        (
+            {"base_model": tmp_path / "none"},
+            "its base model .*none: there is no such folder; base_model says where it is",
+        ),
         ({"init_from": base, "base_model": base}, "is no PEFT folder and has no base"),
     ):
         both_refuse(arguments(data, tmp_path / "run", **{**common, "n_layer": 2, **keys}), said)

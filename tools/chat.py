@@ -209,7 +209,7 @@ def described(talk: Talk) -> str:
     how = "no chat template: the text goes on" if form.plain else "the template of data/chat"
     how = "its own chat template" if form.template else how
     size = sum(parameter.numel() for parameter in talk.model.parameters())
-    return f"{size:,} parameters, a context of {form.block_size:,} tokens, {how}; /help lists the commands"
+    return f"{size:,} parameters, a context of {form.block_size:,} tokens, {how}"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -251,6 +251,7 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits lines and knows earlier ones)
         note(described(talk))
+        note("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the chat")
     sys.stdin.reconfigure(errors="replace")
     with watch.handed_over() if watch else contextlib.nullcontext():
         try:

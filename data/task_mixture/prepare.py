@@ -48,6 +48,7 @@ def main() -> None:
     prepared(
         given,
         inputs,
+        fetched=not given.input,
         reading=Reading(render=task, sources=TASKS),
         val=given.val,
         limit=0,

@@ -140,26 +140,23 @@ LLAMA = Family(
     write_more=_write_llama,
 )
 
-# Mistral (Jiang et al. 2023, arXiv:2310.06825), whose window slides in some releases.
-MISTRAL = replace(
+# Of those whose biases are no matter of configuration, and whose window slides in some releases.
+_FIXED_BIASES = replace(
     LLAMA,
-    name="mistral",
-    title="Mistral",
-    more=_ROPE_OPTIONS,
-    read_more=lambda theirs, ours: [*_read_rope(theirs, ours), *_window(theirs, ours)],
-    # transformers' own default is a window of 4096.
-    write_more=lambda config: {"sliding_window": None, **_write_rope(config)},
-)
-# Qwen2 (Yang et al. 2024, arXiv:2407.10671) has biases of queries, keys and values.
-QWEN2 = replace(
-    LLAMA,
-    name="qwen2",
-    title="Qwen2",
-    preset={**LLAMA.preset, "attn_bias": "qkv"},
     more=_ROPE_OPTIONS,
     read_more=lambda theirs, ours: [*_read_rope(theirs, ours), *_window(theirs, ours)],
     write_more=_write_rope,
 )
+# Mistral (Jiang et al. 2023, arXiv:2310.06825).
+MISTRAL = replace(
+    _FIXED_BIASES,
+    name="mistral",
+    title="Mistral",
+    # transformers' own default is a window of 4096.
+    write_more=lambda config: {"sliding_window": None, **_write_rope(config)},
+)
+# Qwen2 (Yang et al. 2024, arXiv:2407.10671) has biases of queries, keys and values.
+QWEN2 = replace(_FIXED_BIASES, name="qwen2", title="Qwen2", preset={**LLAMA.preset, "attn_bias": "qkv"})
 # Qwen3 (Yang et al. 2025, arXiv:2505.09388) norms queries and keys.
 QWEN3 = replace(
     LLAMA,
@@ -175,7 +172,7 @@ _NO_GATE = {ours: theirs for ours, theirs in _MODULES.items() if ours != "mlp.c_
 _ITS_KEYS = {key: name for key, name in LLAMA.keys.items() if key != "rms_norm_eps"}
 # StarCoder2 (Lozhkov et al. 2024, arXiv:2402.19173) has GPT-2's norms and MLPs with rotary positions.
 STARCODER2 = replace(
-    LLAMA,
+    _FIXED_BIASES,
     name="starcoder2",
     title="StarCoder2",
     preset={"position": "rotary", "bias": True},
@@ -184,9 +181,6 @@ STARCODER2 = replace(
     values={"activation": ACTIVATIONS},
     allowed={"use_bias": (True,)},  # without them its norms have biases all the same
     by_weights=GPT2.by_weights,
-    more=_ROPE_OPTIONS,
-    read_more=lambda theirs, ours: [*_read_rope(theirs, ours), *_window(theirs, ours)],
-    write_more=_write_rope,
 )
 # Arcee (AFM-4.5B, 2025) is Llama with an MLP without a gate.
 ARCEE = replace(

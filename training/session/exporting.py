@@ -105,7 +105,7 @@ def _write_tokenizer(source: Source, size: int, folder: Path, notes: list[str]) 
             raise ValueError(f"it has {tokenizer.vocab_size} tokens and the model {size}")
         keeping.save(tokenizer, folder)
     except ValueError as error:
-        notes.append(f"there is no tokenizer in it: {str(error).split('; --dataset')[0]}")
+        notes.append(f"there is no tokenizer in it: {error}")
         return {}
     try:
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -139,6 +139,11 @@ def to_peft(
     path = _target(source, target, overwrite, is_folder=True)
     if dtype != "float32":
         raise Refused(f"--dtype {dtype}: adapters are written in float32")
+    if base and hugging_face.is_path(base) and not Path(base).is_dir():
+        raise Refused(
+            f"--base {base}: there is no such folder; allowed are a Hugging Face folder, and on the hub NAME or "
+            "ORGANISATION/NAME"
+        )
     base, notes = base or _base(source), []
     dropout = 0.0 if source.state is None else source.state.settings.lora_dropout
 

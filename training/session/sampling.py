@@ -50,7 +50,7 @@ def checkpoint_model(loaded: Checkpoint) -> GPT:
 
 def run_tokenizer(out_dir: str, state: State, dataset: str = "") -> Tokenizer:
     """What a run speaks at a checkpoint with this state, or a data set instead. Raises ValueError."""
-    tokenizer = of_data(dataset) if dataset else tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer))
+    tokenizer = _spoken(dataset, lambda: tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer)))
     return remapped(tokenizer, state.present.vocabulary_map)
 
 
@@ -110,4 +110,12 @@ def foreign_tokenizer(source: str, base: str = "") -> Tokenizer:
 
 def open_foreign(source: str, dataset: str = "", base: str = "") -> tuple[GPT, Tokenizer]:
     """A model from elsewhere and its tokenizer, or a data set's. Raises ValueError."""
-    return foreign_model(source, base), of_data(dataset) if dataset else foreign_tokenizer(source, base)
+    return foreign_model(source, base), _spoken(dataset, lambda: foreign_tokenizer(source, base))
+
+
+def _spoken(dataset: str, own: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer of a data set, if one is named, else the model's own. Raises ValueError."""
+    try:
+        return of_data(dataset) if dataset else own()
+    except ValueError as error:
+        raise ValueError(str(error) if dataset else f"{error}; --dataset names a data set that has one") from None

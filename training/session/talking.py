@@ -65,7 +65,7 @@ class ChatFormat:
 
     def room(self, max_new_tokens: int) -> int:
         """How many tokens are kept free for an answer of at most so many: no more than a quarter of the context."""
-        return min(max_new_tokens, self.block_size // 4)
+        return max(1, min(max_new_tokens, self.block_size // 4))
 
     def prompt(self, messages: Sequence[Message], room: int) -> Prompt:
         """What the next answer follows, at most block_size - room ids.
@@ -83,9 +83,11 @@ class ChatFormat:
         system = list(messages[:1]) if messages[0].role == "system" else []
         talk = list(messages[len(system) :])
         turns = [0, *(n for n, message in enumerate(talk) if n and message.role == "user")]
-        first = bisect_left(turns, True, hi=len(turns) - 1, key=lambda n: len(self.encode(system + talk[n:])) <= limit)
-        dropped = turns[first]
-        ids = self.encode(system + talk[dropped:])
+        ids, dropped = self.encode(messages), 0
+        if len(ids) > limit and turns[1:]:
+            last, fits = len(turns) - 1, lambda n: len(self.encode(system + talk[n:])) <= limit
+            dropped = turns[bisect_left(turns, True, lo=1, hi=last, key=fits)]
+            ids = self.encode(system + talk[dropped:])
         if len(ids) > limit and not self.plain:
             beside = ", with the system prompt," if system else ""
             raise Refused(
