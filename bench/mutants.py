@@ -104,6 +104,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         ["data_files", "data_sets", "text_prepare"],
     ),
     "mixture": (["data/mixture.py", "data/proportions.py", "data/curriculum.py"], ["mixture", "curriculum"]),
+    "serving": ([f"tools/serving/{name}.py" for name in ("engine", "api", "guard", "models", "app")], ["serve"]),
     "data sets": (
         [f"data/{name}.py" for name in ("prepare", "hub", "shrink_vocabulary")],
         ["data_sets", "text_prepare", "prepare", "curriculum"],
