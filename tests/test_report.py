@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import struct
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -538,3 +541,131 @@ def test_an_evaluation_alone_writes_no_report(tiny, data):
     _, out = tiny()
     given = ["--init_from=resume", f"--out_dir={out}", "--eval_only=True", "--report=True"]
     assert train_orchestrated.main(given) == 0 and not (out / "report.html").exists()
+
+
+# ---------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    found, driver = next(filter(None, map(shutil.which, write.BROWSERS)), None), shutil.which("chromedriver")
+    if found is None or driver is None:
+        pytest.skip("there is no Chromium with chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = found
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+def opened(browser, path: Path, width: int = 1200, theme: str = "light", part: str = "") -> None:
+    """Open a page at a width and in a theme, and wait until it is drawn."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get("about:blank")
+    browser.get(path.as_uri() + part)
+    drawn(browser, part[1:] or "iter")
+
+
+def drawn(browser, axis: str) -> None:
+    until = time.monotonic() + 30
+    while browser.execute_script("return document.body.dataset.drawn") != axis:
+        assert time.monotonic() < until, browser.get_log("browser")
+        time.sleep(0.05)
+
+
+WIDER = "return document.documentElement.scrollWidth - innerWidth"
+
+
+def lane_markers(browser) -> int:
+    """Markers in the rows of what happened: those of plotly's second subplot."""
+    return browser.execute_script(
+        "return document.querySelectorAll('.panel.first .subplot.xy2 .scatterlayer .points path').length"
+    )
+
+
+def test_in_a_browser(browser, tmp_path):
+    folder = made(tmp_path / "<b>&run")
+    report.main([str(folder)])
+    opened(browser, folder / "report.html")
+    assert browser.get_log("browser") == []
+    assert lane_markers(browser) == 10 and browser.title == "<b>&run"
+    assert browser.execute_script(WIDER) <= 0
+    page_colour = "return getComputedStyle(document.body).backgroundColor"
+    assert browser.execute_script(page_colour) == "rgb(255, 255, 255)"
+    hover = "return document.querySelector('.panel.first .js-plotly-plot, .panel.first > div').data.at(-1).hovertext"
+    assert any("end: max_iters" in text for text in browser.execute_script(hover))
+    # Another axis moves the markers, and the place is kept where the page loads itself anew.
+    browser.find_element("css selector", "input[value=tokens]").click()
+    drawn(browser, "tokens")
+    xs = "return document.querySelector('.panel.first > div').data.flatMap(t => t.yaxis === 'y2' ? t.x : [])"
+    assert sorted(browser.execute_script(xs)) == [0, 160, 160, 320, 320, 400, 400, 480, 480, 480]
+    assert browser.execute_script("return location.hash") == "#tokens"
+    browser.find_element("id", "log").click()
+    kind = "return document.querySelector('.panel.first > div').layout.yaxis.type"
+    assert browser.execute_script(kind) == "log" and browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("theme, page_colour, ink", [("light", 255, "#1c2126"), ("dark", 20, "#e4e8ec")])
+def test_on_a_phone_in_light_and_dark(browser, tmp_path, theme, page_colour, ink):
+    folder = made(tmp_path / ("a-very-long-name-of-a-run-" * 5))
+    report.main([str(folder)])
+    opened(browser, folder / "report.html", 360, theme, "#seconds")
+    assert browser.execute_script(WIDER) <= 0 and browser.get_log("browser") == []
+    colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert colour.startswith(f"rgb({page_colour}, ")
+    font = "return document.querySelector('.panel.first > div').layout.font.color"
+    assert browser.execute_script(font) == ink and lane_markers(browser) == 10
+
+
+def test_hostile_text_does_nothing_in_a_browser(browser, tmp_path):
+    link = '<a href="https://example.org">x</a>' + HOSTILE
+    happened = [HAPPENED[0], (1001.0, operation(10, 1, link, link, desc=link)), (1002.0, HAPPENED[-1][1])]
+    folder = made(tmp_path / "run", [*LINES, {**LINES[0], "iter": 40, link: 1.0}], happened)
+    report.main([str(folder)])
+    opened(browser, folder / "report.html")
+    assert browser.get_log("browser") == [], "no alert, nothing refused by the policy"
+    assert browser.execute_script("return document.querySelectorAll('a[href], img[src=x]').length") == 0
+    shown = browser.execute_script("return [...document.querySelectorAll('h3')].map(h => h.textContent)")
+    assert any('<a href="https:' in title for title in shown)
+
+
+def test_two_runs_in_a_browser(browser, tmp_path):
+    report.main([str(made(tmp_path / "a")), str(made(tmp_path / "b")), f"--out={tmp_path / 'both.html'}"])
+    opened(browser, tmp_path / "both.html")
+    assert lane_markers(browser) == 20 and browser.get_log("browser") == []
+
+
+def test_a_picture(tmp_path, capsys):
+    if not any(map(shutil.which, write.BROWSERS)):
+        pytest.skip("there is no Chromium on this machine")
+    folder = made(tmp_path / "run")
+    assert report.main([str(folder), "--png", str(tmp_path / "new" / "run.png")]) == 0
+    content = (tmp_path / "new" / "run.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and "picture: " in capsys.readouterr().out
+    # The losses and the parameters; what else there could be stays as it is.
+    assert struct.unpack(">II", content[16:24]) == (2400, 2 * (75 + 555 + 275))
+    assert len(content) > 30_000, "something is drawn"
+
+
+def test_a_picture_without_a_browser_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command("report", [str(made(tmp_path / "run")), "--png", str(tmp_path / "x.png")]) == 2
+    assert "is drawn by Chromium or Chrome" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("script, said", [("exit 3", "exit code 3"), ("echo no display >&2", "no display")])
+def test_a_browser_that_draws_nothing_is_told(tmp_path, monkeypatch, capsys, script, said):
+    (tmp_path / "chromium").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "chromium").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert command("report", [str(made(tmp_path / "run")), "--png", str(tmp_path / "x.png")]) == 2
+    told = capsys.readouterr().err
+    assert "drew nothing" in told and said in told
