@@ -92,7 +92,9 @@ class Continuation:
     """Sequences that go on together, by a token each at every step. The model must be in evaluation mode.
 
     Once a sequence is longer than block_size its window slides, every position changes, and no cache can help: each of
-    its tokens then costs a full forward pass.
+    its tokens then costs a full forward pass. So it does once dynamic NTK changes the frequencies with each token
+    (cache_length of the configuration). transformers go on with keys that were turned by older ones, so what they say
+    depends on where their cache began; here it is what an uncached forward pass says.
 
     Args:
         prompts: token ids of each sequence, one or more; of a long one the last block_size count.
@@ -119,10 +121,10 @@ class Continuation:
         self.tokens = [list(prompt) for prompt in prompts]
         self.live = list(range(len(prompts)))
         self._random = [np.random.default_rng(list(seed)) for seed in seeds]
-        block_size = model.config.block_size
-        self._cached = [row for row in self.live if use_cache and len(self.tokens[row]) <= block_size]
+        limit = model.config.cache_length
+        self._cached = [row for row in self.live if use_cache and len(self.tokens[row]) <= limit]
         longest = max((len(self.tokens[row]) for row in self._cached), default=0)
-        self._cache = Cache(model.config, len(self._cached), min(longest + room, block_size))
+        self._cache = Cache(model.config, len(self._cached), min(longest + room, limit))
         self._seen: Tensor | None = None
         if choice.repetition_penalty != 1.0:
             self._seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=self.device)
@@ -155,8 +157,8 @@ class Continuation:
 
     def _logits(self) -> tuple[Tensor, list[int]]:
         """Logits of the next token, (batch, vocab), and the numbers of the sequences that they are of."""
-        block_size, live = self.model.config.block_size, set(self.live)
-        kept = [row for row in self._cached if row in live and len(self.tokens[row]) <= block_size]
+        block_size, limit, live = self.model.config.block_size, self.model.config.cache_length, set(self.live)
+        kept = [row for row in self._cached if row in live and len(self.tokens[row]) <= limit]
         parts = []
         if kept != self._cached:
             self._cache.keep([self._cached.index(row) for row in kept])

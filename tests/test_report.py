@@ -182,7 +182,7 @@ def test_markers_have_a_place_on_every_axis(story):
 
 def test_operations_say_what_they_cost_and_what_the_loss_did(story):
     first, second = story.operations
-    assert (first.entry, first.what, first.desc, first.void, first.losses) == (1, "set_lr 0.5", "bold", True, None)
+    assert (first.entry, first.what, first.desc, first.void, first.losses) == ("1", "set_lr 0.5", "bold", True, None)
     assert first.around == (None, None), "what was taken back has no evaluations beside it"
     assert second.losses == (3.4, 3.3) and second.around == (3.4, 3.2) and second.seconds == 0.25
     assert second.changes == ("model.n_layer 2 -> 3",) and (second.parameters, second.trainable) == (120, 20)
@@ -205,6 +205,29 @@ def test_the_plan_beside_what_happened(story):
         "iteration 20: it was time; iteration 30: guard: within",
         "",
     ]
+
+
+def test_a_repeated_entry_is_one_row_of_the_plan_and_each_round_an_operation(tmp_path):
+    plan = {"tracks": {"rate": [{"name": "change_lr", "value": 0.5, "max_wait_iters": 5, "repeat": 9, "after": "b"}],
+                       "other": [{"name": "stop", "at_iter": 99, "label": "b"}]}}  # fmt: skip
+
+    def round_of(number: int) -> dict:
+        return {"entry": 1, "name": "change_lr", "track": "rate", "round": number, "rounds": 9}
+
+    happened = [HAPPENED[0]]
+    for number in range(1, 8):
+        happened.append((1000.0 + number, operation(number, **{**round_of(number), "value": 0.5})))
+    ends = {"kind": "decision", "iter": 8, "reason": "the repetition ends: val loss 2 <= 3", **round_of(8), "step": 8}
+    story = read_story(made(tmp_path / "run", happened=[*happened, (1010.0, ends)], schedule=plan))
+    assert [row.when for row in story.plan] == [
+        "max_wait_iters 5; after b; 9 rounds; track rate",
+        "at_iter 99; track other",
+    ]
+    said = story.plan[0].happened.split("; ")
+    assert said[0] == "round 1, iteration 1: it was time" and said[3] == "2 more" and len(said) == 7
+    assert said[-1] == "iteration 8: the repetition ends: val loss 2 <= 3"
+    assert [row.entry for row in story.operations][:2] == ["1 (round 1 of 9)", "1 (round 2 of 9)"]
+    assert story.markers[1].title == "[1 (round 1 of 9)] change_lr 0.5" and story.markers[-1].kind == "repetition"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrate.training.schedule.file import LONGEST_FILE, Schedule, parse_schedule
+from orchestrate.training.schedule.file import LONGEST_FILE, Entry, Schedule, parse_schedule, title
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.metrics import PARTS, VAL_LOSS, numbers, spoken, told
 from orchestrate.training.settings.values import brief, read_at_most
@@ -59,7 +59,7 @@ class Marker:
     """Something that happened, at a place on each of AXES."""
 
     kind: str
-    """Of the event; a decision is told as guard or ramp, and not at all where an operation of its own follows."""
+    """Of the event. Decisions are guard, repetition or ramp; those that an operation follows are told by it alone."""
     at: Mapping[str, float]
     title: str
     details: tuple[str, ...]
@@ -70,7 +70,8 @@ class Marker:
 class OperationRow:
     """An operation that was carried out."""
 
-    entry: int | None
+    entry: str
+    """Its number, and the round where there are several; empty of a recovery."""
     at: Mapping[str, float]
     what: str
     desc: str
@@ -405,7 +406,17 @@ def _changes(event: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _numbered(event: Mapping[str, Any]) -> str:
-    return "" if event.get("entry") is None else f"[{event['entry']}] "
+    if event.get("entry") is None:
+        return ""
+    return f"[{_entry(event)}] "
+
+
+def _entry(event: Mapping[str, Any]) -> str:
+    return title(event["entry"], event.get("round", 1), event.get("rounds", 1))
+
+
+_ENDS = {"guard:": "guard", "the repetition ends": "repetition"}
+"""How the reasons of decisions begin that are no firing."""
 
 
 def _markers(events: Sequence[Mapping[str, Any]], clock: _Clock) -> list[Marker]:
@@ -421,7 +432,8 @@ def _markers(events: Sequence[Mapping[str, Any]], clock: _Clock) -> list[Marker]
             continue
         if kind == "decision":
             fires = (event["entry"], event["iter"]) in followed or event["entry"] not in carried_out
-            kind = "guard" if event["reason"].startswith("guard:") else "ramp"
+            said = (kind for start, kind in _ENDS.items() if event["reason"].startswith(start))
+            kind = next(said, "ramp")
             if fires and kind == "ramp":
                 continue  # the operation says it again
         if (place := clock.place(event)) is None:
@@ -516,7 +528,7 @@ def _operations(events: Iterable[Mapping[str, Any]], clock: _Clock, evaluations:
             )
         rows.append(
             OperationRow(
-                entry=event["entry"],
+                entry="" if event["entry"] is None else _entry(event),
                 at=place,
                 what=_what(event),
                 desc=_short(event["desc"]),
@@ -556,19 +568,28 @@ def _plan(
         schedule = schedule or _schedule(folder)
     except Refused as error:
         return [], [f"the plan is not shown: {_short(error.problems[0])}"]
-    rows = []
-    for entry in schedule.entries:
-        guard = entry.guard
-        when = " or ".join(map(str, entry.triggers)) or "at once"
-        more = [
-            f"over {entry.over} iterations" if entry.over else "",
-            f"guard: {guard.metric}, {guard.within_iters} iterations, then {guard.then}" if guard else "",
-        ]
-        when = "; ".join([when, *filter(None, more)])
-        rows.append(
-            PlanRow(entry.number, _short(entry), _short(when), _short(entry.desc), _happened(entry.number, events))
-        )
-    return rows, []
+    happened: dict[int, list[Mapping[str, Any]]] = {}
+    for event in events:
+        if isinstance(number := event.get("entry"), int):
+            happened.setdefault(number, []).append(event)
+    first = {entry.number: entry for entry in reversed(schedule.entries)}  # of its rounds
+    return [
+        PlanRow(number, _short(entry), _short(_when(entry)), _short(entry.desc), _happened(happened.get(number, [])))
+        for number, entry in sorted(first.items())
+    ], []
+
+
+def _when(entry: Entry) -> str:
+    guard = entry.guard
+    facts = [
+        " or ".join(map(str, entry.triggers)) or "at once",
+        f"after {entry.after}" if entry.after else "",
+        f"{entry.rounds} rounds" if entry.rounds > 1 else "",
+        f"track {entry.track}" if entry.track else "",
+        f"over {entry.over} iterations" if entry.over else "",
+        f"guard: {guard.metric}, {guard.within_iters} iterations, then {guard.then}" if guard else "",
+    ]
+    return "; ".join(filter(None, facts))
 
 
 def _schedule(folder: Path) -> Schedule:
@@ -589,21 +610,29 @@ def _schedule(folder: Path) -> Schedule:
             raise refused from None
 
 
-def _happened(number: int, events: Sequence[Mapping[str, Any]]) -> str:
-    """What became of an entry; nothing where it has not fired."""
+def _happened(events: Sequence[Mapping[str, Any]]) -> str:
+    """What became of an entry, from the events about it; nothing where it has not fired."""
     said = []
     for event in events:
-        if event.get("entry") != number or event.get("void") and event["kind"] != "operation":
-            continue
+        which = f"round {event['round']}, " if event.get("rounds", 1) > 1 else ""
         if event["kind"] == "operation":
-            said.append(f"iteration {event['iter']}: {event['reason']}{' (taken back)' if event.get('void') else ''}")
+            back = " (taken back)" if event.get("void") else ""
+            said.append(f"{which}iteration {event['iter']}: {event['reason']}{back}")
+        elif event.get("void"):
+            continue
         elif event["kind"] == "rollback":
-            said.append(f"taken back at {event['from_iter']}: {event['reason']}")
+            said.append(f"{which}taken back at {event['from_iter']}: {event['reason']}")
         elif event["kind"] == "error":
-            said.append(f"failed at iteration {event['iter']}: {event['message']}")
-        elif event["reason"].startswith("guard:"):
+            said.append(f"{which}failed at iteration {event['iter']}: {event['message']}")
+        elif event["reason"].startswith(tuple(_ENDS)):
             said.append(f"iteration {event['iter']}: {event['reason']}")
+    if len(said) > 2 * _ENDS_SHOWN:
+        said[_ENDS_SHOWN:-_ENDS_SHOWN] = [f"{len(said) - 2 * _ENDS_SHOWN} more"]
     return _short("; ".join(said))
+
+
+_ENDS_SHOWN = 3
+"""Of what happened to one entry: so many of the first, and of the last."""
 
 
 # ---------------------------------------------------------------------------------------------- facts

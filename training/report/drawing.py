@@ -36,7 +36,8 @@ STEPS = ("sequences", "tokens_per_iter", "sequence_length", "parameters_total", 
 """Numbers that stay until something changes them."""
 LANES = {
     "operation": "operation",
-    "ramp": "ramp",
+    "ramp": "ramp, repetition",
+    "repetition": "ramp, repetition",
     "guard": "guard",
     "rollback": "rollback",
     "override": "override",

@@ -230,7 +230,7 @@ def _operation(row: OperationRow) -> list[str]:
         shown = f"({near[0]} \u2192 {near[1]})" if before is not None or after is not None else ""
     over = f" over {row.over} iterations" if row.over else ""
     return [
-        _number("" if row.entry is None else str(row.entry)),
+        _number(row.entry),
         _number(f"{row.at['iter']:,.0f}"),
         _text(row.what + (f" ({row.desc})" if row.desc else "")),
         _text(row.reason),

@@ -41,6 +41,7 @@ SCRIPT = """
 const D = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = ["#3b7dd8", "#d9730d", "#2a9d6f", "#b5489a", "#8a7a1f", "#20a4b8", "#c2413a", "#7566cf"];
 const KINDS = { operation: ["triangle-up", "#2a9d6f"], ramp: ["triangle-right", "#7fae98"],
+  repetition: ["triangle-left", "#7fae98"],
   guard: ["diamond", "#8a7a1f"], rollback: ["x", "#d6453d"], override: ["square", "#7566cf"],
   start: ["circle", "#3b7dd8"], resume: ["triangle-right", "#3b7dd8"], checkpoint: ["line-ns-open", "#8794a0"],
   error: ["cross", "#d6453d"], emergency: ["cross", "#d6453d"], signal: ["square", "#8794a0"],
