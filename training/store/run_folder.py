@@ -56,6 +56,8 @@ class _Metrics(TypedDict):
     """Sequences in one micro-step on one rank."""
     grad_accum: NotRequired[int]
     """Micro-steps in one iteration, over all ranks."""
+    sequence_length: NotRequired[int]
+    """Tokens in one training sequence."""
     passes: NotRequired[_Real]
     """How often the training data has been seen."""
     coverage: NotRequired[_Real]
@@ -121,6 +123,15 @@ class _Event(TypedDict):
     """True: the run went back to before this decision, operation, these samples or rollback."""
 
 
+class _Code(TypedDict):
+    """The checkout that ran."""
+
+    commit: str
+    """Of git, in hexadecimal digits."""
+    clean: bool | None
+    """Whether no file that git follows was changed; null where that could not be told soon."""
+
+
 class _OfEntry(_Event):
     """Beside an entry's number: which of its rounds, where."""
 
@@ -151,6 +162,8 @@ class _Begins(_Event):
     tokens_per_iter: int
     cast: NotRequired[_Cast]
     """Where weights changed their number type at the start."""
+    code: NotRequired[_Code | None]
+    """The project's version; null where it does not run from a git checkout."""
     operations: NotRequired[list[dict[str, str]]]
     """Files of the user's own operations: "file", its name, and "sha256"."""
 
@@ -531,22 +544,35 @@ class RunRecord:
         return next((event["config"] for event in reversed(self.events) if event["kind"] == "start"), {})
 
 
-def read_run(folder: str | Path, most_lines: int = MOST_LINES) -> RunRecord:
-    """Read a run folder, of a run under way too. Raises Refused for no folder, or for more lines than wanted."""
+def read_run(
+    folder: str | Path, most_lines: int = MOST_LINES, metrics: Callable[[dict[str, Any]], None] | None = None
+) -> RunRecord:
+    """Read a run folder, of a run under way too.
+
+    Raises Refused for no folder, for a file that cannot be read, or for more lines than wanted.
+
+    Args:
+        metrics: takes each line of metrics in the place of `RunRecord.metrics`, which stays empty: for long runs.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise Refused(f"run folder {folder}: there is no such folder")
     found: dict[str, list[dict[str, Any]]] = {METRICS: [], EVENTS: []}
     foreign = dict.fromkeys(found, 0)
     for name, kinds in ((METRICS, METRICS_KINDS), (EVENTS, EVENT_KINDS)):
-        with contextlib.suppress(FileNotFoundError):
+        take = metrics if metrics is not None and name == METRICS else found[name].append
+        try:
             for number, record in read_lines(folder / name, kinds):
                 if number > most_lines:
                     raise Refused(f"{folder / name}: more than {most_lines} lines")
                 if record is None:
                     foreign[name] += 1
                 else:
-                    found[name].append(record)
+                    take(record)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise Refused(f"{folder / name}: cannot be read ({error.strerror})") from None
     return RunRecord(folder, _config(folder), found[METRICS], found[EVENTS], _checkpoints(folder), foreign)
 
 
