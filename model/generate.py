@@ -7,6 +7,7 @@ So what it says depends on the others by no more than the rounding of larger mat
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -107,7 +108,10 @@ class Continuation:
 
     def __init__(self, model: GPT, slots: int, capacity: int | None = None, use_cache: bool = True) -> None:
         self.model, self.slots = model, slots
-        self.device = next(model.parameters()).device
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        # FSDP2 gathers weights where they will train: they must not be tensors that autograd never sees.
+        self._mode = torch.no_grad if hasattr(parameter, "full_tensor") else torch.inference_mode
         self.tokens: dict[int, list[int]] = {}
         block_size = model.config.block_size
         capacity = min(block_size if capacity is None else capacity, block_size)
@@ -149,24 +153,25 @@ class Continuation:
 
     def end(self, number: int) -> list[int]:
         """End a sequence, which frees its slot; its tokens."""
-        self._leave(number)
+        with self._mode():
+            self._leave(number)
         del self._rules[number]
         self._seen.pop(number, None)
         return self.tokens.pop(number)
 
-    @torch.no_grad()
     def step(self) -> dict[int, int]:
         """One more token for each sequence that goes on: number -> token, -1 where its logits are not finite.
 
-        A sequence goes on with token 0 there, until it is ended.
+        A sequence goes on with token 0 there, until it is ended. After an exception nothing may be asked of them.
         """
         found: dict[int, int] = {}
-        for logits, numbers in self._logits():
-            found.update(self._drawn(logits, numbers))
-        for number, token in found.items():
-            self.tokens[number].append(max(token, 0))
-            if number in self._seen:
-                self._seen[number][max(token, 0)] = True
+        with self._mode():
+            for logits, numbers in self._logits():
+                found.update(self._drawn(logits, numbers))
+            for number, token in found.items():
+                self.tokens[number].append(max(token, 0))
+                if number in self._seen:
+                    self._seen[number][max(token, 0)] = True
         return found
 
     def _drawn(self, logits: Tensor, numbers: list[int]) -> dict[int, int]:
@@ -179,11 +184,11 @@ class Continuation:
             seen = torch.stack([self._seen[number] for number in own]) if choice.repetition_penalty != 1.0 else None
             scores = choice.filtered(scores, seen)
             if choice.temperature == 0:
-                most, drawn = scores.max(-1)
-                drawn = torch.where(most.isfinite(), drawn, -1)
+                most, drawn = (part.tolist() for part in scores.max(-1))
+                drawn = [token if math.isfinite(score) else -1 for score, token in zip(most, drawn, strict=True)]
             else:
-                drawn = draw(scores, [self._rules[number][1].random() for number in own])
-            found.update(zip(own, drawn.tolist(), strict=True))
+                drawn = draw(scores, [self._rules[number][1].random() for number in own]).tolist()
+            found.update(zip(own, drawn, strict=True))
         return found
 
     def _logits(self) -> Iterator[tuple[Tensor, list[int]]]:

@@ -32,3 +32,9 @@ def test_memory(monkeypatch, capsys):
     peaks = {row[0].strip(): float(row[5]) for row in rows}
     kept, again = peaks["all weights train"], peaks["... activation_checkpointing"]
     assert len(rows) >= 4 and again < 0.6 * kept
+
+
+def test_generate(monkeypatch, capsys):
+    run(monkeypatch, "generate.py", "--models=GPT-2 1 M,Llama 1 M", "--tokens=6", "--prompt=8", "--rounds=1")
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert len(rows) == 4 and [row[7].strip() for row in rows] == ["1 of 1", "8 of 8"] * 2
