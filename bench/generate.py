@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrate.model.config import ModelConfig  # noqa: E402
 from orchestrate.model.export import form_of, write_hugging_face  # noqa: E402
-from orchestrate.model.generate import Choice, Continuation  # noqa: E402
+from orchestrate.model.generate import Choice, Continuation, lay_out  # noqa: E402
 from orchestrate.model.gpt import GPT, init_weights, parameter_count  # noqa: E402
 
 SMALL = ModelConfig(block_size=512, vocab_size=256, n_layer=5, n_head=4, n_embd=128, bias=True)
@@ -40,6 +40,7 @@ Generate = Callable[[], list[list[int]]]
 
 def ours(model: GPT, prompts: Sequence[Sequence[int]], count: int) -> Generate:
     """The sequences with so many more tokens each."""
+    lay_out(model)
 
     def generate() -> list[list[int]]:
         rows = Continuation(model, len(prompts), max(map(len, prompts)) + count)
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         init_weights(model, 0)
         for batch in map(int, options.batches.split(",")):
             prompts = prompts_of(batch, options.prompt, config.vocab_size)
-            contenders = [make(model, prompts, options.tokens) for make in (ours, theirs)]
+            contenders = [make(model, prompts, options.tokens) for make in (theirs, ours)][::-1]
             said = [generate() for generate in contenders]  # and so they are warm
             equal = sum(mine == their for mine, their in zip(*said, strict=True))
             rounds = []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from orchestrate.model.gpt import GPT, Cache
+from orchestrate.model.narrow import Linear
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,17 @@ def evaluating(model: GPT) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def lay_out(model: GPT) -> None:
+    """Lay the matrices out in memory as products with few rows read them fastest, for a model that only generates.
+
+    Values and shapes stay: only which numbers are neighbours changes, for float32 on a CPU. The embedding stays.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear) and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu":
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 class Continuation:

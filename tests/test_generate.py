@@ -19,7 +19,7 @@ from transformers import (
 from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer
 from orchestrate.model.config import LoraSpec
 from orchestrate.model.export import form_of, write_hugging_face
-from orchestrate.model.generate import Choice, Continuation, draw
+from orchestrate.model.generate import Choice, Continuation, draw, lay_out
 from orchestrate.model.gpt import Cache
 from orchestrate.training.session.texts import samples
 from orchestrate.training.settings.errors import Refused
@@ -410,6 +410,21 @@ def test_rows_that_begin_from_one_prefix_of_another_cache(config):
         assert cache.lengths == [11, 9, 7, 8]
         with pytest.raises(AssertionError, match="7 tokens of a row of 6"):
             cache.fill(0, shared, 0, 7)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, ADAPTED], ids=["gpt2", "llama", "lora"])
+def test_laid_out_for_generating_it_is_the_same_model(config):
+    model, whole = trained(config), trained(config)
+    lay_out(model)
+    strides = {name: p.stride() for name, p in model.named_parameters() if p.dim() == 2}
+    assert strides["transformer.h.0.mlp.c_fc.weight"] == (1, config.n_hidden[0]) and strides[
+        "transformer.wte.weight"
+    ] == (32, 1)
+    assert all(torch.equal(p, other) for p, other in zip(model.parameters(), whole.parameters(), strict=True))
+    assert continued(model, MIXED, 20) == continued(whole, MIXED, 20)
+    narrow = trained(config).bfloat16()
+    lay_out(narrow)
+    assert all(p.is_contiguous() for p in narrow.parameters())
 
 
 def test_a_slot_is_there_once_and_a_prompt_has_a_token():

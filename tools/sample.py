@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrate.model.generate import Choice
+from orchestrate.model.generate import Choice, lay_out
 from orchestrate.model.gpt import compile_blocks
 from orchestrate.tools.main import called
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
@@ -127,6 +127,7 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
             model, tokenizer = open_foreign(options.init_from, options.dataset)
         model = model.to(device)
         model.reset_buffers(device)
+        lay_out(model)
         if options.compile:
             compile_blocks(model)
         dtype = DTYPES[pick_dtype(options.dtype, device)]
