@@ -48,6 +48,7 @@ WITHOUT = ("set_layer_lora_rank", [["attn.*", "mlp.*"], 0])
 OPERATIONS = [
     ("stack_layers", {"times": 2}, []),
     ("stack_layers", {"times": 2, "where": "interleave"}, []),
+    ("stack_layers", {"times": 2, "how": "identity_copy", "where": "interleave"}, []),
     ("widen_mlp", {"times": 2}, []),
     ("widen_mlp", {"times": 2, "how": "zero"}, []),
     ("add_heads", {"times": 2}, []),

@@ -91,13 +91,21 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "export": (["model/export.py", "training/session/exporting.py"], ["export"]),
     "tokenizers": (["data/tokenizer.py", "data/keeping.py"], ["tokenizers", "text_prepare"]),
     "texts": (["model/generate.py", "training/session/texts.py"], ["generate", "sample_prompts"]),
+    "talking": (["data/chat_template.py", "training/session/talking.py", "tools/chat.py"], ["chat"]),
     "memory": (["model/narrow.py", "training/run/casting.py"], ["memory"]),
     "data files": (
         [f"data/{name}.py" for name in ("files", "corpus", "conversations", "packing")],
         ["data_files", "data_sets", "text_prepare"],
     ),
     "mixture": (["data/mixture.py", "data/proportions.py", "data/curriculum.py"], ["mixture", "curriculum"]),
-    "tasks": (["data/arithmetic.py", "training/session/scores.py"], ["arithmetic", "tasks"]),
+    "data sets": (
+        [f"data/{name}.py" for name in ("prepare", "hub", "shrink_vocabulary")],
+        ["data_sets", "text_prepare", "prepare", "curriculum"],
+    ),
+    "tasks": (
+        ["data/arithmetic.py", "training/session/scores.py", "training/tasks/exact_match.py", "training/tasks/base.py"],
+        ["arithmetic", "tasks"],
+    ),
 }
 """Files, and tests/test_NAME.py in the order in which they are run: those that notice most, and soon, come first."""
 NOT_RUN = "not fuzz and not random_moments and not torchrun"

@@ -2,11 +2,11 @@
 
     python bench/torture.py [--kills 200] [--signals 50] [--processes 1 2] [--parallel ddp] [--optimizer adamw]
 
-The run grows, changes adapters, batch and accumulation while it is ended in steps, evaluations, operations, saves and
-at start-up: with SIGKILL (--kills), or with SIGTERM, SIGINT or SIGUSR1 to one rank or to all (--signals), after which
-all ranks must end by themselves within 60 seconds, with the same exit code, and with a checkpoint of where they were. A
-signal before the first boundary ends the rank that it reaches at once, with nothing to save; the others are then ended
-as torchrun does it.
+The run grows, changes adapters, batch and accumulation, and scores a task, while it is ended in steps, evaluations,
+operations, saves and at start-up: with SIGKILL (--kills), or with SIGTERM, SIGINT or SIGUSR1 to one rank or to all
+(--signals), after which all ranks must end by themselves within 60 seconds, with the same exit code, and with a
+checkpoint of where they were. A signal before the first boundary ends the rank that it reaches at once, with nothing
+to save; the others are then ended as torchrun does it.
 Every start uses the same two commands as a person would: the first one, or --init_from=resume once there is a
 checkpoint. A run that ends must have the weights and moments of the undisturbed run to the bit, whole lines in its
 logs, each iteration once, and no half checkpoint or leftover. Runs follow each other until the kills are done.
@@ -56,7 +56,7 @@ SCHEDULE = [
     {"name": "set_lr", "value": 3e-3, "over": 4, "style": "power", "exponent": 2.0,
      "trigger": {"metric": "loss", "below": 99.0}},
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 4, "reevaluate": True},
-    {"name": "merge_lora_weights", "max_wait_iters": 2},
+    {"name": "merge_lora_weights", "max_wait_iters": 9, "trigger": {"metric": "eval/adder_accuracy", "above": 0.3}},
     {"name": "set_layer_lora_rank", "value": [["attn.*.q", "attn.*.v", "mlp.0.up"], 2], "max_wait_iters": 1},
     {"name": "set_lora_dropout", "value": 0.2, "over": 2},
     {"name": "merge_lora_weights", "max_wait_iters": 2},
@@ -73,7 +73,7 @@ KEYS = dict(
     n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=40,
     lr_decay_iters=40, warmup_iters=2, learning_rate=1e-2, eval_interval=5, eval_iters=2, log_interval=1, dropout=0.1,
     device="cpu", compile=False, qk_norm=True, head_size=6, attn_bias="qkv", sample_prompts="The", sample_tokens=9,
-    save_interval_tokens=900, keep_every=16,
+    save_interval_tokens=900, keep_every=16, eval_tasks_interval=7,
 )  # fmt: skip
 
 
@@ -85,15 +85,18 @@ class Torture:
         self.random = random.Random(seed)
         self.kills = self.signals = self.at_start = self.starts = self.runs = 0
         self.slowest = 0.0
-        text = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 60
-        ids = np.array([sorted(set(text)).index(c) for c in text], dtype=np.uint16)
-        meta = {"format": 1, "vocab_size": len(set(text)), "tokenizer": "char", "itos": sorted(set(text))}
+        texts = {"data": "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 60}
+        # Sums that are soon learnt, and 3 of 10 held back that are not.
+        texts["other"] = "1+2=30\n" * 578 + "2+2=40\n1+9=01\n3+2=50\n"
+        characters = sorted(set("".join(texts.values())))
+        meta = {"format": 1, "vocab_size": len(characters), "tokenizer": "char", "itos": characters}
         schedule = json.dumps(SCHEDULE)
-        for name, tokens in (("data", ids), ("other", ids[::-1])):
+        for name, text in texts.items():
             (folder / name).mkdir(parents=True)
-            tokens[:4000].tofile(folder / name / "train.bin")
-            tokens[4000:].tofile(folder / name / "val.bin")
-            (folder / name / "meta.json").write_text(json.dumps(meta))
+            ids = np.array([characters.index(c) for c in text], dtype=np.uint16)
+            ids[:3997].tofile(folder / name / "train.bin")
+            ids[3997:].tofile(folder / name / "val.bin")
+            (folder / name / "meta.json").write_text(json.dumps({**meta, "arithmetic": {"kind": "adder"}}))
             schedule = schedule.replace(name.upper(), str(folder / name))
         (folder / "schedule.json").write_text(schedule)
 
@@ -101,8 +104,8 @@ class Torture:
         """What a person would type now."""
         if checkpoint.find(out_dir):
             return ["--init_from=resume", f"--out_dir={out_dir}"]
-        keys = {**KEYS, "dataset": self.folder / "data", "schedule": self.folder / "schedule.json", "out_dir": out_dir}
-        keys |= {"parallel": self.parallel, "optimizer": self.optimizer}
+        keys = {**KEYS, "dataset": self.folder / "other", "schedule": self.folder / "schedule.json", "out_dir": out_dir}
+        keys |= {"parallel": self.parallel, "optimizer": self.optimizer, "eval_tasks": f"adder:{self.folder / 'other'}"}
         return [f"--{key}={value}" for key, value in keys.items()]
 
     def start(self, out_dir: Path) -> list[int]:
@@ -256,11 +259,13 @@ class Torture:
                     [(m["kind"], m["iter"], m.get("loss"), m.get("val_loss")) for m in record.metrics],
                     [(e["entry"], e["iter"]) for e in record.valid.events if e["kind"] == "operation"],
                     [(e["iter"], e["texts"]) for e in record.valid.events if e["kind"] == "samples"],
+                    [(m["iter"], m["eval/adder_accuracy"]) for m in record.metrics if "eval/adder_accuracy" in m],
                 )
             )
         assert logs[0][0] == logs[1][0], "the metrics differ"
         assert logs[0][1] == logs[1][1], "the operations differ"
         assert logs[0][2] == logs[1][2], "the texts of sample_prompts differ"
+        assert logs[0][3] == logs[1][3] and len({score for _, score in logs[0][3]}) > 1, f"scores: {logs[0][3]}"
         hidden = [path.name for path in (out_dir / "checkpoints").iterdir() if path.name.startswith(".")]
         assert not hidden, f"leftovers: {hidden}"
 

@@ -79,7 +79,7 @@ class Document(NamedTuple):
 
 def chat(record: dict[str, Any]) -> Document:
     """{"messages": [{"role", "content"}, ...]}, what else the record has is left out. Raises ValueError."""
-    return Document(spans(_messages(record.get("messages"))), "messages")
+    return Document(spans(read_messages(record.get("messages"))), "messages")
 
 
 def task(record: dict[str, Any]) -> Document:
@@ -87,7 +87,7 @@ def task(record: dict[str, Any]) -> Document:
     nested = record.get("train")
     record = nested if isinstance(nested, dict) else record  # as MMLU's auxiliary_train has it
     if "messages" in record:
-        return Document(spans(_messages(record["messages"])), "smoltalk")
+        return Document(spans(read_messages(record["messages"])), "smoltalk")
     if "choices" in record:
         return Document(spans(_multiple_choice(record)), "mmlu")
     if "question" in record and "answer" in record:
@@ -123,7 +123,8 @@ def _text(record: dict[str, Any], name: str) -> str:
     return value
 
 
-def _messages(values: Any) -> list[Message]:
+def read_messages(values: Any, learning: bool = True) -> list[Message]:
+    """A list of {"role", "content"}; with `learning`, one that an assistant speaks in. Raises ValueError."""
     if not isinstance(values, list) or not values:
         raise ValueError(f"'messages' must be a list of {{'role', 'content'}}, got {values!r:.80}")
     found = []
@@ -133,6 +134,6 @@ def _messages(values: Any) -> list[Message]:
         if value["role"] not in ROLES:
             raise ValueError(f"message {number}: 'role' must be one of {', '.join(ROLES)}, got {value['role']!r:.80}")
         found.append(Message(value["role"], _text(value, "content")))
-    if not any(message.role == "assistant" for message in found):
+    if learning and not any(message.role == "assistant" for message in found):
         raise ValueError("no message is of the assistant, so there is nothing to learn from")
     return found

@@ -13,6 +13,8 @@ import numpy as np
 
 MASK = ".mask.bin"
 """train.mask.bin is the mask of train.bin."""
+MOST_FILES = 2**16
+"""Of train, or of val."""
 
 
 class Bits:

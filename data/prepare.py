@@ -3,7 +3,7 @@
 `prepare` reads documents (corpus.py), encodes them in many processes, and writes train.bin, val.bin, meta.json and the
 tokenizer's files. The same input gives the same bytes for any number of workers, and after an interruption: what was
 encoded lies in shards, each whole or absent, in a folder named after the content that was read and the tokenizer.
-train.bin is written last, so a folder that has it is complete.
+train.bin, or the first of its files, is written last, so a folder that has it is complete.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from orchestrate.data import corpus
 from orchestrate.data.conversations import END, START, Document, Span, encode
-from orchestrate.data.files import mask_of, packed
+from orchestrate.data.files import MOST_FILES, mask_of, packed
 from orchestrate.data.hub import Hub, fetch
 from orchestrate.data.keeping import for_conversations, kept_with_data, of_data, save
 from orchestrate.data.packing import Packer
@@ -112,6 +113,12 @@ def options(description: str, default_out: Path, tokenizer: str = "char") -> arg
     )
     parser.add_argument("--limit", type=int, default=0, help="only the first so many documents; 0: all")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
+    parser.add_argument(
+        "--shard_tokens",
+        type=int,
+        default=0,
+        help="tokens of each file: train_00000.bin and so on, which are read as one; 0: train.bin and val.bin",
+    )
     return parser
 
 
@@ -123,25 +130,44 @@ def packing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pack_length", type=int, default=1024, help="tokens of a row: the block_size (default 1024)")
 
 
-def texts_from(description: str, folder: Path, hub: Hub, *, val: float, separator: str = "") -> None:
-    """The main of a script that prepares texts of the hub, or local files of the same form."""
+def prepared(given: argparse.Namespace, inputs: Sequence[str | Path], *, fetched: bool = False, **how: Any) -> None:
+    """`prepare` as the command line says it, and `how`; inputs that were fetched go. Raises ValueError."""
+    asked = {name: getattr(given, name) for name in ("limit", "workers", "shard_tokens")}
+    asked["pack_length"] = given.pack_length if getattr(given, "pack", "none") == "best-fit" else 0
+    prepare(inputs, given.out, given.tokenizer, **(asked | how))
+    if fetched:
+        shutil.rmtree(given.out / DOWNLOAD, ignore_errors=True)
+
+
+def prepare_own(parser: argparse.ArgumentParser, what: str, reading: Callable[[argparse.Namespace], Reading]) -> None:
+    """The main of a script for files of one's own, with the options it has besides. Raises ValueError."""
+    packing_options(parser)
+    parser.add_argument("--val", type=float, default=0.1, help=f"share of the {what} for validation (default 0.1)")
+    given = parsed(parser)
+    if not given.input:
+        raise ValueError(f"--input: files or folders of {what} are needed")
+    prepared(given, given.input, reading=reading(given), val=given.val)
+
+
+def prepare_texts(description: str, folder: Path, hub: Hub, *, val: float, separator: str = "") -> None:
+    """The main of a script for texts of the hub, or local files of the same form. Raises ValueError."""
     parser = options(description, folder, tokenizer="gpt2")
     packing_options(parser)
     hub_options(parser, hub)
     given = parsed(parser)
     hub = replace(hub, name=given.dataset, subset=given.subset, revision=given.revision)
-    prepare(
-        given.input or fetch(hub, given.out / DOWNLOAD, given.limit),
-        given.out,
-        given.tokenizer,
-        reading=Reading(separator=separator),
-        val=val,
-        limit=given.limit,
-        workers=given.workers,
-        pack_length=given.pack_length if given.pack == "best-fit" else 0,
-        facts=hub.facts(),
-    )
-    shutil.rmtree(given.out / DOWNLOAD, ignore_errors=True)
+    inputs = given.input or fetch(hub, given.out / DOWNLOAD, given.limit)
+    reading = Reading(separator=separator)
+    prepared(given, inputs, fetched=not given.input, reading=reading, val=val, facts=hub.facts())
+
+
+def prepare_shakespeare(description: str, folder: Path, tokenizer: str) -> None:
+    """The main of the scripts for Tiny Shakespeare. Raises ValueError."""
+    given = parsed(options(description, folder, tokenizer))
+    inputs = given.input or [download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, given.out / "input.txt")]
+    original = all([is_original(path, SHAKESPEARE_SHA256) for path in inputs])
+    facts = {"source": SHAKESPEARE_URL, "licence": "public domain"} if original else {}
+    prepared(given, inputs, facts=facts)
 
 
 def weights_of(given: Sequence[str], sources: Sequence[str]) -> list[float]:
@@ -177,8 +203,8 @@ def hub_options(parser: argparse.ArgumentParser, hub: Hub) -> None:
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options of the command line. Raises ValueError."""
     arguments = parser.parse_args()
-    if arguments.workers < 1 or arguments.limit < 0:
-        raise ValueError("--workers must be at least 1, and --limit at least 0")
+    if arguments.workers < 1 or arguments.limit < 0 or arguments.shard_tokens < 0:
+        raise ValueError("--workers must be at least 1, --limit and --shard_tokens at least 0")
     return arguments
 
 
@@ -194,10 +220,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def note_if_changed(path: Path, expected_sha256: str) -> None:
-    """A checksum that differs is said, not refused: a text of one's own is welcome. Raises OSError."""
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != expected_sha256:
-        print(f"note: {path} is not the original text (another SHA-256); it is used as it is")
+def is_original(path: Path, sha256: str) -> bool:
+    """Whether a file is the text of this checksum. If not, that is said: a text of one's own is welcome. OSError."""
+    if not path.is_file():  # a folder, or what is told later
+        return False
+    if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return True
+    print(f"note: {path} is not the original text (another SHA-256); it is used as it is")
+    return False
 
 
 def download(url: str, sha256: str, path: Path) -> Path:
@@ -237,7 +267,15 @@ def write_tokens(path: Path, ids: Sequence[int] | np.ndarray, vocab_size: int) -
     write_whole(path, np.asarray(ids).astype(dtype_of(vocab_size)).tobytes())
 
 
-def write_meta(folder: Path, tokenizer: Tokenizer, *, masks: tuple[str, ...] = (), row: int = 1, **facts: Any) -> None:
+def write_meta(
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    files: Mapping[str, Sequence[str]] | None = None,
+    masks: Sequence[str] = (),
+    row: int = 1,
+    **facts: Any,
+) -> None:
     """meta.json, and the tokenizer's files beside it; what cannot be kept is said. `facts` say how it was made."""
     kept = kept_with_data(folder)
     shutil.rmtree(kept, ignore_errors=True)
@@ -249,9 +287,9 @@ def write_meta(folder: Path, tokenizer: Tokenizer, *, masks: tuple[str, ...] = (
             print(f"note: {error}; the tokenizer is known by its name alone, and not kept with the data")
     # No vocabulary size of GPT-2's: models for its tokens have it rounded up, as in nanoGPT.
     size = None if tokenizer.kind == "gpt2" else tokenizer.vocab_size
-    meta = Meta(
-        size, dtype_of(tokenizer.vocab_size), tokenizer.kind, characters, tokenizer.fingerprint, masks=masks, row=row
-    )
+    dtype, kind = dtype_of(tokenizer.vocab_size), tokenizer.kind
+    meta = Meta(size, dtype, kind, characters, tokenizer.fingerprint, masks=tuple(masks), row=row)
+    meta = replace(meta, files={name: tuple(names) for name, names in files.items()}) if files else meta
     write_whole(folder / "meta.json", json.dumps(meta.to_json() | facts, ensure_ascii=False).encode("utf-8"))
 
 
@@ -330,6 +368,7 @@ def prepare(
     limit_each: int = 0,
     workers: int = 1,
     pack_length: int = 0,
+    shard_tokens: int = 0,
     weights: Sequence[float] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> None:
@@ -345,6 +384,7 @@ def prepare(
         limit: only the first so many documents; 0: all.
         limit_each: the same of each file.
         pack_length: tokens of the rows that documents are packed into (packing.py); 0: they follow each other.
+        shard_tokens: tokens of each file, the last of train and of val excepted; 0: one file of each.
         weights: how often a document of each of the reading's sources is for training, 1 where none are given; of a
             fraction so many of the documents, chosen by a hash of their content. For validation each is there once,
             unless its weight is 0.
@@ -397,7 +437,7 @@ def prepare(
         [shards / f"{number:06d}.bin" for number in range(len(units))],
         out,
         tokenizer,
-        _Split(val, reading, tuple(weights) or (1.0,) * len(reading.sources), pack_length),
+        _Split(val, reading, tuple(weights) or (1.0,) * len(reading.sources), pack_length, shard_tokens),
         {
             **(reading.facts() if reading.render is None else {}),
             "limit": limit or limit_each,
@@ -409,9 +449,10 @@ def prepare(
         shutil.rmtree(path)
     with contextlib.suppress(OSError):  # somebody else's files are in it
         folder.rmdir()
+    end = "" if shard_tokens else ".bin"
     print(
         f"{counts['documents']:,} document{'s' * (counts['documents'] != 1)}, vocabulary of {tokenizer.vocab_size:,}; "
-        f"train.bin {counts['train']:,} tokens, val.bin {counts['val']:,} tokens, in {out}"
+        f"train{end} {counts['train']:,} tokens, val{end} {counts['val']:,} tokens, in {out}"
     )
 
 
@@ -432,6 +473,7 @@ class _Split:
     reading: Reading
     weights: tuple[float, ...]
     pack_length: int
+    shard_tokens: int
 
     def held(self, hashes: np.ndarray) -> np.ndarray:
         """Which of these different documents are for validation; of several at least one is not, and one is."""
@@ -449,19 +491,31 @@ class _Split:
 
 
 class _Side:
-    """One of train and val while it is written: token ids, and a mask where there is one."""
+    """One of train and val while it is written: token ids, and a mask where there is one, in files of a name for now.
 
-    def __init__(
-        self, path: Path, dtype: str, masked: bool, packer: Packer | None, opened: contextlib.ExitStack
-    ) -> None:
-        self.dtype, self.packer = dtype, packer
+    Raises ValueError for more files than a data set may have.
+    """
+
+    def __init__(self, out: Path, name: str, dtype: str, masked: bool, packer: Packer | None, most: int) -> None:
+        self.out, self.name, self.dtype, self.masked, self.packer = out, name, dtype, masked, packer
+        self.most = most
+        """Tokens of a file; 0: any number."""
+        self.names: list[str] = []
         self.tokens = self.targets = 0
-        paths = (path, mask_of(path))[: 1 + masked]
-        self.temporary = [path.with_name(f"{path.name}.tmp") for path in paths]
-        self._files: list[BinaryIO] = []
-        for path in self.temporary:
-            self._files.append(opened.enter_context(open(path, "wb")))  # noqa: SIM115 - the stack closes it
-        self._bits = np.zeros(0, bool)
+        self._opened = contextlib.ExitStack()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Open the next file, and its mask."""
+        if len(self.names) == MOST_FILES:
+            raise ValueError(f"--shard_tokens {self.most}: a data set has at most {MOST_FILES} files of {self.name}")
+        self.names.append(f"{self.name}_{len(self.names):05d}.bin" if self.most else f"{self.name}.bin")
+        path = self.out / self.names[-1]
+        self._files: list[BinaryIO] = [
+            self._opened.enter_context(open(temporary_of(file), "wb"))  # noqa: SIM115 - closed with the others
+            for file in (path, mask_of(path))[: 1 + self.masked]
+        ]
+        self._left, self._bits = self.most, np.zeros(0, bool)
 
     def add(self, ids: np.ndarray, counts: np.ndarray, sizes: np.ndarray, ends: np.ndarray) -> None:
         """Documents one behind the other, of these sizes; a piece of one where it does not end."""
@@ -473,24 +527,47 @@ class _Side:
             for row in self.packer.push(ids[start:stop], counts[start:stop], end):
                 self._write(*row)
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Write what waits, and close the files."""
         if self.packer is not None:
             for row in self.packer.flush():
                 self._write(*row)
             # The token behind the last row, which a window of the whole row looks at.
             self._write(np.array([self.packer.padding], dtype=self.dtype), np.zeros(1, bool))
-        if len(self._files) > 1:
+        self._end()
+
+    def close(self) -> None:
+        """Close the files as they are."""
+        self._opened.close()
+
+    def _end(self) -> None:
+        if self.masked:
             self._files[1].write(packed(self._bits))
+        self.close()
 
     def _write(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        while self.most and len(ids) > self._left:
+            self._append(ids[: self._left], counts[: self._left])
+            ids, counts = ids[self._left :], counts[self._left :]
+            self._end()
+            self._begin()
+        self._append(ids, counts)
+        self._left -= len(ids)
+
+    def _append(self, ids: np.ndarray, counts: np.ndarray) -> None:
         self._files[0].write(ids.astype(self.dtype, copy=False).tobytes())
         self.tokens += len(ids)
         self.targets += int(counts.sum())
-        if len(self._files) > 1:
+        if self.masked:
             bits = np.concatenate([self._bits, counts])
             whole = len(bits) - len(bits) % 8
             self._files[1].write(packed(bits[:whole]))
             self._bits = bits[whole:]
+
+
+def temporary_of(path: Path) -> Path:
+    """The name of a file until all are there."""
+    return path.with_name(f"{path.name}.tmp")
 
 
 def _join(shards: list[Path], out: Path, tokenizer: Tokenizer, split: _Split, facts: dict[str, Any]) -> dict[str, int]:
@@ -506,16 +583,17 @@ def _join(shards: list[Path], out: Path, tokenizer: Tokenizer, split: _Split, fa
     edge = max(1, min(total - 1, int(total * (1 - split.val))))
     dtype, length, render = dtype_of(tokenizer.vocab_size), split.pack_length, split.reading.render
     masked = bool(render or length)
-    for name in ("train", "val"):
-        for path in (out / f"{name}.bin", mask_of(out / f"{name}.bin"))[name == "val" :]:
-            path.unlink(missing_ok=True)
+    for path in out.iterdir():  # of an earlier call, in one file or in several
+        if re.fullmatch(r"(train|val)(_\d{5})?(\.mask)?\.bin(\.tmp)?", path.name):
+            path.unlink()
     of_source = np.zeros((len(split.weights), 2), np.int64)
     places = accumulate((int(index["tokens"].sum()) for index in indices), initial=0)
+    sides: dict[str, _Side] = {}
     with contextlib.ExitStack() as opened:
-        sides = {}
         for name in ("train", "val"):
             packer = Packer(length, tokenizer.end_of_text or 0) if length else None
-            sides[name] = _Side(out / f"{name}.bin", dtype, masked, packer, opened)
+            sides[name] = _Side(out, name, dtype, masked, packer, split.shard_tokens)
+            opened.callback(sides[name].close)
         for path, index, place in zip(shards, indices, places, strict=False):
             ids = np.fromfile(path, dtype=dtype)
             counts = np.fromfile(path.with_suffix(".mask"), dtype=bool) if render else np.ones(len(ids), bool)
@@ -535,7 +613,7 @@ def _join(shards: list[Path], out: Path, tokenizer: Tokenizer, split: _Split, fa
                 if name == "train":
                     np.add.at(of_source, index["source"][which], np.stack([index["ends"][which], sizes[which]], 1))
         for side in sides.values():
-            side.close()
+            side.finish()
     told: dict[str, Any] = {"documents": int(entries["ends"].sum())}
     told["tokens"] = {name: side.tokens for name, side in sides.items()}
     if masked:
@@ -554,10 +632,12 @@ def _join(shards: list[Path], out: Path, tokenizer: Tokenizer, split: _Split, fa
         }
         told["packing"] = {"how": "best-fit", "length": length, "padding": padding}
     masks = ("train", "val") if masked else ()
-    write_meta(out, tokenizer, masks=masks, row=length or 1, **told, val=split.val, **facts)
-    for side in reversed(sides.values()):
-        for temporary in reversed(side.temporary):
-            os.replace(temporary, temporary.with_suffix(""))
+    files = {name: side.names for name, side in sides.items()} if split.shard_tokens else None
+    write_meta(out, tokenizer, files=files, masks=masks, row=length or 1, **told, val=split.val, **facts)
+    written = [out / name for side in sides.values() for name in side.names]
+    for path in reversed(written):
+        for file in (mask_of(path), path)[not masked :]:
+            os.replace(temporary_of(file), file)
     return {**told["tokens"], "documents": told["documents"]}
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrate.data.files import MASK, Bits, Joined, mask_of, packed
+from orchestrate.data.files import MASK, MOST_FILES, Bits, Joined, mask_of, packed
 from orchestrate.data.proportions import UNITS, in_units, turns
 
 # Far above any data set there is. More is a slip of the pen, or meant to fill the memory of who reads it.
@@ -35,7 +35,6 @@ _LONGEST_PICKLE = 2 * 2**20
 _LONGEST_MAP = 8 * 2**20
 _SAMPLED = 2**16
 """Bytes."""
-_MOST_FILES = 2**16
 _FILES = {"train": ("train.bin",), "val": ("val.bin",)}
 _TOKENIZERS = r"char|gpt2|huggingface|tiktoken:[\w.-]{1,80}"
 _ROUNDS = 4
@@ -226,7 +225,7 @@ class Meta:
         if not isinstance(files, dict) or not set(files) <= set(_FILES) or not all(map(_are_names, files.values())):
             raise ValueError(
                 f"{place}: files must give under train and val the names of token files beside it, each ending in "
-                f".bin, at most {_MOST_FILES} and none twice, got {files!r:.80}"
+                f".bin, at most {MOST_FILES} and none twice, got {files!r:.80}"
             )
         if not isinstance(masks, list) or not all(isinstance(name, str) and name in _FILES for name in masks):
             raise ValueError(f"{place}: masks must be a list of train or val, got {masks!r:.80}")
@@ -244,7 +243,7 @@ def _are_names(names: Any) -> bool:
     """Whether these are names of token files in the folder itself."""
     return (
         isinstance(names, list)
-        and 1 <= len(names) <= _MOST_FILES
+        and 1 <= len(names) <= MOST_FILES
         and all(isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,200}\.bin", name) for name in names)
         and not any(name.endswith(MASK) for name in names)
         and len(set(names)) == len(names)

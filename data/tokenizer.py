@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -241,7 +242,7 @@ class HuggingFaceTokenizer(_ByteTokenizer):
             self._open(files)
         except (OSError, ValueError, RecursionError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(f"{folder}: no tokenizer can be read from it ({first}); --dataset names one") from None
+            raise ValueError(f"{folder}: no tokenizer can be read from it ({first})") from None
 
     @classmethod
     def of(cls, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
@@ -335,6 +336,50 @@ class HuggingFaceTokenizer(_ByteTokenizer):
     def control(self, name: str) -> int | None:
         return next((i for i, text in self._added.items() if text == name and i in self._control), None)
 
+    @property
+    def control_names(self) -> list[str]:
+        """Of all control tokens."""
+        return [text for i, text in self._added.items() if i in self._control]
+
+    @cached_property
+    def chat_template(self) -> str:
+        """Jinja; nothing where the folder has none. Raises ValueError where that cannot be read."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode("utf-8")
+        kept = _object(self.files.get("chat_template.json", b"{}"), "chat_template.json").get("chat_template")
+        found = kept or self._config.get("chat_template") or ""
+        if isinstance(found, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = named.get("default", "")
+        if not isinstance(found, str):
+            raise ValueError(f"tokenizer_config.json: 'chat_template' must be text, got {found!r:.80}")
+        return found
+
+    @property
+    def special(self) -> dict[str, str]:
+        """bos_token, eos_token and what else the configuration names so, as a chat template asks for them."""
+        given = {**_object(self.files.get("special_tokens_map.json", b"{}"), "special_tokens_map.json"), **self._config}
+        named = {k: v.get("content") if isinstance(v, dict) else v for k, v in given.items() if k.endswith("_token")}
+        return {name: text for name, text in named.items() if isinstance(text, str)}
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
+        """Texts and names of control tokens (True), joined: as `encode` has it, but no text becomes a control token.
+
+        Nothing is put before it. Raises ValueError.
+        """
+        names = sorted(self.control_names, key=len, reverse=True)
+        joined = "".join(text for text, _ in parts)
+        # Where the names in it are those of the parts, the tokenizer may see all of it at once.
+        found = [name for name in re.findall("|".join(map(re.escape, names)) or "(?!)", joined)]
+        wanted = [text for text, control in parts if control]
+        if found == wanted:
+            with in_rust("the tokenizer"):
+                ids: list[int] = self._inner.encode(joined, add_special_tokens=False).ids
+            if [i for i in ids if i in self._control] == [self.control(name) for name in wanted]:
+                return ids
+        apart = [[self.control(text)] if control else self.encode_plain(text) for text, control in parts]
+        return [i for ids in apart for i in ids]
+
     def decode(self, ids: Sequence[int]) -> str:
         if self._by_bytes:
             return super().decode(ids)
@@ -373,6 +418,9 @@ class RemappedTokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         return self._mapped(self.inner.encode_plain(text))
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
+        return self._mapped(self.inner.encode_parts(parts))
 
     def control(self, name: str) -> int | None:
         token = self.inner.control(name)
@@ -502,9 +550,7 @@ def tokenizer_of(meta: Meta, folder: str | Path | None = None) -> Tokenizer:
         tokenizer.kind = meta.tokenizer  # its form is another one, it is not
     elif meta.tokenizer == "huggingface":
         where = f"{folder}: there is no tokenizer.json" if folder is not None else "its files are not kept"
-        raise ValueError(
-            f"the tokenizer of the data set cannot be had ({where}); --dataset names a data set that has it"
-        )
+        raise ValueError(f"the tokenizer of the data set cannot be had ({where})")
     else:
         folder, tokenizer = None, tiktoken_tokenizer(meta.tokenizer.removeprefix("tiktoken:"))
     if meta.fingerprint and tokenizer.fingerprint != meta.fingerprint:

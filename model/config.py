@@ -172,6 +172,10 @@ class ModelConfig:
     rotary_original_length: int = option(
         8192, "tokens in one sequence before the context was extended so", limit=2**24, shapes_blocks=False
     )
+    rotary_dynamic_factor: float = option(
+        0.0, "1 or more: the longer a sequence is than rotary_original_length, the larger is its base (dynamic NTK); "
+        "0: never", zero=True, shapes_blocks=False,
+    )  # fmt: skip
     tie_weights: bool = option(
         True, "token embedding and output head are one matrix", shapes_blocks=False, by_operation=True
     )
@@ -258,15 +262,33 @@ class ModelConfig:
         """Whether the MLPs have biases, by `bias` or by their own option."""
         return self.bias or self.mlp_bias
 
+    @property
+    def cache_length(self) -> int:
+        """Tokens of a sequence up to which its keys and values stay what they are whatever comes after them.
+
+        In a longer one under dynamic NTK each token changes the frequencies, and so the hidden states, of all of them.
+        """
+        return min(self.block_size, self.rotary_original_length) if self.rotary_dynamic_factor else self.block_size
+
     def _rotary_problems(self) -> list[str]:
         """Values of the rotary options that are impossible, or mean nothing, beside the others."""
         problems = []
-        for name in ("rotary_scale", "rotary_llama3_factor"):
-            if self.position != "rotary" and getattr(self, name) != 1:
+        for name in ("rotary_scale", "rotary_llama3_factor", "rotary_dynamic_factor"):
+            if self.position != "rotary" and getattr(self, name) != DEFAULTS[name]:
                 problems.append(f"{name} {getattr(self, name)} needs rotary positions")
+        dynamic = self.rotary_dynamic_factor
         for name in LLAMA3_OPTIONS[1:]:
-            if self.rotary_llama3_factor == 1 and getattr(self, name) != DEFAULTS[name]:
+            used = self.rotary_llama3_factor != 1 or (dynamic and name == "rotary_original_length")
+            if not used and getattr(self, name) != DEFAULTS[name]:
                 problems.append(f"{name} {getattr(self, name)} means nothing where rotary_llama3_factor is 1")
+        if dynamic and self.rotary_llama3_factor != 1:
+            problems.append(
+                f"rotary_dynamic_factor {dynamic} and rotary_llama3_factor {self.rotary_llama3_factor}: one of them"
+            )
+        if 0 < dynamic < 1:
+            problems.append(f"rotary_dynamic_factor must be 0, or 1 or more, got {dynamic}")
+        if dynamic and self.head_size < 4:
+            problems.append(f"rotary_dynamic_factor {dynamic} needs a head size of 4 or more, got {self.head_size}")
         low, high = self.rotary_low_freq_factor, self.rotary_high_freq_factor
         if self.rotary_llama3_factor != 1 and low >= high:
             problems.append(f"rotary_low_freq_factor {low} must be below rotary_high_freq_factor {high}")

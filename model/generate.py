@@ -104,14 +104,18 @@ def lay_out(model: GPT) -> None:
 class Continuation:
     """Sequences that go on together, by a token each at every step; others join and leave while they do.
 
-    The model must be in evaluation mode, and its weights must stay as they are while there is a sequence. Once a
-    sequence is longer than block_size its window slides, every position changes, and no cache can help: each of its
-    tokens then costs a full forward pass. So it is, as to the cost, with one that is longer than `capacity`.
+    The model must be in evaluation mode, and its weights must stay as they are while there is a sequence.
+
+    Once a sequence is longer than block_size its window slides, every position changes, and no cache can help: each of
+    its tokens then costs a full forward pass. So it does once it is longer than `capacity`, and once dynamic NTK
+    changes the frequencies with each token (cache_length of the configuration). transformers go on with keys that were
+    turned by older ones, so what they say depends on where their cache began; here it is what an uncached forward pass
+    says.
 
     Args:
         slots: how many sequences may go on at a time.
-        capacity: tokens of a sequence that the cache has room for, at most block_size (the default). It holds keys and
-            values of slots * capacity tokens, whatever comes and goes.
+        capacity: tokens of a sequence that the cache has room for, at most cache_length (the default). It holds keys
+            and values of slots * capacity tokens, whatever comes and goes.
         use_cache: keep keys and values. The result is that of computing every position anew.
 
     Attributes:
@@ -125,8 +129,8 @@ class Continuation:
         # FSDP2 gathers weights where they will train: they must not be tensors that autograd never sees.
         self._mode = torch.no_grad if hasattr(parameter, "full_tensor") else torch.inference_mode
         self.tokens: dict[int, list[int]] = {}
-        block_size = model.config.block_size
-        capacity = min(block_size if capacity is None else capacity, block_size)
+        longest = model.config.cache_length
+        capacity = min(longest if capacity is None else capacity, longest)
         self._cache = Cache(model.config, slots, capacity) if use_cache else None
         self._rows: list[int] = []  # the number of the sequence in each row of the cache, from the first row on
         self._rules: dict[int, tuple[Choice, np.random.Generator]] = {}

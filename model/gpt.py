@@ -34,12 +34,12 @@ class Cache:
 
     Args:
         rows: how many there are at most.
-        capacity: tokens that a row may have, at most block_size.
+        capacity: tokens that a row may have, at most cache_length of the configuration.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int) -> None:
-        assert capacity <= config.block_size, f"{capacity} positions in a model of block_size {config.block_size}"
-        self.capacity, self.last_position = capacity, config.block_size - 1
+        assert capacity <= config.cache_length, f"{capacity} tokens; a cache is of use up to {config.cache_length}"
+        self.capacity, self.last_position = capacity, config.cache_length - 1
         self.lengths = [0] * rows
         """How many tokens each row has."""
         self._layers: list[tuple[Tensor, Tensor]] = []  # each (rows, capacity, n_kv_head, head_size)
@@ -175,23 +175,37 @@ class AdapterDropout(Dropout):
     """Of what an adapter reads: the weight that it adapts reads the whole (lora_dropout)."""
 
 
-def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu", length: int = 0) -> Tensor:
     """The angle by which each pair of features turns from one position to the next, (head_size / 2,) float32 radians.
 
     rotary_base ** (-2 i / head_size) (Su et al. 2021, arXiv:2104.09864). Llama 3.1 (Grattafiori et al. 2024,
     arXiv:2407.21783; as in transformers' rope type "llama3") divides those that turn rarely in the length that it was
-    first trained on. All of them are divided by rotary_scale after that: position interpolation (Chen et al. 2023,
-    arXiv:2306.15595), so the two compose.
+    first trained on. Dynamic NTK (bloc97 and emozilla 2023, in Peng et al., arXiv:2309.00071, appendix B; as in
+    transformers' rope type "dynamic") has a larger base the longer a sequence is than that. All of them are divided by
+    rotary_scale after that: position interpolation (Chen et al. 2023, arXiv:2306.15595), so it composes with either.
+
+    Args:
+        length: tokens of the whole sequence, which dynamic NTK goes by.
     """
-    c = config
+    c, base = config, config.rotary_base
+    if c.rotary_dynamic_factor and length > c.rotary_original_length:
+        stretch = 1 + c.rotary_dynamic_factor * (length / c.rotary_original_length - 1)
+        base *= stretch ** (c.head_size / (c.head_size - 2))
     exponents = torch.arange(0, c.head_size, 2, dtype=torch.float32, device=device) / c.head_size
-    frequencies = 1.0 / c.rotary_base**exponents
+    frequencies = 1.0 / base**exponents
     if c.rotary_llama3_factor != 1.0:
         turns = c.rotary_original_length * frequencies / (2 * math.pi)
         low, high = c.rotary_low_freq_factor, c.rotary_high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         frequencies = kept * frequencies + (1.0 - kept) * frequencies / c.rotary_llama3_factor
     return frequencies / c.rotary_scale
+
+
+def rotary_tables(config: ModelConfig, time: int, device: torch.device | str, length: int = 0) -> Rope:
+    """Of the first positions of a sequence of so many tokens."""
+    positions = torch.arange(time, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, rotary_frequencies(config, device, length)).repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -423,9 +437,7 @@ class GPT(nn.Module):
         """Make the buffers (rotary tables, dropout, masks) anew on a device: for a model that was built on meta."""
         config = self.config
         if config.position == "rotary":
-            positions = torch.arange(config.block_size, dtype=torch.float32, device=device)
-            angles = torch.outer(positions, rotary_frequencies(config, device)).repeat(1, 2)
-            self.rope_cos, self.rope_sin = angles.cos(), angles.sin()
+            self.rope_cos, self.rope_sin = rotary_tables(config, config.block_size, device)
         else:
             self.rope_cos = self.rope_sin = torch.empty(0, device=device)
         for module in self.modules():
@@ -450,24 +462,35 @@ class GPT(nn.Module):
             self.fade_logits = torch.zeros(self.config.vocab_size, device=device)
             self.fade_logits[fade.known :] = math.log(max(fade.share, 1e-13))
 
-    def _start(self, idx: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Rope | None]:
+    def _start(
+        self, idx: Tensor, positions: Tensor | None = None, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Rope | None]:
         """The residual stream (batch, time, n_embd) before the first block, and the rotary tables of these positions.
 
-        Args:
-            positions: of each token, (batch, time); None where every row begins at 0.
-        """
-        time = idx.shape[1]
-        assert time <= self.config.block_size, f"{time} positions in a model of block_size {self.config.block_size}"
-        x = self.embed(self, idx, positions)
-        if self.config.position != "rotary":
-            return x, None
-        if positions is None:
-            return x, (self.rope_cos[:time], self.rope_sin[:time])
-        return x, (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])  # the same for all heads
+        Under dynamic NTK all positions of a sequence that is longer than rotary_original_length turn by frequencies
+        that follow from its own length alone: not from the length that a batch is filled up to, nor from sequences
+        before it, as in transformers (which keep a longer one's frequencies until a short one comes).
 
-    def _hidden(self, idx: Tensor) -> Tensor:
+        Args:
+            positions: of each token, (batch, time), below cache_length; None where every row begins at 0.
+            counts: how many tokens each row has; None: all.
+        """
+        time, config = idx.shape[1], self.config
+        assert time <= config.block_size, f"{time} positions in a model of block_size {config.block_size}"
+        x = self.embed(self, idx, positions)
+        if config.position != "rotary":
+            return x, None
+        if positions is not None:
+            return x, (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])  # the same for all heads
+        counts = counts or [time]
+        if max(counts) <= config.cache_length:
+            return x, (self.rope_cos[:time], self.rope_sin[:time])
+        cos, sin = zip(*(rotary_tables(config, time, idx.device, count) for count in counts), strict=True)
+        return x, (torch.stack(cos)[:, None], torch.stack(sin)[:, None])
+
+    def _hidden(self, idx: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """The residual stream (batch, time, n_embd) after the last block."""
-        x, rope = self._start(idx)
+        x, rope = self._start(idx, counts=counts)
         # Around a compiled block and not in it: switching recompiles nothing, and dropout breaks no more graphs.
         for block in self.transformer["h"]:
             x = checkpoint(block, x, rope, use_reentrant=False) if self.checkpointing else block(x, rope)
@@ -510,7 +533,7 @@ class GPT(nn.Module):
             every: logits after each new token, (batch, time, vocab); those after a row's count mean nothing.
         """
         if cache is None:
-            x = self._hidden(idx)
+            x = self._hidden(idx, counts)
         else:
             x, rope = self._start(idx, cache.place(idx.shape[1], counts, idx.device, first))
             for layer, block in enumerate(self.transformer["h"]):

@@ -63,7 +63,7 @@ def open_model(name_or_folder: str | Path) -> tuple[ModelConfig, Callable[..., G
         config = gpt2_config(str(name_or_folder))
         return config, lambda keep=as_is: _fetched(str(name_or_folder), config, keep)
     place = f"init_from {name_or_folder}"
-    theirs = _read_config(Path(name_or_folder), place)
+    theirs = _read_config(str(name_or_folder), place)
     family = FAMILIES[theirs.model_type]
     try:
         family.config(theirs)  # what it says is refused before its files are looked at
@@ -85,11 +85,17 @@ def load(name_or_folder: str, keep: Keep = as_is) -> GPT:
     return open_model(name_or_folder)[1](keep)
 
 
-def _read_config(folder: Path, place: str) -> Any:
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be a path, and not NAME or ORGANISATION/NAME on the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def _read_config(name: str, place: str) -> Any:
     """A folder's configuration as transformers read it, of a family that we know. Raises ValueError."""
+    folder = Path(name)
     if not folder.is_dir():
         hint = ""
-        if str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
+        if "/" in name and not is_path(name):
             hint = "; of the hub's models only those of GPT-2 are fetched: download others and give the folder"
         raise ValueError(
             f"{place}: there is no such file or folder; allowed: scratch, resume, {', '.join(GPT2_MODELS)}, "
@@ -184,14 +190,3 @@ def family_of(config: ModelConfig) -> Family:
             return family
         reasons.append(f"{family.title} cannot hold {', '.join(lacking)}")
     raise ValueError(f"this model has no Hugging Face form: {'; '.join(reasons)}")
-
-
-def to_hf(model: GPT) -> dict[str, Tensor]:
-    """Hugging Face's names and tensors. Raises ValueError for a model that none of its families can hold exactly."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return family_of(model.config).to_hf(model.config, weights)
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The keys of the config.json that goes with `to_hf`. Raises ValueError as it does."""
-    return family_of(config).config_to_hf(config)

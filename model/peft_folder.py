@@ -114,6 +114,8 @@ def _described(folder: str, base_model: str) -> Described:
     base = short if short in hugging_face.GPT2_MODELS else base
     if base in hugging_face.GPT2_MODELS:
         config, family = hugging_face.gpt2_config(base), FAMILIES["gpt2"]
+    elif not Path(base).is_dir() and hugging_face.is_path(base):
+        raise ValueError(f"its base model {base}: there is no such folder; base_model says where it is")
     elif not Path(base).is_dir():
         raise ValueError(f"its base model {base} is no folder here: download it, and give its folder as base_model")
     else:

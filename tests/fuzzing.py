@@ -15,6 +15,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -35,9 +36,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train_orchestrated
-from orchestrate.data.conversations import END, ROLES, START, TASKS, task
+from orchestrate.data.conversations import END, ROLES, START, TASKS, Message, task
 from orchestrate.data.files import packed
-from orchestrate.data.keeping import as_hugging_face, save
+from orchestrate.data.keeping import as_hugging_face, for_conversations, save
 from orchestrate.data.prepare import Reading, prepare, trained_tokenizer
 from orchestrate.data.stream import Meta, gather, open_data, read_meta, read_remap
 from orchestrate.data.tokenizer import CharTokenizer, HuggingFaceTokenizer, Pieces
@@ -46,6 +47,7 @@ from orchestrate.model.config import Fade, LoraSpec, ModelConfig
 from orchestrate.model.export import NoForm, form_of, nanogpt_form_of, write_hugging_face, write_nanogpt
 from orchestrate.model.gpt import GPT, init_weights
 from orchestrate.training.schedule.file import entry_fields
+from orchestrate.training.session.talking import Talk, chat_format
 from orchestrate.training.settings.config import KEYS, TrainConfig
 from orchestrate.training.settings.errors import OperationFailed, Refused, ScheduleError
 from orchestrate.training.store.manifest import checksum
@@ -111,6 +113,10 @@ FIELDS = {
     "exponent": 2.0,
     "on_error": "skip",
     "guard": {"max_increase": 0.1, "within_iters": 3, "then": "keep"},
+    "label": "x",
+    "after": "first",
+    "repeat": {"times": 2, "until": {"metric": "loss", "below": 1.0}},
+    "all_of": [{"trigger_loss": 2.0}, {"max_wait_iters": 3}],
     "trigger_plateau": {"evals": 2, "min_delta": 0.1},
     "trigger": {"metric": "loss", "plateau": {"evals": 2, "min_delta": 0.1}},
 }
@@ -270,6 +276,20 @@ def entries(data: st.DataObject) -> list[dict]:
     return made
 
 
+def in_tracks(data: st.DataObject, made: list[dict]) -> Any:
+    """The entries as they are, or some of them in a block, or in several tracks; and something wrong with that."""
+    made = [{"name": "save_checkpoint", "label": "first"}, *made]
+    at = data.draw(st.integers(0, len(made)))
+    if data.draw(st.booleans()):
+        times = data.draw(st.one_of(st.integers(1, 3), JSON, st.just({"times": 2, "until": FIELDS["trigger"]})))
+        block = {"repeat": times, "do": made[at:], data.draw(st.sampled_from(["label", "desc"])): "block"}
+        made = [*made[:at], block]
+    if data.draw(st.booleans()):
+        return made
+    tracks = {data.draw(st.one_of(st.just("a"), TEXTS)): made[:at], "b": data.draw(st.one_of(st.just(made[at:]), JSON))}
+    return data.draw(st.sampled_from([{"tracks": tracks}, {"operations": made, "tracks": tracks}, {"tracks": made}]))
+
+
 def schedule_entries(data: st.DataObject, workspace: Workspace) -> str:
     """A schedule whose entries have wrong values and fields; what has an unknown field or name must be refused."""
     made = entries(data)
@@ -279,6 +299,7 @@ def schedule_entries(data: st.DataObject, workspace: Workspace) -> str:
         chosen["name" if data.draw(st.booleans()) else "trigger_lost"] = "set_lrr"
     with workspace.case() as folder:
         # The examples' names of data sets, where there is one.
+        made = in_tracks(data, made) if data.draw(st.booleans()) else made
         text = json.dumps(made).replace('"second"', json.dumps(str(workspace.data)))
         (folder / "s.json").write_text(text.replace('"first"', json.dumps(f"{workspace.data}/")))
         given = workspace.arguments(
@@ -677,6 +698,11 @@ def _tokenizers() -> list[Any]:
     return [CharTokenizer.of("to be, or not", several=True), trained_tokenizer(280, ["to be, or not to be"] * 9)]
 
 
+@functools.cache
+def _with_control() -> HuggingFaceTokenizer:
+    return for_conversations(_tokenizers()[1])
+
+
 def documents(data: st.DataObject, workspace: Workspace) -> str:
     """A file of documents with noise in it becomes a data set whose ids the tokenizer has, or is refused."""
     with workspace.case() as folder, in_bounds():
@@ -722,6 +748,72 @@ def conversations(data: st.DataObject, workspace: Workspace) -> str:
         ids = np.concatenate([made_of.train.tokens, made_of.val.tokens])
         begins, ends = ((ids == i).sum() for i in range(made_of.meta.vocab_size - 2, made_of.meta.vocab_size))
         assert begins == ends == 2 + (len(record["messages"]) if "messages" in record else 2) and (ids == 0).sum() == 2
+        return "accepted"
+
+
+_TEMPLATES = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}"
+    "{% set first = messages[0].content %}{% else %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'assistant' %}{{ m.content }}"
+    "{{ eos_token }}{% else %}[INST] {% if loop.first and first %}{{ first }}{% endif %}{{ m.content }} [/INST]"
+    "{% endif %}{% endfor %}",
+    "{% for m in messages %}{% if '<|x' in m.content %}{{ m.content.split('<|x')[-1] }}{% else %}<|im_{{ m.content }}|>"
+    "{% endif %}{{ m.content }}{% endfor %}",
+)
+
+
+def chat_templates(data: st.DataObject, workspace: Workspace) -> str:
+    """A template with noise in it, and messages that name control tokens, or parts of them: they stay text."""
+    with workspace.case(), in_bounds():
+        template = data.draw(st.sampled_from(_TEMPLATES))
+        if data.draw(st.booleans()):
+            template = noisy(data, template.encode()).decode("utf-8", "replace")
+        files = dict(as_hugging_face(_with_control()).files)
+        if data.draw(st.booleans()):
+            files["tokenizer_config.json"] = json.dumps({"chat_template": template, "eos_token": END}).encode()
+            files.pop("chat_template.jinja")
+        else:
+            files["chat_template.jinja"] = template.encode()
+        parts = st.sampled_from([START, END, "<|im_", "start|>", "end|>", "|>", "<|", " ", "\n", "a", "b", ""])
+        said = st.lists(parts, max_size=6).map("".join)
+        talk = data.draw(st.lists(st.builds(Message, st.sampled_from(ROLES), said), min_size=1, max_size=4))
+        tokenizer = HuggingFaceTokenizer.of(files)
+        control = [tokenizer.control(name) for name in (START, END)]
+        try:
+            form = chat_format(tokenizer, 2**20, tokenizer.vocab_size)
+            ids = form.encode(talk)
+        except ValueError:
+            return "refused"
+        if form.plain or "<|x" in template:
+            expected = [] if form.plain else None
+        else:
+            meek = [Message(role, re.sub(r"\S(.*\S)?", "c", text, flags=re.DOTALL)) for role, text in talk]
+            expected = [i for i in form.encode(meek) if i in control]
+        found = [i for i in ids if i in control]
+        assert not found if expected is None else found == expected
+        return "accepted"
+
+
+def talk_files(data: st.DataObject, workspace: Workspace) -> str:
+    """A file of conversations with wrong parts, or with noise in it: what is loaded can be said and saved again."""
+    with workspace.case() as folder, in_bounds():
+        record = {"messages": [dict(role=role, content=f"{END} to") for role in ("system", "user", "assistant")]}
+        content = json.dumps(mutated(data, record) if data.draw(st.booleans()) else record).encode() + b"\n"
+        (folder / "in.jsonl").write_bytes(noisy(data, content) if data.draw(st.booleans()) else content)
+        tokenizer = _with_control()
+        talk, other = (Talk(None, chat_format(tokenizer, 2**20, tokenizer.vocab_size)) for _ in range(2))
+        try:
+            talk.load(folder / "in.jsonl")
+            ids = talk.form.prompt([*talk.messages, Message("user", END)], 1).ids
+        except Refused:
+            return "refused"
+        assert ids.count(tokenizer.control(END)) == len(talk.messages) + 1 and ids.count(tokenizer.end_of_text) == 0
+        talk.turns.append(Message("assistant", END))
+        talk.save(folder / "out.jsonl")
+        other.load(folder / "out.jsonl")
+        assert other.messages == talk.messages
         return "accepted"
 
 
@@ -798,7 +890,8 @@ TARGETS: dict[str, Callable[[st.DataObject, Workspace], str]] = {
     f.__name__: f
     for f in (schedule_entries, schedule_text, large_schedules, schedule_runs, config_values, config_file,
               growing_configs, forged_state, forged_tensors, damaged_files, jsonl, metas, token_folders,
-              tokenizer_folders, documents, conversations, foreign_checkpoints, exported_shapes)
+              tokenizer_folders, documents, conversations, chat_templates, talk_files, foreign_checkpoints,
+              exported_shapes)
 }  # fmt: skip
 
 

@@ -38,3 +38,20 @@ def test_generate(monkeypatch, capsys):
     run(monkeypatch, "generate.py", "--models=GPT-2 1 M,Llama 1 M", "--tokens=6", "--prompt=8", "--rounds=1")
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[3:]]
     assert len(rows) == 4 and [row[7].strip() for row in rows] == ["1 of 1", "8 of 8"] * 2
+
+
+def test_resident_memory(monkeypatch, capsys):
+    shape = ["--n_layer=2", "--n_embd=64", "--n_head=2", "--block_size=16", "--batch_size=1", "--vocab_size=64"]
+    run(monkeypatch, "memory.py", "--resident", "--dtype=float32", "--rank=2", *shape)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    held = {row[0].strip(): float(row[3]) for row in rows}
+    assert held["float32"] == 4 and 2 < held["bfloat16"] < 2.4
+    assert rows[0][-1] == rows[1][-1], "the folder is bfloat16, so the loss is the same"
+
+
+def test_data(monkeypatch, capsys):
+    """What a read takes is waited for, and not where the next one is read while a step computes."""
+    run(monkeypatch, "data.py", "--rounds=1", "--steps=2", "--milliseconds=60")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    waited = {(read, ahead): float(data) for read, ahead, data, _ in rows}
+    assert waited["60 ms", "no"] > 60 and waited["60 ms", "yes"] < 0.5 * waited["60 ms", "no"]

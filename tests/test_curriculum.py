@@ -11,8 +11,8 @@ from conftest import assert_same_tensors, events, lines, tensors, write_data
 
 from orchestrate.data import shrink_vocabulary
 from orchestrate.data.curriculum import GROUP, Curriculum
-from orchestrate.data.shrink_vocabulary import shrunken
-from orchestrate.data.stream import Cursor, Stream, TokenFile, window_starts
+from orchestrate.data.shrink_vocabulary import counts_of, shrunken
+from orchestrate.data.stream import Cursor, Stream, TokenFile, open_data, window_starts
 from orchestrate.training.store.run_folder import METRICS
 
 
@@ -60,6 +60,13 @@ def test_it_is_a_pure_function_of_the_sample(tokens):
     assert not np.array_equal(Curriculum(tokens, 5, 0.2).batch(place, 600)[0], whole)
 
 
+def test_the_order_stays_what_it_is(tokens):
+    """Checkpoints hold a place in it: samples of the seam between two groups, and of the second pass."""
+    stream = Curriculum(tokens, 5, 0.6)
+    assert (stream._starts(60, 9, 8) // 8).tolist() == [13, 18, 33, 101, 49, 55, 50, 50, 50]
+    assert stream._starts(190, 4, 8).tolist() == [274, 850, 658, 730]
+
+
 def test_it_ramps_and_is_resumed_to_the_bit(tiny, resume):
     schedule = [{"name": "set_curriculum_alpha", "value": 1.0, "at_iter": 2, "over": 6}]
     _, plain = tiny(out="plain")
@@ -82,6 +89,31 @@ def test_the_kept_are_the_most_frequent_in_their_old_order():
     for keep, rare, told in ((0, None, "--keep"), (6, None, "--keep must be from 1 to 5"), (3, 6, "--rare")):
         with pytest.raises(ValueError, match=told):
             shrunken(counts, keep, rare)
+
+
+def test_tokens_are_counted_piece_by_piece(tmp_path, monkeypatch, capsys):
+    folders = [write_data(tmp_path / name) for name in ("one", "two")]
+    files = [TokenFile(folder / "train.bin") for folder in folders]
+    size = open_data(str(folders[0]), 4).meta.vocab_size
+    whole = np.bincount(files[0].tokens, minlength=size)
+    for piece in (7, 100, len(files[0]) - 1, len(files[0]), 2**24):
+        monkeypatch.setattr(shrink_vocabulary, "_PIECE", piece)
+        assert np.array_equal(counts_of(files[0], size), whole)
+    with pytest.raises(ValueError, match=f"train.bin: token id {size - 1} is beyond the vocabulary of {size - 1}"):
+        counts_of(files[0], size - 1)
+    (folders[1] / "train.bin").write_bytes(np.full(10_000, 3, np.uint16).tobytes())
+    path = tmp_path / "map.npy"
+    shrink_vocabulary.main([*map(str, folders), "--keep", "1", "--out", str(path)])
+    new_ids = np.ones(size)
+    new_ids[3] = 0
+    assert np.array_equal(np.load(path), new_ids), "of both together the most frequent is 3"
+    share = 100 * (whole.sum() - whole[3]) / (whole.sum() + 10_000)
+    told = capsys.readouterr().out
+    assert f"2 of {size} ids; {share:.2f} % of the training tokens share the rare one" in told and "rare:" not in told
+    shrink_vocabulary.main([*map(str, folders), "--keep", "1", "--rare", "4", "--out", str(path)])
+    assert not np.load(path).any() and "value: {rare: 4}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--out must end in .npy"):
+        shrink_vocabulary.main([str(folders[0]), "--keep", "5", "--out", str(tmp_path / "map.json")])
 
 
 def test_from_the_script_to_undone(tiny, resume, tmp_path, capsys):

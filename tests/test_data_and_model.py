@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import TEXT, arguments, events, on_ranks, tensors, write_data
-from test_foreign_weights import LLAMA3, gpt2, llama, nanogpt_checkpoint, qwen2
+from test_foreign_weights import DYNAMIC, LLAMA3, gpt2, llama, nanogpt_checkpoint, qwen2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -266,6 +266,14 @@ def test_what_the_finer_options_say_of_foreign_weights(data, tmp_path, monkeypat
     resumed = ["--init_from=resume", f"--out_dir={out}", "--max_iters=3"]
     both_refuse([*resumed, "--rotary_low_freq_factor=2"], "from 1.0 to 2.*, and no operation changes it$")
     assert train_orchestrated.main([*resumed, "--attn_bias=qkv"]) == 0
+    # Dynamic NTK, in sequences up to its factor times the length that it begins at.
+    qwen2(rope_parameters=DYNAMIC, vocab_size=SIZE).save_pretrained(tmp_path / "ntk")
+    given = arguments(data, tmp_path / "long", init_from=tmp_path / "ntk", n_head=4, n_embd=32, max_iters=1)
+    both_refuse([*given, "--rotary_dynamic_factor=0"], "rotary_dynamic_factor: got 0.*, .* rotary_dynamic_factor 3.0$")
+    both_refuse([*given, "--block_size=97"], "block_size 97 is longer than the 96 that .* was made for")
+    assert train_orchestrated.main([*given, "--block_size=40"]) == 0
+    recorded = json.loads((tmp_path / "long" / "config.json").read_text())
+    assert (recorded["rotary_dynamic_factor"], recorded["rotary_original_length"]) == (3.0, 32)
     # Biases in all of it are said by each of the three keys.
     gpt2(vocab_size=SIZE).save_pretrained(tmp_path / "gpt2")
     given = arguments(data, tmp_path / "other", init_from=tmp_path / "gpt2", n_head=4, n_embd=32, max_iters=1)
@@ -356,6 +364,7 @@ def test_an_empty_schedule_on_resume_means_no_more_entries(tiny, resume):
     [
         ("Qwen/Qwen2-0.5B", "no such file or folder; allowed: scratch, resume, gpt2, .* of the hub's models only"),
         ("gpt3", "no such file or folder; allowed: scratch, resume, gpt2, gpt2-medium"),
+        ("./Qwen/Qwen2-0.5B", "there is no such file or folder; allowed: .*, a nanoGPT ckpt.pt$"),
     ],
 )
 def test_init_from_says_what_is_allowed(data, tmp_path, name, said):
@@ -395,7 +404,7 @@ def test_a_folder_is_sampled_with_its_own_tokenizer(tmp_path, capsys, data):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, data, capsys):
     llama(vocab_size=64).save_pretrained(tmp_path / "hf")
     options = [f"--init_from={tmp_path / 'hf'}", "--device=cpu", "--num_samples=1", "--max_new_tokens=2"]
-    with pytest.raises(ValueError, match="no tokenizer can be read from it .*--dataset names one"):
+    with pytest.raises(ValueError, match="no tokenizer can be read from it .*--dataset names a data set that has one"):
         sample.main(options)
     assert sample.main([*options, f"--dataset={data}"]) == 0
 

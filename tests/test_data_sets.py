@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -445,6 +446,66 @@ def test_a_single_text_is_packed_too(tmp_path, monkeypatch):
     assert "".join(text.replace(EOT, "") for text in texts.values()) == TEXT[:2000]
 
 
+# ---------------------------------------------------------------------------------------------- many files
+
+
+@pytest.mark.parametrize("pack_length", [0, 16])
+@pytest.mark.parametrize("shard_tokens", [7, 64, 1000])
+def test_a_set_in_many_files_is_the_one_in_a_single_file(tmp_path, shard_tokens, pack_length, monkeypatch):
+    path = records(tmp_path / "in.jsonl", TALKS)
+    how = dict(reading=CHATS, val=0.3, pack_length=pack_length)
+    for out, more in (("one", {}), ("many", {"shard_tokens": shard_tokens})):
+        prepare.prepare([path], tmp_path / out, small_encoding(), **how, **more)
+    one, many = (open_data(str(tmp_path / out), 4) for out in ("one", "many"))
+    for name in ("train", "val"):
+        whole, parts = getattr(one, name), getattr(many, name)
+        count = -(-len(whole) // shard_tokens)
+        assert [p.name for p in parts.paths] == [f"{name}_{n:05d}.bin" for n in range(count)]
+        sizes = [p.stat().st_size // 2 for p in parts.paths]
+        assert sizes[:-1] == [shard_tokens] * (count - 1) and 0 < sizes[-1] <= shard_tokens
+        assert np.array_equal(parts.tokens[:], whole.tokens[:]) and np.array_equal(parts.mask[:], whole.mask[:])
+    left = {path.name for path in (tmp_path / "many").iterdir() if path.is_file()}
+    named = {file for files in many.meta.files.values() for file in files}
+    assert left == named | {file.replace(".bin", ".mask.bin") for file in named} | {"meta.json"}
+    assert replace(many.meta, files=one.meta.files) == one.meta
+
+    # In fewer files, and in one: nothing of before is left.
+    for again in (2 * shard_tokens, 0):
+        prepare.prepare([path], tmp_path / "many", small_encoding(), **how, shard_tokens=again)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    monkeypatch.setattr(prepare, "MOST_FILES", 1)
+    if len(one.train) > shard_tokens:
+        with pytest.raises(ValueError, match=f"--shard_tokens {shard_tokens}: a data set has at most 1 files of"):
+            prepare.prepare([path], tmp_path / "no", small_encoding(), **how, shard_tokens=shard_tokens)
+        assert not list((tmp_path / "no").glob("train*.bin")) and list((tmp_path / "no").glob("train*.tmp"))
+        prepare.prepare([path], tmp_path / "no", small_encoding(), **how)
+        assert files(tmp_path / "no") == files(tmp_path / "one"), "what was begun is not left either"
+
+
+def test_a_full_last_file_has_no_empty_one_behind_it(tmp_path):
+    (tmp_path / "in.txt").write_text("abcdefghij" * 10)
+    given = ["--input", tmp_path / "in.txt", "--tokenizer", "char", "--out", tmp_path / "d"]
+    said = script("text", *given, "--val", "0.4", "--shard_tokens", "20")
+    assert "train 60 tokens, val 40 tokens" in said
+    meta = json.loads((tmp_path / "d" / "meta.json").read_text())
+    assert meta["files"] == {
+        "train": ["train_00000.bin", "train_00001.bin", "train_00002.bin"], "val": ["val_00000.bin", "val_00001.bin"]
+    }  # fmt: skip
+    assert script("text", *given, "--shard_tokens", "-1", code=2).startswith("error: --workers must be at least 1")
+
+
+def test_the_first_of_many_files_is_written_last(tmp_path, monkeypatch):
+    path, written = records(tmp_path / "in.jsonl", TALKS), []
+    real = prepare.os.replace
+    monkeypatch.setattr(prepare.os, "replace", lambda a, b: (written.append(b.name), real(a, b)))
+    prepare.prepare([path], tmp_path / "out", small_encoding(), reading=CHATS, shard_tokens=2000)
+    assert [name for name in written if "train" in name] == [
+        "train_00001.mask.bin", "train_00001.bin", "train_00000.mask.bin", "train_00000.bin"
+    ]  # fmt: skip
+    assert written.index("meta.json") < written.index("val_00000.bin") < written.index("train_00001.mask.bin")
+    assert written[-1] == "train_00000.bin"
+
+
 # ---------------------------------------------------------------------------------------------- sources
 
 
@@ -473,10 +534,11 @@ def test_stories_are_documents_in_every_form(tmp_path, form, monkeypatch):
 
 
 def test_the_script_of_the_stories(tmp_path):
-    (tmp_path / "in.txt").write_text(f"One.{EOT}Two.{EOT}Three.")
-    assert "3 documents" in script(
-        "tinystories", "--input", tmp_path / "in.txt", "--tokenizer", "char", "--out", tmp_path
-    )
+    mine = tmp_path / "download" / "in.txt"
+    mine.parent.mkdir()
+    mine.write_text(f"One.{EOT}Two.{EOT}Three.")
+    assert "3 documents" in script("tinystories", "--input", mine, "--tokenizer", "char", "--out", tmp_path)
+    assert mine.exists(), "only what was fetched goes"
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["source"] == {"name": "roneneldan/TinyStories", "split": "train"}
     assert meta["licence"] == "CDLA-Sharing-1.0" and "One." + EOT in "".join(decoded(tmp_path).values())
@@ -519,6 +581,58 @@ def test_openwebtext_through_the_hub_is_resumable(tmp_path, monkeypatch, capsys)
     meta = json.loads((tmp_path / "few" / "meta.json").read_text())
     assert meta["source"]["name"] == str(tmp_path / "hub") and meta["sources"][0]["documents"] == 7
     assert meta["limit"] == 7 and meta["val"] == 0.0005
+
+
+def repository(folder, subset: str, values):
+    """A folder as a data set of the hub has it: README.md says which files are a subset's splits."""
+    folder.mkdir()
+    told = ""
+    for name, split, some in ((subset, "train", values), ("more", "train", values[:1]), ("again", "test", values[:1])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), folder / f"{name}.parquet")
+        told += f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {name}.parquet\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{told}---\n")
+    return folder
+
+
+@pytest.mark.parametrize("limit", [0, 25])
+def test_the_subsets_of_the_mixture_through_the_hub(tmp_path, monkeypatch, limit):
+    """The sources' own subsets, splits and columns, in folders that stand for the hub; `datasets` reads them."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    mixture_of = module("task_mixture")
+    values = (
+        [talk | {"source": "x"} for talk in TALKS], [{"train": MMLU | {"question": f"mmlu {i}?"}} for i in range(60)],
+        [GSM8K | {"question": f"gsm8k {i}?"} for i in range(60)],
+    )  # fmt: skip
+    hubs = tuple(
+        replace(one, name=str(repository(tmp_path / name, one.subset, found)))
+        for one, name, found in zip(mixture_of.HUBS, TASKS, values, strict=True)
+    )
+    monkeypatch.setattr(mixture_of, "HUBS", hubs)
+    given = ["--tokenizer", "train:400", "--val", "0.2", "--workers", "1", "--limit", str(limit)]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *given, "--weights", "mmlu=0", "--out", str(tmp_path / "out")])
+    mixture_of.main()
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert [one["source"]["subset"] for one in meta["source"]] == ["all", "main"], "of weight 0 nothing is fetched"
+    assert [one["documents"] for one in meta["sources"]] == [limit or 60] * 2
+    texts = "".join(decoded(tmp_path / "out").values())
+    assert texts.count("gsm8k") == texts.count("it is") == (limit or 60)
+    assert not (tmp_path / "out" / "download").exists()
+
+
+def test_the_sample_of_fineweb_edu_through_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    rows = [{"text": text, "id": f"<urn:{i}>", "score": 3.1} for i, text in enumerate(DOCUMENTS)]
+    folder = repository(tmp_path / "hub", "sample-10BT", rows)
+    given = ["--dataset", str(folder), "--tokenizer", "train:300", "--workers", "1", "--shard_tokens", "500"]
+    fineweb = module("fineweb_edu")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *given, "--out", str(tmp_path / "out")])
+    fineweb.main()
+    texts = decoded(tmp_path / "out")
+    assert sorted((texts["train"] + texts["val"]).split(EOT)[:-1]) == sorted(DOCUMENTS)
+    assert len(open_data(str(tmp_path / "out"), 1).train.paths) > 1
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *given, "--subset", "absent", "--out", str(tmp_path / "no")])
+    with pytest.raises(ValueError, match=r"hub cannot be loaded \(ValueError: .*absent"):
+        fineweb.main()
 
 
 def test_what_was_fetched_is_not_asked_for_again(tmp_path, monkeypatch):

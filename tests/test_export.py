@@ -84,6 +84,7 @@ EXACT = {
         "llama",
         0,
     ),
+    "dynamic NTK": (replace(LLAMA_STYLE, rotary_dynamic_factor=4.0, rotary_original_length=8), "llama", 0),
     "qwen2": (replace(LLAMA_STYLE, attn_bias="qkv"), "qwen2", 0),
     "qwen3, biases": (replace(LLAMA_STYLE, qk_norm=True, attn_bias="all"), "qwen3", 0),
     "llama, adapters": (
@@ -617,6 +618,11 @@ def test_adapters_for_peft(tmp_path, tiny, capsys):
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(Refused, match="no Hugging Face folder here: adapters are on one .--base FOLDER"):
         export.main([str(out), "--to", "peft", str(tmp_path / "peft"), "--overwrite"])
+    for typo in ("./typo", "~/typo", "/typo", "a/b/typo", str(tmp_path / "peft" / "README.md")):
+        with pytest.raises(Refused, match=f"^--base {typo}: there is no such folder; allowed are a Hugging Face"):
+            export.main([str(out), "--to", "peft", str(tmp_path / "peft"), "--overwrite", "--base", typo])
+    given = ["--overwrite", "--base", "organisation/name"]  # which may be on the hub
+    assert export.main([str(out), "--to", "peft", str(tmp_path / "peft"), *given]) == 0
     given = ["--overwrite", "--base", str(tmp_path / "moved")]
     assert export.main([str(out), "--to", "peft", str(tmp_path / "peft"), *given]) == 0
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == given[2]

@@ -28,17 +28,29 @@ from transformers import (
 
 from orchestrate.model.config import LoraSpec, ModelConfig
 from orchestrate.model.families import FAMILIES
-from orchestrate.model.gpt import GPT, init_weights
+from orchestrate.model.gpt import GPT, from_weights, init_weights
 from orchestrate.model.hugging_face import (
     GPT2_MODELS,
     config_from_folder,
-    config_to_hf,
     family_of,
     gpt2_config,
     load,
-    to_hf,
 )
 from orchestrate.model.nanogpt import load_checkpoint, open_model
+
+
+def to_hf(model):
+    """Hugging Face's names and tensors, of the first family that holds the model."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return family_of(model.config).to_hf(model.config, weights)
+
+
+def from_hf(config, weights, kind):
+    """The inverse, of the family that transformers call so."""
+    ours = {name: value.detach().clone() for name, value in GPT(config).named_parameters()}
+    for name, place in FAMILIES[kind].places(config).items():
+        place.read(weights.__getitem__, ours[name])
+    return ours
 
 
 def gpt2(**keys):
@@ -81,6 +93,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 100.0}
 LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}
 
 
@@ -125,10 +138,47 @@ def test_logits_equal_transformers(make, keys, ours, tmp_path):
     assert set(back) == set(theirs.state_dict())
     for name, value in theirs.state_dict().items():
         assert torch.equal(back[name], value), name
-    again = FAMILIES[theirs.config.model_type].from_hf(model.config, back)
+    again = from_hf(model.config, back, theirs.config.model_type)
     assert all(torch.equal(again[name], value) for name, value in model.named_parameters())
     held = family_of(model.config)
     assert not held.lacks(model.config) and held.config_to_hf(model.config)["model_type"] in FAMILIES
+
+
+@pytest.mark.parametrize(
+    "make, keys, block_size",
+    [
+        (llama, {}, 96),
+        (llama, {"rope_parameters": {**DYNAMIC, "factor": 1.0}}, 32),
+        (llama, {"rope_parameters": {**DYNAMIC, "original_max_position_embeddings": 32, "factor": 1.35}}, 43),
+        (mistral, {"sliding_window": 96, "head_dim": 4}, 96),
+        (qwen2, {"tie_word_embeddings": True}, 96),
+        (qwen3, {}, 96),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_dynamic_ntk_is_that_of_transformers(make, keys, block_size, tmp_path):
+    """Below, at and above the length that it begins at, also in a batch that is filled up, and back again."""
+    shaken(make(**{"rope_parameters": DYNAMIC, **keys})).save_pretrained(tmp_path)
+    model = load(str(tmp_path)).eval()
+    assert (model.config.block_size, model.config.rotary_original_length) == (block_size, 32)
+    longer = from_weights(replace(model.config, block_size=96), model.state_dict()).eval()
+    x = torch.randint(0, 60, (3, 96))
+    with torch.no_grad():
+        for length in (33, 20, 96, 31, 32, 50):
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path)  # anew: it would remember the longer ones before
+            expected = theirs(x[:, :length]).logits
+            torch.testing.assert_close(longer.logits(x[:, :length]), expected, atol=1e-5, rtol=0)
+            filled = longer.extend(x, [length, 96, 7])[0]
+            torch.testing.assert_close(filled, expected[0, -1], atol=1e-5, rtol=0)
+        plain = from_weights(replace(model.config, rotary_dynamic_factor=0, rotary_original_length=8192),
+                             model.state_dict()).eval()  # fmt: skip
+        if block_size > 32:
+            assert (plain.logits(x[:, :33]) - model.logits(x[:, :33])).abs().max() > 1e-4, "it makes a difference"
+        torch.testing.assert_close(plain.logits(x[:, :32]), longer.logits(x[:, :32]), atol=0, rtol=0)
+    family = FAMILIES[theirs.config.model_type]
+    back = family.config_to_hf(longer.config)
+    assert back["max_position_embeddings"] == 32 and not family.lacks(longer.config)
+    assert back["rope_scaling"] == {"rope_type": "dynamic", "factor": model.config.rotary_dynamic_factor}
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
@@ -139,9 +189,9 @@ def test_files_of_any_number_type_sharded_or_not(make, kind, tmp_path):
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     whole, sharded = load(str(tmp_path / "whole")), load(str(tmp_path / "sharded"))
-    exact = FAMILIES[theirs.config.model_type].from_hf(whole.config, dict(theirs.state_dict()))
+    exact = from_hf(whole.config, dict(theirs.state_dict()), theirs.config.model_type)
     for name, value in whole.named_parameters():
-        assert value.dtype == torch.float32 and torch.equal(value, exact[name].float()), name
+        assert value.dtype == torch.float32 and torch.equal(value, exact[name]), name
         assert torch.equal(value, sharded.get_parameter(name)), name
 
 
@@ -267,7 +317,7 @@ def test_loading_holds_the_weights_once(tmp_path):
     config = replace(LLAMA_STYLE, n_embd=640, n_head=10, n_kv_head=5, head_size=64, n_hidden=1600, vocab_size=8000)
     config = replace(config, n_layer=5, n_hidden=1600, tie_weights=False)
     save_file({name: torch.rand(p.shape) for name, p in to_hf(on_meta(config)).items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
+    (tmp_path / "config.json").write_text(json.dumps(family_of(config).config_to_hf(config)))
     size = (tmp_path / "model.safetensors").stat().st_size
     assert 90e6 < size < 130e6
     script = """
@@ -295,8 +345,26 @@ print(memory("VmHWM") - before)
             "rope scaling of type 'yarn' .it also scales the attention's logits",
         ),
         (
-            LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-            "rope scaling of type 'dynamic' .its frequencies follow from the length",
+            LlamaConfig(rope_parameters={"rope_type": "ntk", "factor": 2.0, "rope_theta": 1e4}),
+            "rope scaling of type 'ntk' .allowed are default, linear, dynamic .NTK. and llama3",
+        ),
+        (
+            LlamaConfig(**SHAPE, rope_parameters={**DYNAMIC, "original_max_position_embeddings": 16}),
+            "'dynamic' with original_max_position_embeddings 16 beside max_position_embeddings 32 .transformers go by",
+        ),
+        (LlamaConfig(**SHAPE, rope_parameters={**DYNAMIC, "alpha": 1000.0}), "'dynamic' with alpha .allowed is factor"),
+        (LlamaConfig(**SHAPE, rope_parameters={**DYNAMIC, "factor": 0.5}), "factor must be 0, or 1 or more, got 0.5"),
+        (
+            LlamaConfig(**SHAPE, rope_parameters={**DYNAMIC, "factor": "3"}),
+            "factor must be 0 or more and finite, got '3'",
+        ),
+        (
+            LlamaConfig(**SHAPE, rope_parameters={**DYNAMIC, "factor": 1e300}),
+            "block_size must be a whole number from 1 to 16777216",
+        ),
+        (
+            MistralConfig(**SHAPE, sliding_window=95, rope_parameters=DYNAMIC),
+            "sliding_window 95 .shorter than max_position_embeddings times the factor of rope scaling, 96",
         ),
         (
             LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
@@ -339,7 +407,7 @@ def test_missing_and_other_models(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="there are no weights"):
         load(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="Hugging Face form"):
-        to_hf(GPT(ModelConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, norm="rmsnorm")))
+        family_of(ModelConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, norm="rmsnorm"))
 
 
 SMALL = ModelConfig(block_size=32, vocab_size=60, n_layer=2, n_head=4, n_embd=32)
@@ -369,7 +437,7 @@ def test_transformers_read_what_we_write(config, tmp_path):
     ours = GPT(config)
     init_weights(ours, 1)
     shaken(ours)
-    keys = config_to_hf(config)
+    keys = family_of(config).config_to_hf(config)
     theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[keys.pop("model_type")](**keys))
     theirs.load_state_dict(to_hf(ours), strict=True)
     x = torch.randint(0, 60, (3, 32))
@@ -410,6 +478,10 @@ def test_what_no_family_can_hold_is_refused_with_each_reason(changes, reasons):
         (
             {"rotary_scale": 2.0, "rotary_llama3_factor": 8.0},
             "Llama cannot hold rotary_scale 2.0 beside rotary_llama3_factor 8.0",
+        ),
+        (
+            {"rotary_scale": 2.0, "rotary_dynamic_factor": 3.0},
+            "Llama cannot hold rotary_scale 2.0 beside rotary_dynamic_factor 3.0",
         ),
         ({"activation": "gelu", "qk_norm": True}, "Llama cannot hold qk_norm True, activation 'gelu'"),
     ],

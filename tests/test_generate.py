@@ -116,13 +116,19 @@ def by_hand(model, prompt, count, choice, random):
 
 
 MIXED = [[7], list(range(5)), list(range(3, 19)), list(range(40)), [11, 2, 40], list(range(20, 35))]
+NTK = replace(LLAMA, rotary_dynamic_factor=2.0, rotary_original_length=9)
 ADAPTED = replace(LLAMA, lora={"attn.0": LoraSpec(4, 8.0), "mlp.1": LoraSpec(2, 8.0)})
 
 
 @pytest.mark.parametrize("choice", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
-@pytest.mark.parametrize("config", [GPT2, LLAMA, QK_NORM, ADAPTED], ids=["gpt2", "llama", "qk_norm", "lora"])
+@pytest.mark.parametrize(
+    "config", [GPT2, LLAMA, QK_NORM, ADAPTED, NTK], ids=["gpt2", "llama", "qk_norm", "lora", "ntk"]
+)
 def test_a_row_of_a_batch_says_what_it_says_alone(config, choice):
-    """Prompts of 1 to 40 tokens in a window of 16, for 20 tokens: each begins to slide at a step of its own."""
+    """Prompts of 1 to 40 tokens in a window of 16, for 20 tokens: each begins to slide at a step of its own.
+
+    So it does to have frequencies of its own under dynamic NTK, from 10 tokens on.
+    """
     model = trained(config)
     together = continued(model, MIXED, 20, choice)
     assert together == continued(model, MIXED, 20, choice, use_cache=False)

@@ -44,6 +44,7 @@ STYLES = {
     "gpt2 with qk_norm": replace(GPT2, qk_norm=True, head_size=6, norm_eps=0.1),
     "llama3": replace(LLAMA, rotary_llama3_factor=8.0, rotary_original_length=16, rotary_base=100.0),
     "qwen2": replace(LLAMA, attn_bias="qkv", tie_weights=True, lora=LORA, rotary_scale=1.5),
+    "dynamic NTK": replace(LLAMA, rotary_dynamic_factor=3.0, rotary_original_length=5, lora=LORA),
     "llama with qk_norm": replace(LLAMA, qk_norm=True, head_size=6, norm_eps=0.1, lora=LORA),
 }
 # Operations that keep the function, and whether all moments have an exact image.
@@ -111,6 +112,10 @@ def test_function_and_moments(style, name, value, exact):
         value = {**value, "layers": ["mlp.0"]}
         if value["width"] < model.config.n_hidden[0]:
             pytest.skip("wider already")
+    if model.config.rotary_dynamic_factor and isinstance(value, dict) and value.get("heads") == "larger":
+        with pytest.raises(ScheduleError, match="heads: larger is not for dynamic NTK .rotary_dynamic_factor 3.0."):
+            grow(model, name, value)
+        return
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     idx = torch.arange(12)[None] % 19
     with torch.no_grad():
@@ -410,7 +415,7 @@ def test_impossible_vocabularies(value, message):
 
 def test_longer_contexts():
     idx = torch.arange(12)[None] % 19
-    for config in (GPT2, LLAMA, STYLES["llama3"], STYLES["llama with qk_norm"]):
+    for config in (GPT2, LLAMA, STYLES["llama3"], STYLES["dynamic NTK"], STYLES["llama with qk_norm"]):
         model = shaken(config)
         _, grown, _ = grow(model, "extend_context", 24)
         with torch.no_grad():

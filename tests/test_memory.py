@@ -449,6 +449,11 @@ def test_the_plan_says_where_a_change_of_shape_rounds(data, tmp_path):
         cast = adopted(run, name, value)
         assert row.keeps_function == (not cast.rounded), name
     assert [bool(row.keeps_function) for row in plan.make(config, {}, 1).rows[1:]] == [False] * 4 + [True] * 3
+    # Where all trains, the type of what rests changes nothing yet.
+    path.write_text(json.dumps([{"name": "set_weights_dtype", "value": "bfloat16"},
+                                {"name": "freeze_layer", "value": "mlp.1"}]))  # fmt: skip
+    config = TrainConfig(**{**TINY, "dataset": str(data), "schedule": str(path)})
+    assert [row.keeps_function for row in plan.make(config, {}, 1).rows] == [None, True, False]
 
 
 @pytest.mark.parametrize("frozen", ["wte,attn.7", "wte,", "block"])

@@ -126,12 +126,12 @@ def test_a_long_wait_keeps_what_a_plateau_needs_and_no_more():
     run = Driven([clip(**on("loss", plateau={"evals": 3, "min_delta": 0.5}))])
     for i in range(100):
         run.boundary(loss=float(-i))
-    assert run.orchestrator.position.history == {"loss": (-96.0, -97.0, -98.0, -99.0)}
+    assert run.orchestrator.position.queues[""].history == {"loss": (-96.0, -97.0, -98.0, -99.0)}
     # Where the entry may not fire yet, its guard's metric being unknown, the lowest value is not forgotten.
     run = Driven([guarded(**on("loss", plateau={"evals": 2, "min_delta": 0.5}))])
     for loss in (5.0, 1.0, 4.0, 3.0, 2.0):
         assert run.boundary(loss=loss) == []
-    assert run.orchestrator.position.history == {"loss": (1.0, 3.0, 2.0)}
+    assert run.orchestrator.position.queues[""].history == {"loss": (1.0, 3.0, 2.0)}
     reason = "plateau of loss: 1.5000 in 2 values, 1.0000 before (min_delta 0.5)"
     assert run.boundary(loss=1.5, grad_norm=1.0) == [(1, reason)]
 
@@ -142,7 +142,7 @@ def test_only_what_pending_entries_ask_for_is_remembered():
     run.boundary(loss=3.0, lr=2.0, grad_norm=math.inf)
     assert run.orchestrator.position.latest == {"lr": (1, 2.0), "grad_norm": (1, None)}
     run.boundary(lr=0.5)
-    assert run.orchestrator.asked == {"grad_norm"} and run.orchestrator.position.history == {}
+    assert run.orchestrator.asked == {"grad_norm"} and run.orchestrator.position.queues[""].history == {}
     run.boundary(grad_norm=2.0)
     assert run.orchestrator.position.latest == {"grad_norm": (3, 2.0)}
 

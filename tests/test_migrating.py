@@ -75,7 +75,7 @@ def test_what_is_ours_exists_and_is_accepted(row):
             key, _, value = text.partition("=")
             # What only a whole command line can say is checked as such elsewhere.
             assert key in KEYS and (key == "checkpoint" or not problems_of(f"--{text}")), text
-    assert IN_CODE.search(row[2]) or row[1] in ("`completed`", "`make kill-gpu`")
+    assert IN_CODE.search(row[2]) or row[1] == "`completed`" or row[2].startswith("nothing: ")
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row[3]], ids=lambda row: row[1][:60])
@@ -86,12 +86,61 @@ def test_theirs_is_taken_or_told(row):
             assert not found
             continue
         assert len(found) == 1
+        if row[2].startswith("nothing: "):
+            assert "leave it out" in found[0] and "leave it out" in row[2], found
+            continue
         names = [re.split(r"[:=]", name)[0] for name in IN_CODE.findall(row[2])]
         assert any(name in found[0] for name in names) or "run folder" in found[0], found
 
 
+KEYS_OF = {
+    "nanoGPT": """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
+        wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd
+        dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters
+        min_lr backend device dtype compile""",
+    "fork": """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from log_dir
+        file_logging wandb_log wandb_project wandb_run_name dataset train_shard_filenames num_train_shards
+        gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias n_hidden
+        use_rotary_embeddings rotary_base rotary_max_position_embeddings learning_rate max_iters weight_decay beta1
+        beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile embedding_mode
+        attn_lora_rank embedding_rank lora_alpha scaling_schedule_file scaling_schedule target_architecture_config
+        ignored_outlayers_sum shrunken_vocab_size vocab_remapping_file RARE_TOKEN_ID vocab_size""",
+    "CleanGPT": """seeds init_from_ckpt out_dir dataset num_workers exp_name exp_profile wandb_project wandb save_ckpt
+        save_ckpt_num save_snapshot save_strategy save_interval use_kvcache compile model init_from vocab_size n_embed
+        n_position n_layer n_head n_inner n_q_head n_kv_head activation_fn layer_norm_epsilon rms_norm_eps dropout
+        dropout_attn weight_tying add_bias mask_out_token pad_token_id use_amp fp16 use_early_stopping
+        early_stopping_patience early_stopping_delta train_iters batch_size_per_gpu batch_grad_accum_step batch_size
+        eval_batch_num eval_batch_size_per_gpu eval_batch_size snapshot_save_interval eval_interval eval_score_interval
+        log_interval skip_first_eval clip_grad adam_beta1 adam_beta2 adam_eps optimizer override_opt_param_scheduler
+        lr_decay_style lr_decay_factor lr_warmup_ratio lr_decay_ratio lr_begin lr_max wd_decr_style wd_begin wd_end
+        grad_accum_step_incr_style ga_begin ga_end""",
+    "124M": """mode checkpoint depth aspect_ratio head_dim target_flops param_data_ratio no_evals run_core_evals
+        run_chatcore_evals eval_interval core_eval_interval no_muon num_epochs checkpoint_interval""",
+}
+"""As lists of their options have them, with underscores; of the 124M trainer those of both its states."""
+OPERATIONS_OF_THE_FORK = """stack_layers widen_mlp set_attn_lora_rank set_embedding_lora_rank set_layer_lora_rank
+    merge_lora_weights resize_vocabulary freeze_layer unfreeze_layer set_embedding_freeze_mode
+    set_embedding_finetune_mode set_lr set_batch_size set_batch_size_relative adjust_batch_size reset_lr_schedule
+    set_grad_accum set_warmup_iters set_eval_iters set_eval_interval set_curriculum_alpha disable_vocab_remapping
+    change_lr change_batch_size change_grad_accum change_warmup_iters change_eval_iters change_eval_interval
+    change_lora_alpha decrease_attn_lora_scaling decrease_vocab_lora_scaling"""
+
+
+def test_every_key_and_operation_of_theirs_is_ours_or_told():
+    for system, keys in KEYS_OF.items():
+        unknown = [key for key in keys.split() if key not in KEYS and key not in ALIASES and key not in OTHER_KEYS]
+        assert not unknown, system
+    on_the_page = {re.split(r"[=:]", text.lstrip("-"))[0].replace("-", "_") for row in ROWS for text in
+                   IN_CODE.findall(row[1])}  # fmt: skip
+    theirs = {key for keys in KEYS_OF.values() for key in keys.split() if key not in KEYS}
+    assert not theirs - on_the_page, "what is told is on the page"
+    assert set(OTHER_KEYS) <= theirs, "a hint that nobody of the four needs"
+    assert set(OPERATIONS_OF_THE_FORK.split()) <= on_the_page
+
+
 def test_every_replacement_that_a_message_names_is_ours():
-    known = {*KEYS, *OPERATIONS, *entry_fields()}
+    shipped = {path.stem for folder in ("config", "schedules") for path in (ROOT / folder).iterdir()}
+    known = {*KEYS, *OPERATIONS, *entry_fields(), *shipped}
     for key, hint in OTHER_KEYS.items():
         assert key not in KEYS and key not in ALIASES
         words = set(re.findall(r"\b[a-z]+(?:_[a-z0-9]+)+\b", hint)) | set(re.findall(r"^write (?!the)(\w+)", hint))

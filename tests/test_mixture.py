@@ -20,7 +20,7 @@ from orchestrate.data.mixture import Sources, extends
 from orchestrate.data.prepare import Reading, prepare
 from orchestrate.data.proportions import UNITS, in_units, turns
 from orchestrate.data.stream import Cursor, Meta, Source, open_data, windows_per_pass
-from orchestrate.data.tokenizer import CharTokenizer
+from orchestrate.data.tokenizer import CharTokenizer, _fingerprint
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store.run_folder import METRICS
 
@@ -48,11 +48,11 @@ def test_turns_by_hand():
     assert turns(in_units([0, 1, 0]), (0, 0, 0), 3).tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_shares_are_exact_over_any_window(seed):
+@pytest.mark.parametrize("k", [2, 2, 3, 4, 6])
+@pytest.mark.parametrize("seed", range(8))
+def test_shares_are_exact_over_any_window(seed, k):
     """Tijdeman's bound from the start on; between any two samples within one for two sources, within two for more."""
-    some = random.Random(seed)
-    k, count = some.randint(2, 6), 400
+    some, count = random.Random(f"{seed} {k}"), 400
     weights = [some.random() ** some.choice([1, 4, 9]) for _ in range(k)]
     total = sum(map(Fraction, weights))
     shares = np.array([float(Fraction(weight) / total) for weight in weights])
@@ -60,6 +60,17 @@ def test_shares_are_exact_over_any_window(seed):
     assert np.abs(ahead).max() <= 1 - 1 / (2 * k - 2) + 1e-6
     spread = (ahead[:, None] - ahead[None]).reshape(-1, k)
     assert np.abs(spread).max() <= (1 if k == 2 else 2 - 1 / (k - 1)) + 1e-5
+
+
+def test_of_three_sources_a_stretch_may_be_more_than_one_off_and_of_two_never():
+    """By hand: three samples with the second twice, where 0.9 is due; 0.7 of any three is 2.1, and 2 or 3 are drawn."""
+    three = turns(in_units([0.5, 0.3, 0.2]), (0, 0, 0), 400)
+    assert three[8:13].tolist() == [0, 1, 0, 1, 0]
+    ahead = drawn([0.5, 0.3, 0.2], 400) - np.arange(1, 401)[:, None] * [0.5, 0.3, 0.2]
+    assert np.abs(ahead[:, None] - ahead[None]).max() == pytest.approx(1.1)
+    two = turns(in_units([0.7, 0.3]), (0, 0), 400)
+    firsts = [int((two[i : i + 3] == 0).sum()) for i in range(397)]
+    assert set(firsts) == {2, 3} and np.mean(firsts) == pytest.approx(2.1, abs=0.01)
 
 
 def test_weights_that_move_at_every_step_lose_nobody():
@@ -114,6 +125,9 @@ def test_batches_are_those_of_the_sources_in_turn(two):
             parts.append(stream.batch(cursor, size)[0])
             cursor = cursor.skip(size)
         assert np.array_equal(np.concatenate(parts), x) and cursor == start.skip(20)
+    with pytest.raises(ValueError, match=f"data set three is not open; there are {two[0]}, {two[1]}"):
+        stream.batch(start.mixed({"three": 1.0}, only="?"), 1)
+    stream.batch(start.mixed({"three": 0.0, two[0]: 1.0}, only="?"), 1)
     keys = {stream.streams[name].seed for name in two}
     assert keys > {7} and len(keys) == 2, "the first has the run's own seed, each other one of its own"
 
@@ -174,23 +188,25 @@ def test_a_ramp_is_resumed_in_its_middle_to_the_bit(tiny, two, resume):
     assert sum(samples.values()) == 5 * 8 + 7 * 12 and abs(samples[two[1]] - due) <= 0.51
 
 
-def _mixture_run(rank: int, two: list[str], out: str, folder: str, **keys):
+def _mixture_run(rank: int, two: list[str], out: str, folder: str, keys: dict):
     values = {**TINY, "dataset": {two[0]: 0.7, two[1]: 0.3}, "out_dir": out, "schedule": f"{folder}/s.json", **keys}
     return train_orchestrated.run([f"--{key}={value}" for key, value in values.items()])
 
 
-def test_two_processes_read_the_same_samples(tmp_path, two):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_reads_the_same_samples(tmp_path, two, processes):
     (tmp_path / "s.json").write_text(json.dumps(ramp(two)))
-    assert on_ranks(_mixture_run, two, str(tmp_path / "pair"), str(tmp_path)) == [0, 0]
-    assert _mixture_run(0, two, str(tmp_path / "alone"), str(tmp_path)) == 0
-    pair, alone = (
-        json.loads((tmp_path / name / "checkpoints" / "latest" / "state.json").read_text())
-        for name in ("pair", "alone")
-    )
-    assert pair["progress"]["cursor"] == alone["progress"]["cursor"]
+    keys = {"gradient_accumulation_steps": 4, "batch_size": 2}
+
+    def place(name: str) -> dict:
+        return json.loads((tmp_path / name / "checkpoints" / "latest" / "state.json").read_text())["progress"]["cursor"]
+
+    found = on_ranks(_mixture_run, two, str(tmp_path / "many"), str(tmp_path), keys, world_size=processes)
+    assert found == [0] * processes and _mixture_run(0, two, str(tmp_path / "alone"), str(tmp_path), keys) == 0
+    assert place("many") == place("alone")
     losses = [
         [line["val_loss"] for line in lines(tmp_path / name / METRICS) if line["kind"] == "eval"]
-        for name in ("pair", "alone")
+        for name in ("many", "alone")
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
@@ -270,6 +286,8 @@ def test_tokens_that_name_no_vocabulary_are_gpt2s(two, monkeypatch):
     assert not extends(data, plain), "50257 are more"
     monkeypatch.setattr(stream, "GPT2_TOKENS", len(known) - 1)
     assert extends(data, plain) and not extends(data, replace(plain, fingerprint="0" * 64))
+    of_none = _fingerprint([], CharTokenizer(known).encode_plain)
+    assert not extends(data, Meta(None, tokenizer="huggingface", fingerprint=of_none)), "how many it has nobody says"
 
 
 def test_a_resume_keeps_its_sources(tiny, two, resume):

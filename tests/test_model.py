@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_foreign_weights import to_hf
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +27,6 @@ from orchestrate.model.gpt import (
     weights_of,
 )
 from orchestrate.model.growth import Layer, stack
-from orchestrate.model.hugging_face import to_hf
 from orchestrate.model.lineage import carry
 from orchestrate.model.lora import reshape_lora, trainable_parameters
 from orchestrate.training.plan import flops_per_token
@@ -100,6 +100,21 @@ def test_config_goes_through_json(config):
         ({"position": "rotary", "rotary_llama3_factor": 0.0}, "rotary_llama3_factor must be positive and finite"),
         ({"position": "rotary", "rotary_high_freq_factor": 5}, "means nothing where rotary_llama3_factor is 1"),
         ({"position": "rotary", "rotary_original_length": 64}, "means nothing where rotary_llama3_factor is 1"),
+        ({"rotary_dynamic_factor": 2.0}, "^rotary_dynamic_factor 2.0 needs rotary positions$"),
+        (
+            {"position": "rotary", "rotary_dynamic_factor": 2.0, "rotary_llama3_factor": 8.0},
+            "^rotary_dynamic_factor 2.0 and rotary_llama3_factor 8.0: one of them$",
+        ),
+        ({"position": "rotary", "rotary_dynamic_factor": 0.99}, "^rotary_dynamic_factor must be 0, or 1 or more, got"),
+        ({"position": "rotary", "rotary_dynamic_factor": -1}, "rotary_dynamic_factor must be 0 or more and finite"),
+        (
+            {"position": "rotary", "rotary_dynamic_factor": 1, "head_size": 2},
+            "^rotary_dynamic_factor 1.0 needs a head size of 4 or more, got 2$",
+        ),
+        (
+            {"position": "rotary", "rotary_dynamic_factor": 2, "rotary_low_freq_factor": 2},
+            "^rotary_low_freq_factor 2.0 means nothing where rotary_llama3_factor is 1$",
+        ),
         (
             {"position": "rotary", "rotary_llama3_factor": 8.0, "rotary_low_freq_factor": 4.0},
             "rotary_low_freq_factor 4.0 must be below rotary_high_freq_factor 4.0",
@@ -240,6 +255,29 @@ def test_llama3_scaling_is_that_of_transformers(base, size, factor, low, high, o
     plain = rotary_frequencies(replace(LLAMA, head_size=size, rotary_base=base))
     kinds = {"kept": ours == plain, "divided": torch.isclose(ours, plain / factor, rtol=1e-6)}
     assert all(kind.any() for kind in kinds.values()) and not (kinds["kept"] | kinds["divided"]).all(), kinds
+
+
+def test_dynamic_ntk_by_hand():
+    """Base 1e4, heads of 8, factor 3 from 10 tokens on: in 25 the base is (3 * 25 / 10 - 2) ** (8 / 6) times that.
+
+    5.5 ** (4 / 3) = 9.7085. Interpolation comes after it.
+    """
+    config = replace(LLAMA, block_size=40, rotary_dynamic_factor=3.0, rotary_original_length=10, rotary_scale=2.0)
+    plain = [1 / 2, 0.1 / 2, 0.01 / 2, 0.001 / 2]
+    for length in (0, 1, 10):
+        torch.testing.assert_close(rotary_frequencies(config, length=length), torch.tensor(plain), atol=0, rtol=1e-6)
+    by_hand = torch.tensor([f / 9.70854 ** (i / 4) for i, f in enumerate(plain)])
+    torch.testing.assert_close(rotary_frequencies(config, length=25), by_hand, atol=0, rtol=1e-5)
+    model = trained(config)
+    with torch.autocast("cpu", torch.bfloat16):  # of which they take no notice
+        _, (cos, sin) = model._start(torch.zeros(2, 25, dtype=torch.long), counts=[25, 10])
+    assert cos.dtype == sin.dtype == torch.float32
+    for row, frequencies in enumerate((by_hand, torch.tensor(plain))):
+        angles = torch.arange(25)[:, None] * frequencies.repeat(2)
+        torch.testing.assert_close(cos[row, 0], angles.cos(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(sin[row, 0], angles.sin(), atol=1e-5, rtol=0)
+    assert config.cache_length == 10 and replace(config, block_size=7).cache_length == 7
+    assert replace(config, rotary_dynamic_factor=0, rotary_original_length=8192).cache_length == 40
 
 
 def test_biases_where_the_options_say():

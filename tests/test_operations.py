@@ -93,7 +93,10 @@ MODELS = {
         **_LLAMA, "n_kv_head": 1, "tie_weights": False, "rotary_llama3_factor": 8.0, "rotary_original_length": 8,
     },
     "qwen2": {**_LLAMA, "attn_bias": "qkv", "rotary_scale": 1.5},
-    "qwen3": {**_LLAMA, "qk_norm": True, "head_size": 6, "n_kv_head": 1},
+    "qwen3": {
+        **_LLAMA, "qk_norm": True, "head_size": 6, "n_kv_head": 1, "rotary_dynamic_factor": 3.0,
+        "rotary_original_length": 6,
+    },
 }  # fmt: skip
 BY_FAMILY = {"llama3": {"untie_head": "the head is not tied"}}
 """What of the examples a family refuses, and why."""
@@ -147,7 +150,8 @@ def test_contract(data, name, model, optimizer, tmp_path):
         assert settings == planned and changed, "an example must change something"
     assert run.model.config == settings.model
     if operation.keeps_function:
-        torch.testing.assert_close(logits(run), function, atol=1e-5, rtol=0)
+        rounded = any(p.dtype == torch.bfloat16 for p in run.model.parameters())
+        torch.testing.assert_close(logits(run), function, atol=1e-2 if rounded else 1e-5, rtol=0)
 
     # the optimizer covers exactly what trains, in model order, and flags agree
     trainable = trainable_parameters(run.model, settings.frozen)

@@ -126,7 +126,7 @@ def test_one_boundary_is_one_round(data):
     one = orchestrator(data, [plateau])
     for loss in (2.0, 2.0, 2.0):
         go(one, 0, loss)
-    assert fired(one) == [] and one.position.history == {"val_loss": (2.0,)}
+    assert fired(one) == [] and one.position.queues[""].history == {"val_loss": (2.0,)}
     go(one, 1, 2.1)
     assert fired(one) == [1]
 
@@ -160,7 +160,7 @@ def test_a_measurement_that_a_signal_cuts_short_is_made_up_for(data):
         data, [{"name": "set_grad_clip", "value": 0.5, "reevaluate": True}], losses=[None, 2.0, None, 1.9]
     )
     go(one, 1)
-    assert fired(one) == [] and one.head is not None
+    assert fired(one) == [] and one.heads
     go(one, 0)
     assert fired(one) == [1] and one.position.owes_measure
     go(one, 1)
@@ -289,11 +289,11 @@ def test_an_entry_that_fails_is_skipped_or_ends_the_run(data):
     bad = {"name": "merge_lora_weights", "at_iter": 1}
     one = orchestrator(data, [{**bad, "on_error": "skip"}, {"name": "set_grad_clip", "value": 0.5}])
     go(one, 1)
-    assert one.position.skipped == (1,) and fired(one) == [2] and one.head is None and one.missed() == []
+    assert one.position.skipped == (1,) and fired(one) == [2] and one.heads == [] and one.missed() == []
     other = orchestrator(data, [bad, {"name": "set_grad_clip", "value": 0.5}])
     with pytest.raises(OperationFailed, match="entry 1 .* failed and the run is as before"):
         go(other, 1)
-    assert other.position.fired == 0 and [entry.number for entry in other.missed()] == [1, 2]
+    assert other.position.fired == {"": 0} and [entry.number for entry in other.missed()] == [1, 2]
 
 
 def test_its_state_is_all_it_knows(data):
@@ -308,6 +308,6 @@ def test_its_state_is_all_it_knows(data):
     assert other.state() == one.state() and other.position == one.position and other.ramps == one.ramps
     go(other, 2)
     assert fired(other) == [3] and one.run.settings.stops_asked == 1
-    state["position"]["fired"] = 4
+    state["position"]["queues"][""]["fired"] = 4
     with pytest.raises(ValueError, match="4 entries have fired of 3"):
         other.load_state(state)

@@ -43,10 +43,9 @@ def transformers_model(style: str, seed: int = 0):
             num_key_value_heads=2, hidden_size=16, intermediate_size=24, tie_word_embeddings="tied" in style,
             bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        family = (t.Qwen3Config, t.Qwen3ForCausalLM) if style == "qwen3" else (t.LlamaConfig, t.LlamaForCausalLM)
-        if style == "qwen3":
-            shape["head_dim"] = 6
-        model = family[1](family[0](**shape))
+        name = {"qwen3": "Qwen3", "qwen2": "Qwen2", "mistral": "Mistral"}.get(style, "Llama")
+        shape |= {"qwen3": {"head_dim": 6}, "mistral": {"head_dim": 6, "sliding_window": None}}.get(style, {})
+        model = getattr(t, f"{name}ForCausalLM")(getattr(t, f"{name}Config")(**shape))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
@@ -116,6 +115,8 @@ CASES = [
     ("llama", dict(r=2, target_modules=["embed_tokens", "lm_head", "q_proj"])),
     ("llama tied", dict(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)),
     ("qwen3", LLAMA_OPTIONS[1]),
+    *(("mistral", options) for options in LLAMA_OPTIONS),
+    *(("qwen2", options) for options in LLAMA_OPTIONS),
 ]
 
 
@@ -178,7 +179,10 @@ def test_keys_that_contradict_a_folder_are_refused(base, data, tmp_path):
         ({"lora_targets": "c_attn", "lora_rank": 2}, "lora_targets: got 'c_attn'"),
         ({"use_rslora": True}, "use_rslora: got True"),
         ({"n_layer": 3}, "n_layer: got 3"),
-        ({"base_model": tmp_path / "none"}, "its base model .*none is no folder here: download it"),
+        (
+            {"base_model": tmp_path / "none"},
+            "its base model .*none: there is no such folder; base_model says where it is",
+        ),
         ({"init_from": base, "base_model": base}, "is no PEFT folder and has no base"),
     ):
         both_refuse(arguments(data, tmp_path / "run", **{**common, "n_layer": 2, **keys}), said)
@@ -312,7 +316,7 @@ PARTS = {
 }  # fmt: skip
 
 
-@on("gpt2", "llama", "llama tied", "qwen3")
+@on("gpt2", "llama", "llama tied", "qwen3", "mistral", "qwen2")
 @pytest.mark.parametrize("lora", [WHOLE, PARTS, {"attn.1.v": LoraSpec(2, 4.0)}], ids=["whole", "parts", "one"])
 def test_adapters_of_ours_out(base, lora, tmp_path):
     lora = {name: spec for name, spec in lora.items() if name != "attn.1.k"}

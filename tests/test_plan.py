@@ -238,3 +238,66 @@ def test_the_deepest_model_is_planned_in_seconds(data, tmp_path, capsys, monkeyp
     started = time.process_time()
     code, _ = planned(tmp_path, data, [{"name": "set_lr", "value": 1e-3}], capsys, "--plan=json", n_layer=4096)
     assert code == 0 and made == [4096] and time.process_time() - started < 10
+
+
+LANGUAGE = {
+    "tracks": {
+        "rate": [{"name": "change_lr", "value": 0.5, "trigger_loss": 9.0, "repeat": 2}],
+        "model": [
+            {"name": "set_dropout", "value": 0.1, "at_iter": 3, "label": "drops"},
+            {"name": "stop", "all_of": [{"at_iter": 8}, {"trigger_loss": 9.0}]},
+        ],
+    },
+    "operations": [
+        {"name": "set_grad_clip", "value": 0.5, "after": "drops", "max_wait_iters": 2},
+        {"name": "set_weight_decay", "value": 0.0, "max_wait_iters": 1,
+         "repeat": {"times": 3, "until": {"metric": "loss", "below": 99.0}}},
+    ],
+}  # fmt: skip
+
+
+def test_a_plan_of_tracks_and_rounds(data, tmp_path, capsys):
+    code, out = planned(tmp_path, data, LANGUAGE, capsys, "--plan=json")
+    found = json.loads(out)
+    stages = found["stages"]
+    assert code == 0 and [(s["track"], s["entry"], s["round"], s["rounds"]) for s in stages] == [
+        ("", None, 1, 1), ("model", 2, 1, 1), ("", 4, 1, 1), ("", 5, 1, 3), ("", 5, 2, 3), ("", 5, 3, 3),
+        ("rate", 1, 1, 2), ("rate", 1, 2, 2), ("model", 3, 1, 1),
+    ]  # fmt: skip
+    whens = [stage["when"] for stage in stages]
+    assert whens[2] == "after drops: max_wait_iters 2" and whens[8] == "(at_iter 8 and trigger_loss 9)"
+    assert whens[3:5] == ["max_wait_iters 1", "max_wait_iters 1, not once loss below 99"]
+    assert found["notes"][-2].startswith("the tracks go side by side")
+    assert found["notes"][-1] == "entries [5]: all their rounds are shown, and `until` may end them before"
+    _, table = planned(tmp_path, data, LANGUAGE, capsys, "--plan")
+    head, _, *lines = table.splitlines()
+    assert head.split()[:3] == ["entry", "track", "operation"] and lines[0].split()[:3] == ["2", "model", "set_dropout"]
+    assert lines[3].startswith("5 (round 2 of 3)") and "8 entries, no errors" in table
+    _, plain = planned(tmp_path, data, [{"name": "stop"}], capsys, "--plan")
+    assert "track" not in plain
+
+
+def test_against_a_run_says_when_each_round_of_each_track_fired(data, tmp_path, capsys, tiny):
+    code, out = tiny(LANGUAGE, max_iters=12)
+    assert code == 0
+    fired = {(e["entry"], e.get("round")): f"{e['iter']}: {e['reason']}" for e in events(out, "operation")}
+    assert [(at.split(":")[0], *key) for key, at in fired.items()] == [
+        ("0", 1, 1), ("0", 1, 2), ("3", 2, None), ("5", 4, None), ("6", 5, 1), ("8", 3, None),
+    ]  # fmt: skip
+    _, text = planned(tmp_path, data, LANGUAGE, capsys, "--plan=json", "--against", str(out))
+    named = {f"{n} (round {r} of {2 if n == 1 else 3})" if r else str(n): at for (n, r), at in fired.items()}
+    ended = dict.fromkeys(["5 (round 2 of 3)", "5 (round 3 of 3)"], "not at all: its repetition ends before")
+    assert json.loads(text)["against"] == {**named, **ended}
+    _, table = planned(tmp_path, data, LANGUAGE, capsys, "--plan", "--against", str(out))
+    assert "its repetition ends before" in table
+
+
+def test_a_plan_of_a_resume_goes_on_where_the_tracks_stand(data, tmp_path, capsys, tiny):
+    code, out = tiny(LANGUAGE, max_iters=5)
+    assert code == 0
+    capsys.readouterr()
+    given = ["--init_from=resume", f"--out_dir={out}", "--plan=json", f"--against={out}"]
+    assert train_orchestrated.main(given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(s["entry"], s["round"]) for s in found["stages"]][1:] == [(5, 1), (5, 2), (5, 3), (3, 1)]
+    assert "4 entries have fired" in found["notes"][0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 import tiktoken
 from conftest import ROOT, TEXT
 
-from orchestrate.data.prepare import prepare
+from orchestrate.data.prepare import SHAKESPEARE_URL, prepare, prepare_shakespeare
 from orchestrate.data.stream import TokenFile, open_data, read_meta
 from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer, RemappedTokenizer, tokenizer_of
 
@@ -39,6 +41,8 @@ def test_python_docs_needs_no_download(tmp_path):
     data = open_data(str(tmp_path), 64)
     total = len(data.train) + len(data.val)
     assert total > 300_000 and len(data.train) == int(total * 0.9)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["source"].startswith("pydoc_data of Python 3.") and meta["licence"] == "PSF-2.0"
     assert "statement" in tokenizer_of(data.meta).decode(data.train.tokens[:2000].tolist())
 
 
@@ -77,3 +81,15 @@ def test_tokenizers():
     assert len(bpe.encode_plain("<|endoftext|>")) == 13
     shrunk = RemappedTokenizer(tokenizer, np.array([0, 1, 2, 2]))  # e h l o -> l and o share an id
     assert shrunk.encode("helo") == [1, 0, 2, 2] and shrunk.decode([1, 0, 2]) == "hel"
+
+
+def test_source_and_licence_are_those_of_the_original(tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text(TEXT)
+    given = ["prepare.py", "--input", str(tmp_path / "in.txt"), "--workers", "1", "--tokenizer", "char"]
+    own, original = hashlib.sha256(TEXT.encode()).hexdigest(), (SHAKESPEARE_URL, "public domain")
+    for number, (sha256, told) in enumerate([("0" * 64, (None, None)), (own, original)]):
+        monkeypatch.setattr("orchestrate.data.prepare.SHAKESPEARE_SHA256", sha256)
+        monkeypatch.setattr(sys, "argv", [*given, "--out", str(tmp_path / str(number))])
+        prepare_shakespeare("", tmp_path, "gpt2")
+        meta = json.loads((tmp_path / str(number) / "meta.json").read_text())
+        assert (meta.get("source"), meta.get("licence")) == told and meta["sources"][0]["sha256"] == own

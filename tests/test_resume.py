@@ -63,6 +63,31 @@ METRICS = [
     {"name": "set_attn_lora_rank", "value": 2, "trigger": LOSS_STAYS},
     {"name": "set_weight_decay", "value": 0.0, "trigger": {"metric": "val_loss", "below": 99.0}},
 ]  # fmt: skip
+# Three queues: rounds that a metric may end, a guarded one that is taken back, chains with a checkpoint inside.
+TRACKS = {
+    "tracks": {
+        "rate": [
+            {"name": "change_lr", "value": 0.8, "max_wait_iters": 2, "over": 2, "repeat": 2},
+            {"name": "set_lr", "value": 3.0, "max_wait_iters": 1, "guard": {"within_iters": 4}},
+            {"name": "set_min_lr", "value": 1e-4},
+        ],
+        "model": [
+            {"name": "set_dropout", "value": 0.1, "all_of": [{"trigger_loss": 99.0}, {"max_wait_iters": 1}],
+             "reevaluate": True, "label": "drops"},
+            {"repeat": 2, "do": [
+                {"name": "set_attn_lora_rank", "value": 2, "max_wait_iters": 2},
+                {"name": "save_checkpoint"},
+                {"name": "merge_lora_weights", "max_wait_iters": 2, "reevaluate": True},
+            ]},
+        ],
+    },
+    "operations": [
+        {"name": "change_grad_accum", "value": 2, "after": "drops", "max_wait_iters": 2},
+        {"name": "set_weight_decay", "value": 0.01, "max_wait_iters": 2,
+         "repeat": {"times": 9, "until": {"metric": "step_lr", "below": 99.0}}},
+        {"name": "freeze_layer", "value": "mlp.0"},
+    ],
+}  # fmt: skip
 METRICS_KEYS = {"log_interval": 2, "max_iters": 16, "early_stopping_metric": "loss", "early_stopping_patience": 9}
 # Heads of a size of their own, normed: they grow with everything else.
 QK_NORM = {"qk_norm": True, "head_size": 6}
@@ -129,6 +154,63 @@ def test_stopped_at_any_iteration_while_growing(iteration, uninterrupted_growth,
 
 
 @pytest.fixture(scope="module")
+def uninterrupted_tracks(tmp_path_factory, data):
+    whole = run_whole(tmp_path_factory.mktemp("tracks"), data, TRACKS, max_iters=16)
+    assert [(e["iter"], e["entry"], e.get("round")) for e in events(whole, "operation")] == [
+        (1, 4, None), (2, 1, 1), (3, 5, 1), (3, 6, 1), (3, 8, None), (4, 1, 2), (6, 3, None), (6, 7, 1), (6, 9, 1),
+        (6, 10, None), (8, 5, 2), (8, 6, 2), (10, 7, 2),
+    ]  # fmt: skip
+    (back,) = events(whole, "rollback")
+    assert (back["entry"], back["track"], back["iter"]) == (2, "rate", 5)
+    return whole
+
+
+@pytest.mark.parametrize("iteration", range(1, 16))
+def test_stopped_at_any_iteration_of_several_tracks(iteration, uninterrupted_tracks, tiny, resume, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_at(patched, iteration)
+        code, out = tiny(TRACKS, max_iters=16)
+    assert code == 128 + signal.SIGUSR1
+    assert resume(out) == 0
+    assert_same_tensors(tensors(out), tensors(uninterrupted_tracks))
+    known = []
+    for folder in (out, uninterrupted_tracks):
+        state = json.loads((folder / "checkpoints/latest/state.json").read_text())["orchestrator"]
+        for queue in state["position"]["queues"].values():
+            queue["since"].pop("seconds")
+        for mark in state["position"]["marks"].values():
+            mark.pop("seconds")
+        kinds = ("operation", "decision", "rollback")
+        known.append((state, [(e["kind"], e["entry"], e["iter"], e["reason"]) for kind in kinds
+                              for e in events(folder, kind)]))  # fmt: skip
+    assert known[0] == known[1]
+
+
+def test_a_resume_takes_other_tracks_and_rounds_but_not_of_what_has_fired(tiny, tmp_path, resume):
+    first = {"name": "set_dropout", "value": 0.1, "at_iter": 2, "repeat": 2}
+    _, out = tiny({"tracks": {"a": [first, {"name": "stop", "max_wait_iters": 2}]}})
+    path = tmp_path / "new.json"
+    path.write_text(json.dumps({"tracks": {"b": [], "a": [{**first, "value": 0.2}]}}))
+    with pytest.raises(Refused, match=r"entry 1 \(round 1 of 2\) has fired already and must stay as it was") as refused:
+        resume(out, schedule=path)
+    assert len(refused.value.problems) == 3, "two rounds and the entry behind"
+    with pytest.raises(Refused, match="entry 1 .* has fired already"):
+        path.write_text(json.dumps([first]))
+        resume(out, schedule=path)
+    stop = {"name": "stop", "max_wait_iters": 2, "label": "stopped"}
+    later = {"name": "set_grad_clip", "value": 0.5, "after": "stopped", "max_wait_iters": 3}
+    new = {"tracks": {"b": [later], "a": [first, stop, {"name": "set_dropout", "value": 0.3, "max_wait_iters": 5}]}}
+    path.write_text(json.dumps(new))
+    assert resume(out, schedule=path) == 0
+    fired = [(e["iter"], e["entry"]) for e in events(out, "operation")]
+    assert fired == [(2, 1), (2, 1), (4, 2), (7, 1), (9, 4)]
+    (override,) = [e for e in events(out, "override") if e["key"] == "schedule"]
+    assert override["before"] == [] and [e["name"] for e in override["after"]] == ["set_grad_clip", "set_dropout"]
+    assert resume(out, schedule="") == 0
+    assert resume(out, schedule=path, max_iters=14) == 0 and len(events(out, "operation")) == 5
+
+
+@pytest.fixture(scope="module")
 def uninterrupted_metrics(tmp_path_factory, data):
     whole = run_whole(tmp_path_factory.mktemp("metrics"), data, METRICS, **METRICS_KEYS)
     assert [e["entry"] for e in events(whole, "operation")] == [1, 2, 3, 5, 6] and events(whole, "rollback")
@@ -149,7 +231,7 @@ def test_stopped_at_any_iteration_while_metrics_decide(
     kinds, known = ("operation", "decision", "rollback"), []
     for folder in (out, uninterrupted_metrics):
         state = json.loads((folder / "checkpoints/latest/state.json").read_text())
-        state["orchestrator"]["position"].pop("since_seconds")
+        state["orchestrator"]["position"]["queues"][""]["since"].pop("seconds")
         course = [(kind, e["entry"], e["iter"], e["reason"]) for kind in kinds for e in events(folder, kind)]
         known.append((course, state["orchestrator"], state["progress"]["evals_without_gain"]))
     assert known[0] == known[1]

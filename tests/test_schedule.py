@@ -222,7 +222,7 @@ def test_what_a_guard_is_when_nothing_is_said():
 
 def test_a_merged_key_may_be_overridden_and_one_of_the_same_mapping_may_not():
     text = "- &first {name: change_lr, value: 0.5, max_wait_iters: 3}\n- <<: *first\n  value: 0.25\n"
-    assert parse_schedule(text, "s.yaml").as_given[1] == {"name": "change_lr", "value": 0.25, "max_wait_iters": 3}
+    assert parse_schedule(text, "s.yaml").entries[1].given == {"name": "change_lr", "value": 0.25, "max_wait_iters": 3}
     assert problems(text + "  max_wait_iters: 1\n  value: 0.1\n") == ["s.yaml: line 5: not YAML (value is given twice)"]
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT, arguments, events, lines
 import train_orchestrated
 from orchestrate.training.session.seeds import results, spread
 from orchestrate.training.settings.config import resolve
+from orchestrate.training.settings.depth import RULES
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store.manifest import find
 
@@ -200,6 +201,11 @@ def test_an_impossible_depth_is_refused_at_once(depth, keys, message):
     with pytest.raises(Refused, match=message):
         of(depth, **keys)
     assert time.monotonic() - started < 5
+
+
+def test_the_page_has_the_rules():
+    page = " ".join((ROOT / "docs" / "migrating.md").read_text("utf-8").split())
+    assert all(f"- `{key}`: {rule}" in page for key, (_, rule) in RULES.items())
 
 
 def test_a_run_says_what_followed_and_a_resume_repeats_the_depth(data, tmp_path, capfd, resume):

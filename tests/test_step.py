@@ -274,3 +274,14 @@ def test_seeds_are_made_of_the_run_the_iteration_and_a_number(data, monkeypatch)
 
     run.adopt(operation.plan(run.settings), reshape)
     assert generators == [by_hand(1)]
+
+
+def test_one_process_compares_itself_with_nobody(data, monkeypatch):
+    """Reading every weight for it would make a change of the learning rate cost as much as a step."""
+
+    def read():
+        raise AssertionError("the weights were read")
+
+    run = make_run(str(data))
+    monkeypatch.setattr(run, "fingerprint", read)
+    run.check_ranks_agree("an entry")

@@ -44,7 +44,7 @@ class Oracle(torch.nn.Module):
     def __init__(self, itos, answer, block_size=40) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(block_size=block_size, n_kv_head=1, head_size=2)
+        self.config = SimpleNamespace(block_size=block_size, cache_length=block_size, n_kv_head=1, head_size=2)
         self.itos, self.answer, self.sizes = itos, answer, []
 
     def extend(self, idx, counts, cache, first):
@@ -352,7 +352,7 @@ def test_a_plateau_is_one_below_the_highest():
 def test_what_the_oldest_say_is_the_highest_of_them():
     run = Driven([clip(**on(ACCURACY, plateau={"evals": 1, "min_delta": 0.1}))])
     assert [run.boundary(**{ACCURACY: value}) for value in (0.1, 0.3, 0.5, 0.7)] == [[]] * 4
-    assert run.orchestrator.position.history == {ACCURACY: (0.5, 0.7)}
+    assert run.orchestrator.position.queues[""].history == {ACCURACY: (0.5, 0.7)}
 
 
 @pytest.mark.parametrize("after, back", [(0.51, False), (0.5, False), (0.49, True), (0.9, False)])
@@ -411,3 +411,17 @@ def test_the_digits_schedule_moves_on_what_is_mastered(tmp_path, monkeypatch):
     assert fired == [(0, 1), (2, 2), (6, 3), (8, 4)], "at 0 nothing of 2 digits counts yet; at 6, two digits are known"
     assert [one.get("3") for one in seen] == [None, 0.1, 0.3, 0.3, 0.8]
     assert open_data(str(folder), 26).meta.row == 13 and 26 % 13 == 0
+
+
+def test_the_configuration_for_products(tmp_path):
+    """On the set of the shipped script: whole lines in a window, from their beginning, and a score of every length."""
+    folder = tmp_path / "multiplier"
+    prepare(MULTIPLIER, folder, digits=2, limit=1000, test=10)
+    given = dict(dataset=folder, out_dir=tmp_path / "run", eval_tasks=f"multiplier:{folder}", eval_interval=2)
+    small = dict(n_layer=1, n_embd=8, n_head=1, batch_size=2, max_iters=2, eval_iters=1)
+    config = str(ROOT / "config/multiplier.py")
+    assert train_orchestrated.main([config, *(f"--{key}={value}" for key, value in (given | small).items())]) == 0
+    (last,) = (m for m in lines(tmp_path / "run" / "metrics.jsonl") if m["kind"] == "eval" and m["iter"] == 2)
+    assert {key.rpartition("/")[2] for key in last if key.startswith("eval/multiplier_accuracy/")} == {"1", "2", "3"}
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["block_size"] == 2 * open_data(str(folder), 22).meta.row and config["weight_decay"] == 0.3

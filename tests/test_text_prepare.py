@@ -36,7 +36,7 @@ def lines(path, documents, key="text"):
 def decoded(folder) -> dict[str, str]:
     """The text of both files."""
     data, tokenizer = open_data(str(folder), 1), of_data(str(folder))
-    return {name: tokenizer.decode(getattr(data, name).tokens.tolist()) for name in ("train", "val")}
+    return {name: tokenizer.decode(getattr(data, name).tokens[:].tolist()) for name in ("train", "val")}
 
 
 def files(folder) -> dict[str, bytes]:
@@ -359,6 +359,6 @@ def test_the_command(tmp_path):
     texts = decoded(tmp_path / "d")
     assert texts["train"] + texts["val"] == TEXT + EOT and len(texts["val"]) < len(TEXT) / 8
     said = script("text", "--out", tmp_path / "e", code=2)
-    assert said == "error: --input: files or folders of text are needed\n"
+    assert said == "error: --input: files or folders of documents are needed\n"
     said = script("text", "--input", tmp_path / "in.txt", "--workers", 0, code=2)
-    assert said == "error: --workers must be at least 1, and --limit at least 0\n"
+    assert said == "error: --workers must be at least 1, --limit and --shard_tokens at least 0\n"

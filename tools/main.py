@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "train a model while a schedule changes the run",
     "plan": "check a configuration and its schedule, print the stages, train nothing",
     "sample": "generate text from a run folder, a Hugging Face model or a nanoGPT ckpt.pt",
+    "chat": "talk to a model in the terminal",
     "export": "a model for programs that read Hugging Face folders, for peft, or for nanoGPT",
 }
 

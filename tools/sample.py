@@ -16,16 +16,13 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
-from orchestrate.model.generate import Choice, lay_out
+from orchestrate.model.generate import Choice
 from orchestrate.model.gpt import compile_blocks
 from orchestrate.tools.main import called
-from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
-from orchestrate.training.session.sampling import open_foreign, open_run_folder
+from orchestrate.training.run.device import DTYPES
+from orchestrate.training.session.sampling import open_foreign, open_run_folder, placed
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.session.texts import samples
 from orchestrate.training.settings.errors import Refused, refusing
@@ -70,14 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--compile", type=_switch, nargs="?", const=True, default=False)
     parser.add_argument("--dataset", default="", help="take the tokenizer of this data set")
     options = parser.parse_args(arguments)
-    problems = [
-        f"--{name}: must be at least {least}, got {getattr(options, name)}"
-        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0),
-                            ("batch_size", 1))
-        if not least <= getattr(options, name) < math.inf
-    ]  # fmt: skip
-    if not 0 < options.top_p <= 1:
-        problems.append(f"--top_p: must be above 0 and at most 1, got {options.top_p}")
+    problems = number_problems(options, num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0, batch_size=1)
     if not 0 < options.repetition_penalty < math.inf:
         problems.append(f"--repetition_penalty: must be positive and finite, got {options.repetition_penalty}")
     options.stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.stop]
@@ -114,23 +104,31 @@ def _text(option: str, path: str) -> str:
         raise Refused(f"{option}: {where} is not UTF-8 (byte {error.start})") from None
 
 
+def number_problems(options: argparse.Namespace, **least: float) -> list[str]:
+    """What is wrong with top_p, and with options that must be finite and at least so much."""
+    problems = [
+        f"--{name}: must be at least {number}, got {getattr(options, name)}"
+        for name, number in least.items()
+        if not number <= getattr(options, name) < math.inf
+    ]
+    if not 0 < options.top_p <= 1:
+        problems.append(f"--top_p: must be above 0 and at most 1, got {options.top_p}")
+    return problems
+
+
 def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
     """Print the samples; returns the exit code. Raises Refused."""
     options = parse(arguments)
     with refusing():
-        device = pick_device(options.device, 0)
         if options.init_from == "resume":
             model, tokenizer, passed_over = open_run_folder(options.out_dir, options.checkpoint, options.dataset)
             for problem in passed_over:
                 print(f"passed over: {problem}", file=sys.stderr)
         else:
             model, tokenizer = open_foreign(options.init_from, options.dataset)
-        model = model.to(device)
-        model.reset_buffers(device)
-        lay_out(model)
+        model, autocast = placed(model, options.device, options.dtype)
         if options.compile:
             compile_blocks(model)
-        dtype = DTYPES[pick_dtype(options.dtype, device)]
         pieces = samples(
             model,
             tokenizer,
@@ -141,7 +139,7 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
             seed=options.seed,
             stop=options.stop,
             batch_size=options.batch_size,
-            autocast=nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype),
+            autocast=autocast,
         )
         for piece in pieces:
             print(piece.text, end="\n---------------\n" if piece.last else "", flush=options.stream)

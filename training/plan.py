@@ -23,9 +23,10 @@ from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.dry import DryRun
-from orchestrate.training.schedule.file import Entry, Schedule
+from orchestrate.training.schedule.file import Entry, Schedule, title
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
+from orchestrate.training.schedule.position import Mark, Position, Queue
 from orchestrate.training.schedule.stages import Stage, model_on_meta, plan_stages
 from orchestrate.training.session.resume import check_fingerprint, resume
 from orchestrate.training.session.start import (
@@ -55,6 +56,9 @@ class Row:
     """One stage of the run: the settings in force after an entry, and what they cost."""
 
     entry: int | None
+    track: str
+    round: int
+    rounds: int
     operation: str
     when: str
     settings: Settings
@@ -75,6 +79,11 @@ class Row:
     changes: dict[str, list[Any]]
     """Field of Settings: [before, after]."""
 
+    @property
+    def title(self) -> str:
+        """As `Entry.title`."""
+        return "start" if self.entry is None else title(self.entry, self.round, self.rounds)
+
     def to_json(self) -> dict[str, Any]:
         values = {**self.__dict__, "settings": self.settings.to_json()}
         s = self.settings
@@ -87,8 +96,8 @@ class Plan:
 
     rows: list[Row]
     notes: list[str]
-    fires: dict[int, str] | None = None
-    """With --against: entry number -> when it would have fired on the recorded metrics."""
+    fires: dict[str, str] | None = None
+    """With --against: entry number, and its round -> when it would have fired on the recorded metrics."""
 
     def to_json(self) -> str:
         facts = {"stages": [row.to_json() for row in self.rows], "notes": self.notes, "against": self.fires}
@@ -101,7 +110,10 @@ class Plan:
         if self.fires is not None:
             rows[0].insert(3, "fires at*")
             for cells, row in zip(rows[1:], self.rows, strict=True):
-                cells.insert(3, "" if row.entry is None else self.fires[row.entry])
+                cells.insert(3, "" if row.entry is None else self.fires[row.title])
+        if any(row.track for row in self.rows):
+            for cells, track in zip(rows, ["track", *(row.track for row in self.rows)], strict=True):
+                cells.insert(1, track)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = sum(row.rewraps for row in self.rows), sum(row.recompiles for row in self.rows)
@@ -124,20 +136,20 @@ def make(
         operations: files of the user's own operations, registered now.
     """
     notes: list[str] = []
-    foreign = None
+    foreign, position = None, Position()
     pick_device(config.device, 0)
     if config.init_from == "resume":
         resumed = resume(config, given, operations)
-        fired = resumed.loaded.state.fired
+        position, fired = resumed.position, sum(resumed.position.fired.values())
         schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
-        schedule = Schedule(schedule.entries[fired:], schedule.source, schedule.text)
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
     else:
         schedule, (config, foreign) = the_schedule(config), opened(config)
         model, notes = planned_model_config(config, foreign)
         notes += depth_told(config, given)
         settings = settings_from(config, model, foreign)
-    stages = plan_stages(schedule, settings, world_size)
+    stages = plan_stages(schedule, settings, world_size, position)
+    notes += _of_tracks(schedule, position, stages)
     data = data_of(config, stages)
     check_data(data, config, stages, foreign)
     check_target(stages, config)
@@ -145,7 +157,7 @@ def make(
         check_fingerprint(config, resumed.loaded.state, data)
     notes += doubts(data, config, settings, resumed.loaded.state.tokenizer if config.init_from == "resume" else None)
     share = world_size if config.parallel == "fsdp" else 1
-    rows = _rows(stages, config, schedule.source, share)
+    rows = _rows(stages, config, schedule, share)
     final = stages[-1].settings.model
     if config.target_architecture or final != stages[0].settings.model:
         shape = {key: getattr(final, key) for key in _SHAPE} | {"n_hidden": brief(list(final.n_hidden))}
@@ -157,20 +169,42 @@ def make(
     later = [stage.entry for stage in stages if stage.entry and stage.entry.operation.decided_on_machine]
     if later:
         names = ", ".join(sorted({entry.operation.name for entry in later}))
-        numbered = [entry.number for entry in later]
+        numbered = sorted({entry.number for entry in later})
         notes.append(f"entries {numbered}: {names} is decided on the machine; shown unchanged")
     fires = None
     if against:
-        fires, missing = _replay(schedule, settings, Path(against))
+        fires, missing = _replay(schedule, settings, Path(against), position)
         told = f"`fires at` takes metrics, tokens and seconds of {against} as recorded, as if no entry changed them"
         notes += [told, *missing]
     return Plan(rows, notes, fires)
 
 
+def _of_tracks(schedule: Schedule, position: Position, stages: list[Stage]) -> list[str]:
+    """What a plan of several tracks says of its order, and of what can never fire."""
+    notes = []
+    if len(schedule.tracks) > 1:
+        notes.append(
+            "the tracks go side by side; the stages are in the order of the latest times, what nothing bounds at the "
+            "end, and may come in another"
+        )
+    if ending := sorted({stage.entry.number for stage in stages if stage.entry and stage.entry.until}):
+        notes.append(f"entries {ending}: all their rounds are shown, and `until` may end them before")
+    planned = {(stage.entry.track, stage.entry.step) for stage in stages if stage.entry}
+    never = {
+        entry.number
+        for name, track in schedule.tracks.items()
+        for entry in track[position.fired.get(name, 0) :]
+        if (name, entry.step) not in planned
+    }
+    if never:
+        notes.append(f"entries {sorted(never)} never fire: what they come after was skipped or taken back")
+    return notes
+
+
 # ---------------------------------------------------------------------------------------------- what a stage costs
 
 
-def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> list[Row]:
+def _rows(stages: list[Stage], config: TrainConfig, schedule: Schedule, share: int) -> list[Row]:
     """The stages, their shapes checked by reshaping on the meta device. Raises Refused."""
     model = model_on_meta(stages[0].settings.model)
     trained = trainable_parameters(model, stages[0].settings.frozen)
@@ -183,8 +217,9 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
             try:
                 model, lineage = stage.entry.operation.reshape(model, s.model, torch.Generator().manual_seed(0))
             except Exception as error:
-                place = f"{source}:{stage.entry.line}: entry {stage.entry.number}"
-                raise Refused(f"{place}: {stage.entry}: {type(error).__name__}: {error}") from error
+                raise Refused(
+                    f"{schedule.place(stage.entry)}: {stage.entry}: {type(error).__name__}: {error}"
+                ) from error
             trained = _with_moments(lineage, trained)
         trainable = trainable_parameters(model, s.frozen)
         trained = trained | trainable  # a parameter that ever trained keeps its moments
@@ -205,6 +240,9 @@ def _rows(stages: list[Stage], config: TrainConfig, source: str, share: int) -> 
         rows.append(
             Row(
                 entry=stage.entry.number if stage.entry else None,
+                track=stage.entry.track if stage.entry else "",
+                round=stage.entry.round if stage.entry else 1,
+                rounds=stage.entry.rounds if stage.entry else 1,
                 operation=str(stage.entry) if stage.entry else "start",
                 when=when(stage.entry) if stage.entry else "",
                 settings=s,
@@ -287,7 +325,9 @@ def activation_bytes(s: Settings, width: int) -> int:
 
 def when(entry: Entry) -> str:
     """An entry's triggers in one cell."""
-    return " or ".join(map(str, entry.triggers)) or "at once"
+    waits = " or ".join(map(str, entry.triggers)) or "at once"
+    after = f"after {entry.after}: {waits}" if entry.after else waits
+    return f"{after}, not once {entry.until.condition}" if entry.until else after
 
 
 def _bytes(count: int) -> str:
@@ -302,7 +342,7 @@ def _cells(row: Row) -> list[str]:
     s = row.settings
     changes = ", ".join(f"{name} {brief(old)} -> {brief(new)}" for name, (old, new) in row.changes.items())
     return [
-        "start" if row.entry is None else str(row.entry),
+        row.title,
         "" if row.entry is None else row.operation,
         row.when,
         str(s.model.n_layer),
@@ -324,15 +364,21 @@ def _cells(row: Row) -> list[str]:
 # ---------------------------------------------------------------------------------------------- against a run
 
 
-def _replay(schedule: Schedule, settings: Settings, run: Path) -> tuple[dict[int, str], list[str]]:
-    """When each entry fires on a recorded run's metrics, by the orchestrator's own code; and notes. Raises Refused."""
+def _replay(schedule: Schedule, settings: Settings, run: Path, position: Position) -> tuple[dict[str, str], list[str]]:
+    """When each pending step fires on a recorded run's metrics, by the orchestrator's own code. Raises Refused.
+
+    Returns also notes. What has fired by now has fired at the start of the recorded run.
+    """
     # Without guards nothing is taken back; a fade has no part in when entries fire, but for what waits for it.
     settings = replace(settings, fading={})
-    entries = [
-        replace(entry, guard=None, over=None if entry.operation.fades else entry.over) for entry in schedule.entries
-    ]
+    tracks = {
+        name: tuple(replace(entry, guard=None, over=None if entry.operation.fades else entry.over) for entry in entries)
+        for name, entries in schedule.tracks.items()
+    }
     dry = DryRun(settings, Progress.start(settings))
-    orchestrator = Orchestrator(Schedule(tuple(entries), schedule.source, schedule.text), dry, dry)
+    orchestrator = Orchestrator(replace(schedule, tracks=tracks), dry, dry)
+    orchestrator.position.queues = {name: Queue(position.fired.get(name, 0)) for name in tracks}
+    orchestrator.position.marks = dict.fromkeys(position.marks, Mark())
     asked = {name for name in orchestrator.asked if name != VAL_LOSS}
     recorded = _recorded(run, asked)
     losses, logged, p = recorded.losses, recorded.logged, dry.progress
@@ -343,10 +389,12 @@ def _replay(schedule: Schedule, settings: Settings, run: Path) -> tuple[dict[int
         dry.loss = losses.get(iteration, dry.loss)
         orchestrator.observe(logged.get(iteration, {}))
         orchestrator.consult(losses.get(iteration), look_at_clock=iteration in recorded.clock)
-    fires = {entry.number: f"not by iteration {iters[-1]}" for entry in schedule.entries}
+    fires = {entry.title: "not at all: its repetition ends before" for entry in schedule.entries}
+    fires |= {entry.title: f"not by iteration {iters[-1]}" for entry in orchestrator.missed()}
     for iteration, kind, fields in dry.events:
         if kind == "operation":
-            fires[fields["entry"]] = f"{iteration}: {fields['reason']}"
+            step = title(fields["entry"], fields.get("round", 1), fields.get("rounds", 1))
+            fires[step] = f"{iteration}: {fields['reason']}"
     missing = asked.difference(*logged.values())
     return fires, [f"{run} has no values of {name}" for name in sorted(missing)]
 

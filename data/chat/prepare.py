@@ -16,28 +16,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from orchestrate.data.conversations import chat  # noqa: E402
-from orchestrate.data.prepare import Reading, options, packing_options, parsed, prepare, run  # noqa: E402
+from orchestrate.data.prepare import Reading, options, prepare_own, run  # noqa: E402
 
 
 def main() -> None:
     parser = options(__doc__, Path(__file__).parent, tokenizer="gpt2")
-    packing_options(parser)
-    parser.add_argument(
-        "--val", type=float, default=0.1, help="share of the conversations for validation (default 0.1)"
-    )
-    given = parsed(parser)
-    if not given.input:
-        raise ValueError("--input: files or folders of conversations are needed")
-    prepare(
-        given.input,
-        given.out,
-        given.tokenizer,
-        reading=Reading(render=chat, sources=("messages",)),
-        val=given.val,
-        limit=given.limit,
-        workers=given.workers,
-        pack_length=given.pack_length if given.pack == "best-fit" else 0,
-    )
+    prepare_own(parser, "conversations", lambda _: Reading(render=chat, sources=("messages",)))
 
 
 if __name__ == "__main__":

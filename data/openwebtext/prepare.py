@@ -13,13 +13,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from orchestrate.data.hub import Hub  # noqa: E402
-from orchestrate.data.prepare import run, texts_from  # noqa: E402
+from orchestrate.data.prepare import prepare_texts, run  # noqa: E402
 
 HUB = Hub("Skylion007/openwebtext", licence="CC0-1.0 (the packaging; the texts are their authors')")
 
 
 def main() -> None:
-    texts_from(__doc__, Path(__file__).parent, HUB, val=0.0005)
+    prepare_texts(__doc__, Path(__file__).parent, HUB, val=0.0005)
 
 
 if __name__ == "__main__":

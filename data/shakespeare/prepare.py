@@ -9,25 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from orchestrate.data.prepare import (  # noqa: E402
-    SHAKESPEARE_SHA256,
-    SHAKESPEARE_URL,
-    download,
-    note_if_changed,
-    options,
-    parsed,
-    prepare,
-    run,
-)
-
-
-def main() -> None:
-    given = parsed(options(__doc__, Path(__file__).parent, tokenizer="gpt2"))
-    for path in given.input:
-        note_if_changed(path, SHAKESPEARE_SHA256)
-    inputs = given.input or [download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, given.out / "input.txt")]
-    prepare(inputs, given.out, given.tokenizer, limit=given.limit, workers=given.workers)
-
+from orchestrate.data.prepare import prepare_shakespeare, run  # noqa: E402
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: prepare_shakespeare(__doc__, Path(__file__).parent, tokenizer="gpt2"))

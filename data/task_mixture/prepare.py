@@ -15,8 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import shutil  # noqa: E402
-
 from orchestrate.data.conversations import TASKS, task  # noqa: E402
 from orchestrate.data.hub import Hub, fetch  # noqa: E402
 from orchestrate.data.prepare import (  # noqa: E402
@@ -25,7 +23,7 @@ from orchestrate.data.prepare import (  # noqa: E402
     options,
     packing_options,
     parsed,
-    prepare,
+    prepared,
     run,
     weights_of,
 )
@@ -47,19 +45,17 @@ def main() -> None:
     weights = weights_of(given.weights, TASKS)
     wanted = [hub for hub, weight in zip(HUBS, weights, strict=True) if weight]
     inputs = given.input or [path for hub in wanted for path in fetch(hub, given.out / DOWNLOAD, given.limit)]
-    prepare(
+    prepared(
+        given,
         inputs,
-        given.out,
-        given.tokenizer,
+        fetched=not given.input,
         reading=Reading(render=task, sources=TASKS),
         val=given.val,
+        limit=0,
         limit_each=given.limit,
-        workers=given.workers,
-        pack_length=given.pack_length if given.pack == "best-fit" else 0,
         weights=weights,
         facts={"source": [hub.facts() for hub in wanted]},
     )
-    shutil.rmtree(given.out / DOWNLOAD, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -15,27 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from orchestrate.data.prepare import Reading, options, packing_options, parsed, prepare, run  # noqa: E402
+from orchestrate.data.prepare import Reading, options, prepare_own, run  # noqa: E402
 
 
 def main() -> None:
     parser = options(__doc__, Path(__file__).parent, tokenizer="gpt2")
     parser.add_argument("--key", default="text", help="the field of a JSON line or column of parquet (default text)")
-    parser.add_argument("--val", type=float, default=0.1, help="share of the documents for validation (default 0.1)")
-    packing_options(parser)
-    given = parsed(parser)
-    if not given.input:
-        raise ValueError("--input: files or folders of text are needed")
-    prepare(
-        given.input,
-        given.out,
-        given.tokenizer,
-        reading=Reading(given.key),
-        val=given.val,
-        limit=given.limit,
-        workers=given.workers,
-        pack_length=given.pack_length if given.pack == "best-fit" else 0,
-    )
+    prepare_own(parser, "documents", lambda given: Reading(given.key))
 
 
 if __name__ == "__main__":

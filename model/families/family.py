@@ -173,12 +173,3 @@ class Family:
             for part, other in zip(value.split(rows), place.names, strict=True):
                 theirs[other] = part.t() if place.turned else part
         return {**theirs, HEAD: weights["transformer.wte.weight" if config.tie_weights else HEAD]}
-
-    def from_hf(self, config: ModelConfig, weights: Weights) -> Weights:
-        """The inverse of to_hf."""
-        ours: Weights = {}
-        for name, place in self.places(config).items():
-            like = weights[place.names[0]]
-            shape = (sum(shape[0] for shape in place.shapes), *place.shapes[0][1:])
-            place.read(weights.__getitem__, ours.setdefault(name, like.new_empty(shape)))
-        return ours

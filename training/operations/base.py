@@ -74,7 +74,7 @@ class Operation(BaseModel):
 
     @property
     def keeps_function(self) -> bool:
-        """Whether the model computes the same function right after (up to float rounding)."""
+        """Whether the model computes the same function right after: up to rounding, of which a Cast tells."""
         return True
 
     def plan(self, settings: Settings) -> Settings:

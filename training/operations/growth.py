@@ -413,6 +413,11 @@ class WidenEmbdOperation(GrowthOperation):
         if wanted.heads == "more":
             changes.update(n_head=config.n_head * k, n_kv_head=config.n_kv_head * k)
         elif wanted.heads == "larger":
+            if config.rotary_dynamic_factor:
+                raise ScheduleError(
+                    "widen_embd: heads: larger is not for dynamic NTK (rotary_dynamic_factor "
+                    f"{config.rotary_dynamic_factor}), whose frequencies follow from the head size; heads: more is"
+                )
             changes["head_size"] = config.head_size * k
         return _with_model(settings, **changes)
 

@@ -38,9 +38,5 @@ class SetWeightsDtype(Operation):
     touches: ClassVar = ("weights_dtype",)
     value: WeightsDtype
 
-    @property
-    def keeps_function(self) -> bool:
-        return self.value == "float32"
-
     def plan(self, settings: Settings) -> Settings:
         return replace(settings, weights_dtype=self.value)

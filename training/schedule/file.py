@@ -1,7 +1,9 @@
-"""A schedule's file and its entries, each validated by itself.
+"""A schedule's file: its tracks, and their entries, each validated by itself.
 
 The file (YAML or JSON) is parsed with line numbers, so that every error names file, line, what was given and what is
-allowed; all errors come at once (`Refused`). Whether the entries fit each other and the model is stages.py's to say.
+allowed; all errors come at once (`Refused`). What is repeated is written out here, a step for each round, so nothing
+behind knows of repetitions but what a step says of itself. Whether the entries fit each other and the model is
+stages.py's to say.
 """
 
 from __future__ import annotations
@@ -9,16 +11,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from orchestrate.training.operations import Operation, make
-from orchestrate.training.schedule.triggers import TRIGGERS, Trigger
+from orchestrate.training.schedule.triggers import TRIGGERS, OnMetric, Trigger, together
 from orchestrate.training.settings.errors import Refused, ScheduleError
 from orchestrate.training.settings.metrics import NAMES, VAL_LOSS, MetricName, in_nats, is_metric, rises
 from orchestrate.training.settings.records import Settings
@@ -70,6 +72,39 @@ RampStyle = Literal["constant", "linear", "cosine", "power"]
 `exponent`. All begin at the value in force and end at the operation's, exactly."""
 
 
+Name = Annotated[str, Field(min_length=1, max_length=60)]
+"""Of a label or a track."""
+
+
+class Repeat(BaseModel):
+    """How often an entry or a block is done: N times, or at most so often and no more once a metric is there.
+
+    It is done once in any case. `until` is looked at while the next round has not begun.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    times: PositiveInt
+    until: OnMetric | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _or_a_number(cls, given: Any) -> Any:
+        if isinstance(given, int | float) and not isinstance(given, bool):
+            return {"times": given}
+        if not isinstance(given, dict | Repeat):
+            raise ValueError("must be a number of rounds, or a mapping of times and until")
+        return given
+
+
+class _Block(BaseModel):
+    """Entries that are repeated together."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    repeat: Repeat
+    do: Annotated[list[Any], Field(min_length=1)]
+    label: Name = ""
+
+
 class _EntryFields(BaseModel):
     """The fields of an entry that are neither the operation's argument nor a trigger."""
 
@@ -83,6 +118,9 @@ class _EntryFields(BaseModel):
     exponent: PositiveFloat | None = None
     on_error: Literal["stop", "skip"] = "stop"
     guard: Guard | None = None
+    label: Name = ""
+    after: Name = ""
+    repeat: Repeat = Repeat(times=1)
 
 
 # Fields of an entry that no trigger may be called by.
@@ -94,12 +132,28 @@ def entry_fields() -> tuple[str, ...]:
     return (*RESERVED, *TRIGGERS)
 
 
+def title(number: int, round: int, rounds: int) -> str:
+    """An entry's number, and the round where there are several: 3, or 3 (round 2 of 5)."""
+    return f"{number} (round {round} of {rounds})" if rounds > 1 else str(number)
+
+
+@dataclass(frozen=True)
+class Until:
+    """What ends a repetition before its last round."""
+
+    condition: Trigger
+    steps: int
+    """How many of the track are left out then: this round and those behind it."""
+    closes: str
+    """As `Entry.closes`, of the last of them."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One line of the plan: an operation, when it fires, and how."""
+    """One step of the plan: an operation, when it fires, and how. What is repeated is a step for each round."""
 
     number: int
-    """1 for the first."""
+    """1 for the first in the file, the same in each round."""
     line: int
     """Of the schedule file; 0 where unknown."""
     operation: Operation
@@ -113,17 +167,48 @@ class Entry:
     on_error: str
     guard: Guard | None
     given: Mapping[str, Any]
-    """As it was written, for the log and to recognise it after a resume."""
+    """As it was written, but for `repeat`; for the log and to recognise it after a resume."""
+    label: str = ""
+    after: str = ""
+    """The label from whose firing waits count; empty where they count from the step before."""
+    track: str = ""
+    step: int = 0
+    """Place in its track, from 1."""
+    round: int = 1
+    rounds: int = 1
+    until: Until | None = None
+    """At the first step of each further round."""
+    closes: str = ""
+    """The label of the repetition that is over with this step, whatever became of its rounds."""
 
     @property
     def value(self) -> Any:
         return self.given.get("value")
 
     @property
+    def watched(self) -> tuple[Trigger, ...]:
+        """Its triggers, and what may end the repetition instead."""
+        return (*self.triggers, self.until.condition) if self.until else self.triggers
+
+    @property
     def metrics(self) -> frozenset[str]:
-        """Names of the metrics that its triggers and its guard look at."""
-        guarded = [self.guard.metric] if self.guard else []
-        return frozenset(guarded).union(*(trigger.looks_at for trigger in self.triggers))
+        """Names of the metrics that its triggers, its guard and its repetition look at."""
+        return frozenset({*together(self.watched), *([self.guard.metric] if self.guard else [])})
+
+    @property
+    def title(self) -> str:
+        """Its number, and the round where there are several."""
+        return title(self.number, self.round, self.rounds)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What every event about it says."""
+        facts: dict[str, Any] = {"entry": self.number, "name": self.operation.name}
+        if self.track:
+            facts["track"] = self.track
+        if self.rounds > 1:
+            facts |= {"round": self.round, "rounds": self.rounds}
+        return facts if self.step == self.number else {**facts, "step": self.step}
 
     def plan(self, settings: Settings) -> Settings:
         """The settings after this entry, once any ramp of it has arrived. Pure. Raises ScheduleError."""
@@ -139,16 +224,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Entries in the order in which they fire, and the text they were read from."""
+    """Tracks of entries, each in the order in which they fire, and the text they were read from."""
 
-    entries: tuple[Entry, ...] = ()
+    tracks: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    """By name, in the order of the file. A plain list is the track without a name."""
     source: str = ""
     """The file's name, for messages."""
     text: str = ""
 
     @property
-    def as_given(self) -> list[Mapping[str, Any]]:
-        return [entry.given for entry in self.entries]
+    def entries(self) -> tuple[Entry, ...]:
+        """The steps of all tracks, one track after the other."""
+        return tuple(entry for track in self.tracks.values() for entry in track)
+
+    def place(self, entry: Entry) -> str:
+        """Where an entry stands, for messages."""
+        return (
+            f"{self.source}:{entry.line}: entry {entry.title}" if entry.line else f"{self.source}: entry {entry.title}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- reading the file
@@ -224,6 +317,14 @@ def _loader(base: type) -> type:
         def __init__(self, text: str) -> None:
             base.__init__(self, text)
             _Composer.__init__(self)
+            self.lines: dict[int, list[int]] = {}
+            """id of a list -> the line of each of its items."""
+
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            made = base.construct_object(self, node, deep)
+            if isinstance(node, yaml.SequenceNode):
+                self.lines[id(made)] = [item.start_mark.line + 1 for item in node.value]
+            return made
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
@@ -244,12 +345,15 @@ def _loader(base: type) -> type:
 _Loader = _loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
 
 
-def _parse_yaml(text: str) -> tuple[Any, list[int]]:
-    """The document and the line of each entry. Raises ValueError with "line N: ..." in the message."""
+Lines = Callable[[list], list[int]]
+"""The line of each item of a list in the document."""
+
+
+def _parse_yaml(text: str) -> tuple[Any, Lines]:
+    """The document and where its lists are. Raises ValueError with "line N: ..." in the message."""
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        document = loader.construct_document(node) if node is not None else None
+        document = loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ValueError(f"line {mark.line + 1 if mark else '?'}: not YAML ({error.problem})") from None
@@ -257,40 +361,47 @@ def _parse_yaml(text: str) -> tuple[Any, list[int]]:
         raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
     finally:
         loader.dispose()
-    if isinstance(node, yaml.MappingNode):
-        node = next((value for key, value in node.value if key.value == "operations"), None)
-    return document, [item.start_mark.line + 1 for item in node.value] if isinstance(node, yaml.SequenceNode) else []
+    return document, lambda items: loader.lines.get(id(items), [0] * len(items))
 
 
-def _parse_json(text: str) -> tuple[Any, list[int]]:
-    """The document and the line of each entry. Raises ValueError with "line N: ..." in the message."""
+class _Decoder(json.JSONDecoder):
+    """Notes where the items of every list begin: `starts`, by the list's id."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.starts: dict[int, list[int]] = {}
+        self.parse_array = self._array
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+    def _array(self, text_and_end: tuple[str, int], scan: Callable[[str, int], Any]) -> tuple[list[Any], int]:
+        starts: list[int] = []
+
+        def noted(text: str, at: int) -> Any:
+            starts.append(at)
+            return scan(text, at)
+
+        items, end = json.decoder.JSONArray(text_and_end, noted)  # type: ignore[attr-defined]
+        self.starts[id(items)] = starts
+        return items, end
+
+
+def _parse_json(text: str) -> tuple[Any, Lines]:
+    """The document and where its lists are. Raises ValueError with "line N: ..." in the message."""
+    decoder = _Decoder(object_pairs_hook=_no_doubles, parse_int=_whole_number)
     try:
-        document = json.loads(text, object_pairs_hook=_no_doubles, parse_int=_whole_number)
+        document = decoder.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno}: not JSON ({error.msg})") from None
     _check_size(document)
-    entries = document.get("operations") if isinstance(document, dict) else document
-    lines: list[int] = []
-    if not isinstance(entries, list):
-        return document, lines
-    at = _SKIPPED.match(text).end() + 1  # behind the first bracket
-    decode = json.JSONDecoder().raw_decode
-    if isinstance(document, dict):
-        key = ""
-        while key != "operations":
-            key, at = decode(text, _SKIPPED.match(text, at).end())
-            at = _SKIPPED.match(text, at).end()
-            at = decode(text, at)[1] if key != "operations" else at + 1
-    line, seen = 1, 0
-    for _ in entries:
-        at = _SKIPPED.match(text, at).end()
-        line, seen = line + text.count("\n", seen, at), at
-        lines.append(line)
-        at = decode(text, at)[1]
+
+    def lines(items: list) -> list[int]:
+        found, line, seen = [], 1, 0
+        for at in decoder.starts.get(id(items), []):
+            line, seen = line + text.count("\n", seen, at), at
+            found.append(line)
+        return found
+
     return document, lines
-
-
-_SKIPPED = re.compile(r"[\s,:]*")
 
 
 def _whole_number(text: str) -> int:
@@ -346,40 +457,193 @@ def parse_schedule(text: str, source: str) -> Schedule:
         raise Refused(f"{source}: nested too deeply to be a schedule") from None
     except ValueError as error:
         raise Refused(f"{source}: {error}") from None
-    problems: list[str] = []
-    if isinstance(document, dict):
-        for key in [key for key in document if key != "operations"][:MOST_PROBLEMS]:
-            problems.append(f"{source}: unknown key {shown(key)} beside `operations`")
-        if "operations" not in document:
-            raise Refused([*problems, f"{source}: a mapping needs the key `operations` with a list of entries"])
-        document = document["operations"]
-    if document is None:
-        document = []
-    if not isinstance(document, list):
-        raise Refused(f"{source}: a schedule is a list of entries (or {{operations: [...]}}), got {shown(document)}")
+    reader = _Reader(source, lines)
+    tracks = reader.tracks(document)
+    if not reader.problems:
+        reader.check_order(tracks)
+    if reader.problems:
+        raise Refused(reader.problems)
+    return Schedule(tracks, source, text)
 
-    if len(document) > MOST_ENTRIES:
-        raise Refused(f"{source}: a schedule has at most {MOST_ENTRIES:,} entries, got {len(document):,}")
 
-    entries = []
-    completed = [i for i, given in enumerate(document, 1) if isinstance(given, dict) and "completed" in given]
-    if completed:
-        numbers = ", ".join(map(str, completed[:10])) + (", ..." if len(completed) > 10 else "")
-        problems.append(
-            f"{source}: entries {numbers}: remove the field `completed`: what has fired is kept in the run folder, "
-            "and a resume goes on from there"
-        )
-    for number, (given, line) in enumerate(zip(document, lines, strict=True), 1):
-        place = f"{source}:{line}: entry {number}"
-        if len(problems) > MOST_PROBLEMS:
-            raise Refused([*problems, f"{place} and those after it were not looked at"])
+class _Reader:
+    """Reads the tracks of a document, and gathers every problem of them."""
+
+    def __init__(self, source: str, lines: Lines) -> None:
+        self.source, self.lines = source, lines
+        self.problems: list[str] = []
+        self._entries = self._steps = 0
+        self._labels: dict[str, str] = {}
+        """Label -> where it is given."""
+
+    def tracks(self, document: Any) -> dict[str, tuple[Entry, ...]]:
+        """The tracks by name. Raises Refused where it is none, or so much is wrong that the rest is not looked at."""
+        source, lists = self.source, {"": document}
+        if isinstance(document, dict):
+            for key in [key for key in document if key not in ("operations", "tracks")][:MOST_PROBLEMS]:
+                self.problems.append(
+                    f"{source}: unknown key {shown(key)} beside `operations`; known: operations, tracks"
+                )
+            if not {"operations", "tracks"} & document.keys():
+                problem = f"{source}: a mapping needs the key `operations` with a list of entries, or `tracks`"
+                raise Refused([*self.problems, problem])
+            lists = {}
+            for key in document:
+                if key == "operations":
+                    lists[""] = document[key]
+                elif key == "tracks":
+                    lists |= self._named(document[key])
+        for name, items in lists.items():
+            if items is not None and not isinstance(items, list):
+                of, given = (f"track {shown(name)} is" if name else "a schedule is"), shown(items)
+                raise Refused(
+                    [*self.problems, f"{source}: {of} a list of entries (or {{operations: [...]}}), got {given}"]
+                )
+        written = [self._inside(items or []) for items in lists.values()]
+        if (count := sum(map(len, written))) > MOST_ENTRIES:
+            raise Refused(f"{source}: a schedule has at most {MOST_ENTRIES:,} entries, got {count:,}")
+        flat = [item for items in written for item in items]
+        completed = [i for i, given in enumerate(flat, 1) if isinstance(given, dict) and "completed" in given]
+        if completed:
+            numbers = ", ".join(map(str, completed[:10])) + (", ..." if len(completed) > 10 else "")
+            self.problems.append(
+                f"{source}: entries {numbers}: remove the field `completed`: what has fired is kept in the run folder, "
+                "and a resume goes on from there"
+            )
+        return {name: self._track(name, items) if items else () for name, items in lists.items()}
+
+    def _named(self, tracks: Any) -> dict[str, Any]:
+        if not isinstance(tracks, dict) or not tracks:
+            raise Refused(f"{self.source}: tracks must be a mapping of names to lists of entries, got {shown(tracks)}")
+        for name in tracks:
+            try:
+                TypeAdapter(Name).validate_python(name)
+            except ValidationError:
+                self.problems.append(f"{self.source}: a track's name is text of 1 to 60 characters, got {shown(name)}")
+        return {str(name): items for name, items in tracks.items()}
+
+    def _inside(self, items: list[Any]) -> list[Any]:
+        """The entries of a list, those of its blocks in their place."""
+        found: list[Any] = []
+        for item in items:
+            is_block = isinstance(item, dict) and isinstance(item.get("do"), list)
+            found += item["do"] if is_block else [item]
+        return found
+
+    def _track(self, name: str, items: list[Any]) -> tuple[Entry, ...]:
+        found: list[Entry] = []
+        for item, line in zip(items, self.lines(items), strict=True):
+            if isinstance(item, dict) and "do" in item:
+                found += self._block(item, line)
+            else:
+                found += self._repeated(item, line)
+        return tuple(replace(entry, track=name, step=step) for step, entry in enumerate(found, 1))
+
+    def _block(self, given: dict[Any, Any], line: int) -> list[Entry]:
+        """The steps of a block."""
+        first, count = self._entries + 1, len(given["do"]) if isinstance(given["do"], list) else 0
+        place = f"{self.source}:{line}: the block of entries {first} to {self._entries + count}"
         try:
-            entries.append(_entry(number, line, given))
+            block = _Block.model_validate({str(key): value for key, value in given.items()})
+        except ValidationError as error:
+            found = [(".".join(map(str, location)), text) for location, text in problems_of(error, _Block)]
+            self.problems += [f"{place}: {location} {text}" for location, text in found]
+            self._entries += count
+            return []
+        body = []
+        for item, at in zip(given["do"], self.lines(given["do"]), strict=True):
+            if isinstance(item, dict) and (again := {"do", "repeat"} & item.keys()):
+                self._entries += 1
+                self.problems.append(
+                    f"{self.source}:{at}: entry {self._entries}: `{min(again)}` cannot stand inside a block, which is "
+                    "repeated itself: write the inner rounds out"
+                )
+            elif (entry := self._one(item, at)) is not None:
+                body.append(entry)
+        self._name(block.label, place)
+        return self._rounds(body, block.repeat, block.label)
+
+    def _repeated(self, given: Any, line: int) -> list[Entry]:
+        """The steps of an entry."""
+        entry = self._one(given, line)
+        if entry is None:
+            return []
+        repeat = Repeat.model_validate(1 if given.get("repeat") is None else given["repeat"])
+        if repeat.times == 1:
+            return self._rounds([entry], repeat, "")
+        return self._rounds([replace(entry, label="")], repeat, entry.label)
+
+    def _rounds(self, body: list[Entry], repeat: Repeat, label: str) -> list[Entry]:
+        """A step for each entry and round; `label` is that of the whole."""
+        self._steps += len(body) * repeat.times
+        if self._steps > MOST_ENTRIES:
+            raise Refused(
+                [
+                    *self.problems,
+                    f"{self.source}: a schedule has at most {MOST_ENTRIES:,} entries, every round counted",
+                ]
+            )
+        labels, steps = {entry.label for entry in body}, []
+        for round in range(1, repeat.times + 1):
+            for i, entry in enumerate(body):
+                until = None
+                if repeat.until and round > 1 and i == 0:
+                    left = len(body) * (repeat.times - round + 1)
+                    until = Until(TRIGGERS["trigger"](value=repeat.until), left, label)
+                steps.append(
+                    replace(
+                        entry,
+                        round=round,
+                        rounds=repeat.times,
+                        until=until,
+                        # A wait begins anew in each round: from there on what stands before it counts.
+                        after=entry.after if round == 1 or entry.after in labels else "",
+                        closes=label if round == repeat.times and i == len(body) - 1 else "",
+                    )
+                )
+        return steps
+
+    def _one(self, given: Any, line: int) -> Entry | None:
+        """The next entry; None where something is wrong with it. Raises Refused where too much is by now."""
+        self._entries += 1
+        place = f"{self.source}:{line}: entry {self._entries}"
+        if len(self.problems) > MOST_PROBLEMS:
+            raise Refused([*self.problems, f"{place} and those after it were not looked at"])
+        try:
+            entry = _entry(self._entries, line, given)
         except ScheduleError as error:
-            problems += [f"{place}: {problem}" for problem in error.problems]
-    if problems:
-        raise Refused(problems)
-    return Schedule(tuple(entries), source, text)
+            self.problems += [f"{place}: {problem}" for problem in error.problems]
+            return None
+        self._name(entry.label, place)
+        return entry
+
+    def _name(self, label: str, place: str) -> None:
+        if label and label in self._labels:
+            self.problems.append(f"{place}: label {shown(label)} is that of {self._labels[label]} already")
+        elif label:
+            self._labels[label] = place
+
+    def check_order(self, tracks: Mapping[str, tuple[Entry, ...]]) -> None:
+        """Every `after` names what can fire before it."""
+        unknown = {e.number: e for track in tracks.values() for e in track if e.after and e.after not in self._labels}
+        self.problems += [
+            f"{self.source}:{entry.line}: entry {entry.number}: after {shown(entry.after)}: no entry and no block has "
+            f"this label{nearest(entry.after, self._labels)}"
+            for entry in unknown.values()
+        ]
+        done, known, went_on = dict.fromkeys(tracks, 0), {""}, not unknown
+        while went_on:
+            went_on = False
+            for name, track in tracks.items():
+                while done[name] < len(track) and track[done[name]].after in known:
+                    known |= {track[done[name]].label, track[done[name]].closes}
+                    done[name], went_on = done[name] + 1, True
+        stuck = [] if unknown else [track[done[name]] for name, track in tracks.items() if done[name] < len(track)]
+        self.problems += [
+            f"{self.source}:{entry.line}: entry {entry.number}: after {shown(entry.after)}: "
+            f"{self._labels[entry.after]} waits for this entry, itself or in a circle of others: it would never fire"
+            for entry in stuck
+        ]
 
 
 def _entry(number: int, line: int, given: Any) -> Entry:
@@ -412,7 +676,7 @@ def _entry(number: int, line: int, given: Any) -> Entry:
             for loc, message in problems_of(error, _EntryFields)
             if loc[0] != "name"
         ]
-    triggers = []
+    triggers: list[Trigger] = []
     for name, trigger in TRIGGERS.items():
         if name not in fields:
             continue
@@ -453,5 +717,7 @@ def _entry(number: int, line: int, given: Any) -> Entry:
         exponent=1.0 if common.exponent is None else common.exponent,
         on_error=common.on_error,
         guard=common.guard,
-        given=given,
+        given={key: value for key, value in given.items() if key != "repeat"},
+        label=common.label,
+        after=common.after,
     )

@@ -1,36 +1,35 @@
 """The orchestrator: a schedule, a position in it, and what has been waited.
 
-At a step boundary `consult` looks at the head of the queue only. Rank 0 decides from numbers that are the same on
-every rank; the decision and its reason are broadcast; every rank carries it out and all compare fingerprints. Where no
-trigger can possibly hold, the ranks all know it (`acts`) and nothing is exchanged: a waiting schedule costs next to
-nothing. Everything it knows is in `state()`, so a resumed run waits on as if it had never stopped. It knows neither
-the live run nor the session, only what it asks of them (`Steerable`, `Host`).
+At a step boundary `consult` looks at the head of each track's queue only. Of those that are due the first in the file
+fires, and then all are looked at again. Rank 0 decides from numbers that are the same on every rank; the decision and
+its reason are broadcast; every rank carries it out and all compare fingerprints. Where no trigger can possibly hold,
+the ranks all know it (`acts`) and nothing is exchanged: a waiting schedule costs next to nothing. Everything it knows
+is in `state()`, so a resumed run waits on as if it had never stopped. It knows neither the live run nor the session,
+only what it asks of them (`Steerable`, `Host`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import accumulate
 from operator import or_
-from typing import Annotated, Any, Literal, Protocol
-
-from pydantic import Field, TypeAdapter
+from typing import Any, Protocol
 
 from orchestrate.training.operations.base import Machine
 from orchestrate.training.run.casting import Cast
 from orchestrate.training.run.changes import Reshape
 from orchestrate.training.run.stopwatch import Stopwatch
 from orchestrate.training.schedule.file import Entry, Guard, Schedule
+from orchestrate.training.schedule.position import Mark, Position, Queue, Watch
 from orchestrate.training.schedule.ramps import Ramp
 from orchestrate.training.schedule.stages import check_settings
+from orchestrate.training.schedule.triggers import together
 from orchestrate.training.settings.errors import OperationFailed, ScheduleError, Stopped
-from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, falling, finite, rises, spoken, told
+from orchestrate.training.settings.metrics import VAL_LOSS, falling, finite, rises, spoken, told
 from orchestrate.training.settings.records import (
-    EXACTLY,
     Elapsed,
     Measured,
     Progress,
@@ -39,8 +38,6 @@ from orchestrate.training.settings.records import (
     numbers_in,
     with_field,
 )
-from orchestrate.training.settings.values import Finite, NonNegativeInt, PositiveInt
-from orchestrate.training.store import checkpoint
 
 
 class Steerable(Machine, Protocol):
@@ -81,72 +78,6 @@ class Host(Protocol):
         """After going back, when it is decided how to go on: save that, and drop the way that was left."""
 
 
-@dataclass(frozen=True)
-class Watch:
-    """An entry that has fired and is watched by its guard."""
-
-    __pydantic_config__ = EXACTLY
-
-    entry: PositiveInt
-    name: str
-    before: float
-    """The metric right before the entry."""
-    limit: float
-    until_iter: NonNegativeInt
-    then: Literal["revert", "keep", "stop"]
-    checkpoint: Annotated[str, Field(pattern=checkpoint.NAME + "|^$")]
-    """Name of the checkpoint of the state just before it; empty where there is no going back."""
-    metric: MetricName = VAL_LOSS
-
-
-@dataclass
-class Position:
-    """Where the head of the queue stands and since when it has waited."""
-
-    __pydantic_config__ = EXACTLY
-
-    fired: NonNegativeInt = 0
-    """Entries done with (fired or skipped)."""
-    since_iter: int = 0
-    since_tokens: int = 0
-    since_seconds: float = 0.0
-    latest: dict[str, tuple[NonNegativeInt, Finite | None]] = field(default_factory=dict)
-    """(iteration, value) of what was logged last, for the metrics that are asked for; None for what is not finite."""
-    history: dict[str, tuple[Finite, ...]] = field(default_factory=dict)
-    """Values since the head became the head: all of val_loss; of other metrics that its triggers look back on, the
-    best of the oldest and then as many as they compare."""
-    round_loss: float | None = None
-    """The loss of the round under way: a checkpoint between two entries of a chain resumes in the middle of it."""
-    round_open: bool = False
-    round_iter: int = -1
-    """Iteration of the latest round; a resumed run does not hold the same round again."""
-    loss_before: float | None = None
-    """What was measured right before the head, for a checkpoint made between that and the head's operation."""
-    owes_measure: bool = False
-    """A signal cut short the evaluation after an operation; a resume makes it."""
-    skipped: tuple[int, ...] = ()
-    reverted: tuple[int, ...] = ()
-    watches: tuple[Watch, ...] = ()
-
-    @classmethod
-    def from_json(cls, values: Any) -> Position:
-        """Raises ValueError (pydantic's) for what was not saved, by this version or an earlier one."""
-        if isinstance(values, dict):
-            values = dict(values)
-            if "losses" in values:
-                values["history"] = {VAL_LOSS: values.pop("losses")}
-            if isinstance(watches := values.get("watches"), list):
-                values["watches"] = [_present_watch(watch) for watch in watches]
-        return TypeAdapter(cls).validate_python(values)
-
-
-def _present_watch(saved: Any) -> Any:
-    """A watch as it is saved today: earlier versions had guards on the validation loss only."""
-    if not isinstance(saved, dict) or "loss_before" not in saved:
-        return saved
-    return {"before" if key == "loss_before" else key: value for key, value in saved.items()}
-
-
 class Orchestrator:
     """Fires the entries of a schedule on a run. The host may be set later: before the first `consult`."""
 
@@ -157,12 +88,13 @@ class Orchestrator:
         self.run = run
         if host is not None:
             self.host = host
-        self.position = Position()
+        self.position = Position({name: Queue() for name in schedule.tracks})
         self.ramps: list[Ramp] = []
-        # What the last N entries ask for, at index N.
-        self._asked = list(
-            accumulate((entry.metrics for entry in reversed(schedule.entries)), or_, initial=frozenset())
-        )
+        # What the last N entries of a track ask for, at index N.
+        self._asked = {
+            name: list(accumulate((entry.metrics for entry in reversed(track)), or_, initial=frozenset()))
+            for name, track in schedule.tracks.items()
+        }
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -172,10 +104,14 @@ class Orchestrator:
         return {watch.checkpoint for watch in self.position.watches if watch.checkpoint}
 
     @property
-    def head(self) -> Entry | None:
-        """The next pending entry."""
-        entries = self.schedule.entries
-        return entries[self.position.fired] if self.position.fired < len(entries) else None
+    def heads(self) -> list[Entry]:
+        """The next pending entry of each track that has one."""
+        return [entry for _, entry in self._heads()]
+
+    def _heads(self) -> Iterator[tuple[Queue, Entry]]:
+        for name, queue in self.position.queues.items():
+            if queue.fired < len(track := self.schedule.tracks[name]):
+                yield queue, track[queue.fired]
 
     def state(self) -> dict[str, Any]:
         return {"position": dataclasses.asdict(self.position), "ramps": [ramp.to_json() for ramp in self.ramps]}
@@ -191,16 +127,33 @@ class Orchestrator:
                         Settings.from_json(with_field(self.run.settings, name, value).to_json())
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"a ramp of {ramp.name} does not fit the settings ({error})") from None
-        if self.position.fired > len(self.schedule.entries):
-            raise ValueError(f"{self.position.fired} entries have fired of {len(self.schedule.entries)}")
+        position, tracks = self.position, self.schedule.tracks
+        for name, fired in position.fired.items():
+            if fired > len(tracks.get(name, ())):
+                of = f" of track {name}" if name else ""
+                raise ValueError(f"{fired} entries{of} have fired of {len(tracks.get(name, ()))}")
+        for watch in position.watches:
+            if not 0 < watch.place <= position.fired.get(watch.track, 0):
+                raise ValueError(f"entry {watch.entry} is watched and has not fired")
+        # A resume may bring tracks, and labels for what has fired: their waits count from what is known.
+        position.queues = {name: position.queues.get(name, Queue()) for name in tracks}
+        failed = {*position.skipped, *position.reverted}
+        named: dict[str, Mark] = {}
+        for name, queue in position.queues.items():
+            for entry in tracks[name][: queue.fired]:
+                named |= dict.fromkeys([entry.closes], queue.since)
+                named |= {} if entry.number in failed else dict.fromkeys([entry.label], queue.since)
+        known = {label for track in tracks.values() for entry in track for label in (entry.label, entry.closes)}
+        named.pop("", None)
+        position.marks = {label: mark for label, mark in {**named, **position.marks}.items() if label in known}
 
     # ------------------------------------------------------------------------------------------ metrics
 
     @property
     def asked(self) -> frozenset[str]:
         """Names of the metrics that pending entries and open guards look at; the same on every rank."""
-        pending = self._asked[len(self.schedule.entries) - self.position.fired]
-        return pending.union(watch.metric for watch in self.position.watches)
+        pending = [self._asked[name][len(self.schedule.tracks[name]) - n] for name, n in self.position.fired.items()]
+        return frozenset(watch.metric for watch in self.position.watches).union(*pending)
 
     def observe(self, logged: Mapping[str, float]) -> None:
         """Take note of what has just been logged, as far as it is asked for; the next round looks at it.
@@ -211,23 +164,16 @@ class Orchestrator:
         position, iteration = self.position, self.run.progress.iter
         asked = self.asked
         position.latest = {name: position.latest[name] for name in position.latest if name in asked}
-        looked_back = self._looked_back()
         for name in sorted(asked & logged.keys()):
             value = logged[name]
             position.latest[name] = (iteration, value if finite(value) else None)
-            if looked_back.get(name) and finite(value):
-                values, compared = (*position.history.get(name, ()), value), looked_back[name]
-                if len(values) > compared + 1:
-                    values = (min(values[:-compared], key=partial(falling, name)), *values[-compared:])
-                position.history[name] = values
-
-    def _looked_back(self) -> dict[str, int]:
-        """How many values of each metric the head compares with those before."""
-        found: dict[str, int] = {}
-        for trigger in self.head.triggers if self.head else ():
-            for name, compared in trigger.looks_at.items():
-                found[name] = max(compared, found.get(name, 0))
-        return found
+            for queue, head in self._heads():
+                compared = together(head.watched).get(name)
+                if compared and finite(value):
+                    values = (*queue.history.get(name, ()), value)
+                    if len(values) > compared + 1:
+                        values = (min(values[:-compared], key=partial(falling, name)), *values[-compared:])
+                    queue.history[name] = values
 
     def _now(self, val_loss: float | None) -> dict[str, float]:
         """The metrics that have a value of this boundary; one that is not finite is nan."""
@@ -254,11 +200,14 @@ class Orchestrator:
             return False  # it has been held
         if evaluated or self.ramps:
             return True
-        now, head = self._now(None), self.head
+        now = self._now(None)
         for watch in position.watches:
             if watch.metric in now or (watch.metric == VAL_LOSS and iteration >= watch.until_iter):
                 return True
-        return head is not None and self._may_fire(head, look_at_clock, now)
+        return any(
+            self._ends(queue, head, now) or self._may_fire(queue, head, look_at_clock, now)
+            for queue, head in self._heads()
+        )
 
     def consult(self, val_loss: float | None, look_at_clock: bool) -> None:
         """One round at a step boundary: move the ramps, then fire what is due, in order.
@@ -274,31 +223,67 @@ class Orchestrator:
             position.owes_measure = self.host.measure("after an operation") is None
         if position.round_iter == self.run.progress.iter and not position.round_open:
             return
-        if self.position.watches and not position.round_open and self._look_at_guards(val_loss):
+        if position.watches and not position.round_open and self._look_at_guards(val_loss):
             return
         position.round_iter = self.run.progress.iter
         self._move_ramps()
-        if position.round_open:
-            # Resumed in the middle of a chain: the entries left in it see what the ones before them saw.
-            val_loss = position.round_loss
-        elif finite(val_loss):
-            position.history[VAL_LOSS] = (*position.history.get(VAL_LOSS, ()), val_loss)
-        position.round_open, position.round_loss = True, val_loss
-        measured_now = val_loss is not None
-        while self.head is not None:
-            reason = self._due(self.head, look_at_clock)
-            if reason is None:
-                break
-            outcome = self._fire(self.head, reason, measured_now)
-            if outcome == "interrupted":
-                return  # the round stays open: a checkpoint made now resumes inside it
-            if outcome == "round ends":
-                break
-            measured_now = False  # the model has changed since that measurement
-        position.round_open, position.round_loss = False, None
+        # Resumed in the middle of a chain, the entries left in it see what the ones before them saw.
+        if not position.round_open:
+            position.round_loss = position.loss_before = val_loss
+            for queue, _ in self._heads():
+                queue.open = True
+                if finite(val_loss):
+                    queue.history[VAL_LOSS] = (*queue.history.get(VAL_LOSS, ()), val_loss)
+        while not position.owes_measure and (found := self._next(look_at_clock)):
+            if not self._fire(*found):
+                return  # by a signal: the round stays open, and a checkpoint made now resumes inside it
+        if position.owes_measure and position.round_open:
+            return
+        for queue in position.queues.values():
+            queue.open = False
+        position.round_loss = position.loss_before = None
 
-    def _may_fire(self, entry: Entry, look_at_clock: bool, now: Mapping[str, float]) -> bool:
+    def _next(self, look_at_clock: bool) -> tuple[Queue, Entry, str] | None:
+        """The first in the file of what is due, and why; repetitions that are over are left on the way."""
+        now = self._now(self.position.round_loss)
+        went_on = True
+        while went_on:
+            went_on = False
+            for queue, entry in self._heads():
+                if not queue.open:
+                    continue
+                if why := self._ends(queue, entry, now):
+                    assert entry.until
+                    self._event("decision", entry, reason=f"the repetition ends: {why}")
+                    self._advance(queue, entry.until.steps, entry.until.closes)
+                    went_on = True
+                    break
+                if reason := self._due(queue, entry, look_at_clock, now):
+                    return queue, entry, reason
+        return None
+
+    def _ends(self, queue: Queue, entry: Entry, now: Mapping[str, float]) -> str | None:
+        """Why no further round of a repetition begins, at the first step of one; the same on every rank."""
+        if entry.until is None:
+            return None
+        return entry.until.condition.fires(self._elapsed(queue.since, None), Measured(now, queue.history))
+
+    def _since(self, queue: Queue, entry: Entry) -> Mark | None:
+        """From when an entry's waits count; None while what it comes after has not fired."""
+        return self.position.marks.get(entry.after) if entry.after else queue.since
+
+    def _measured(self, queue: Queue, since: Mark, now: Mapping[str, float]) -> Measured:
+        begun = max(since.iter, queue.since.iter)
+        latest = {name: value for name, (at, value) in self.position.latest.items() if at > begun and value is not None}
+        if losses := queue.history.get(VAL_LOSS):
+            latest[VAL_LOSS] = losses[-1]
+        return Measured(now, queue.history, latest)
+
+    def _may_fire(self, queue: Queue, entry: Entry, look_at_clock: bool, now: Mapping[str, float]) -> bool:
         """Whether rank 0 may find the entry due: equal inputs give every rank the same answer without an exchange."""
+        since = self._since(queue, entry)
+        if since is None or self._moved_elsewhere(entry):
+            return False
         if entry.operation.renumbers and self.run.settings.fading:
             return False  # layers keep their numbers and sizes while one of them is fading in
         guarded = entry.guard.metric if entry.guard else VAL_LOSS
@@ -306,63 +291,76 @@ class Orchestrator:
             return False  # the guard would have nothing to compare with
         if not entry.triggers or (look_at_clock and any(trigger.reads_clock for trigger in entry.triggers)):
             return True
-        elapsed, measured = self._elapsed(seconds=None), Measured(now, self.position.history)
+        elapsed, measured = self._elapsed(since, seconds=None), self._measured(queue, since, now)
         return any(trigger.fires(elapsed, measured) for trigger in entry.triggers)
 
-    def _due(self, entry: Entry, look_at_clock: bool) -> str | None:
+    def _moved_elsewhere(self, entry: Entry) -> bool:
+        """Whether a ramp of another track is moving what the entry changes: it waits until that has arrived."""
+        moving = {name for ramp in self.ramps if ramp.track != entry.track for name in ramp.fields}
+        return bool(moving) and not moving.isdisjoint(self._numbers(entry.operation.touches))
+
+    def _numbers(self, fields: Iterable[str]) -> set[str]:
+        return {number for name in fields for number in numbers_in(self.run.settings, name)}
+
+    def _due(self, queue: Queue, entry: Entry, look_at_clock: bool, now: Mapping[str, float]) -> str | None:
         """Why the entry fires now, or None; rank 0's answer on every rank, exchanged only where it may be a yes."""
-        now = self._now(self.position.round_loss)
-        if not self._may_fire(entry, look_at_clock, now):
+        if not self._may_fire(queue, entry, look_at_clock, now):
             return None
+        since = self._since(queue, entry)
+        assert since
         if not entry.triggers:
-            return "no trigger: at once"
-        seconds = self.run.progress.seconds - self.position.since_seconds if look_at_clock else None
-        elapsed, measured = self._elapsed(seconds), Measured(now, self.position.history)
+            return f"after {entry.after}: at once" if entry.after else "no trigger: at once"
+        seconds = self.run.progress.seconds - since.seconds if look_at_clock else None
+        elapsed, measured = self._elapsed(since, seconds), self._measured(queue, since, now)
         reasons = [reason for trigger in entry.triggers if (reason := trigger.fires(elapsed, measured))]
         return self.run.ranks.broadcast(", ".join(reasons) or None)
 
-    def _elapsed(self, seconds: float | None) -> Elapsed:
-        progress, position = self.run.progress, self.position
+    def _elapsed(self, since: Mark, seconds: float | None) -> Elapsed:
+        progress = self.run.progress
         return Elapsed(
             iter=progress.iter,
             tokens=progress.tokens,
-            iters_waited=progress.iter - position.since_iter,
-            tokens_waited=progress.tokens - position.since_tokens,
+            iters_waited=progress.iter - since.iter,
+            tokens_waited=progress.tokens - since.tokens,
             seconds_waited=seconds,
         )
 
     # ------------------------------------------------------------------------------------------ firing
 
-    def _fire(self, entry: Entry, reason: str, measured_now: bool) -> Literal["next", "round ends", "interrupted"]:
-        """Carry out one entry, and say how the round goes on."""
+    def _event(self, kind: str, entry: Entry, **fields: Any) -> None:
+        self.host.event(kind, **entry.told, **fields)
+
+    def _fire(self, queue: Queue, entry: Entry, reason: str) -> bool:
+        """Carry out one entry; False where a signal came before."""
         run, host = self.run, self.host
-        host.event("decision", entry=entry.number, name=entry.operation.name, reason=reason)
-        loss_before = self.position.round_loss if measured_now else self.position.loss_before
+        loss_before = self.position.loss_before
         guard = entry.guard
         if (entry.reevaluate or (guard and guard.metric == VAL_LOSS)) and loss_before is None:
             loss_before = self.host.measure("before an operation")
             if loss_before is None:
-                return "interrupted"  # by a signal: the entry stays at the head
+                return False  # the entry stays at the head
             self.position.loss_before = loss_before
         snapshot = ""
+        # With a name of its own: this boundary may save again, when the entry has fired.
+        mark = f"_before_entry_{entry.number}" + (f"_{entry.round}" if entry.rounds > 1 else "")
         if guard and guard.then == "revert":
-            # With a name of its own: this boundary may save again, when the entry has fired.
-            why = f"before entry {entry.number}, which has a guard"
-            snapshot = self.host.save(why, mark=f"_before_entry_{entry.number}")
+            snapshot = self.host.save(f"before entry {entry.title}, which has a guard", mark=mark)
         elif 0 < run.progress.iter == run.progress.best_iter and self._changes_the_measured(entry):
-            self.host.save("best validation loss, before an entry", mark=f"_before_entry_{entry.number}")
+            self.host.save("best validation loss, before an entry", mark=mark)
+        # Not before: a resume from there decides again, and a way back to there was not decided.
+        self._event("decision", entry, reason=reason)
         before, goal, started = run.settings, self._settled(), time.perf_counter()
         try:
             with run.stopwatch.part("operation"):
                 cast = self._apply(entry)
         except (ScheduleError, OperationFailed) as error:
-            self._failed(entry, error)
-            return "next"
+            self._failed(queue, entry, error)
+            return True
         run.check_ranks_agree(str(entry))
         if guard:
             value = loss_before if guard.metric == VAL_LOSS else self.position.latest[guard.metric][1]
             self._watch(entry, guard, value, snapshot)
-        self._advance()
+        self._advance(queue, 1, entry.label, entry.closes)
         seconds = time.perf_counter() - started
         loss_after = self.host.measure("after an operation") if entry.reevaluate else None
         self.position.owes_measure = entry.reevaluate and loss_after is None
@@ -373,10 +371,9 @@ class Orchestrator:
             for values in differences(before, self._settled())
         )
         total, trainable = run.parameter_counts()
-        host.event(
+        self._event(
             "operation",
-            entry=entry.number,
-            name=entry.operation.name,
+            entry,
             value=entry.value,
             reason=reason,
             desc=entry.desc,
@@ -390,12 +387,14 @@ class Orchestrator:
             parameters_trainable=trainable,
             **({"cast": cast.to_json()} if cast else {}),
         )
-        # A stop ends the round too: what follows belongs to whoever goes on from here.
-        round_ends = entry.reevaluate or run.settings.stops_asked != before.stops_asked
+        # The track's part in the round is over after a measurement, as what it would look at is of the model before. A
+        # stop ends it for all tracks: what follows belongs to whoever goes on from here.
+        stops = run.settings.stops_asked != before.stops_asked
+        for other in self.position.queues.values() if stops else [queue] if entry.reevaluate else []:
+            other.open = False
         if run.settings.checkpoints_asked != before.checkpoints_asked:
-            self.position.round_open = not round_ends
-            self.host.save("asked for by the schedule")
-        return "round ends" if round_ends else "next"
+            host.save("asked for by the schedule")
+        return True
 
     # ------------------------------------------------------------------------------------------ guards
 
@@ -410,6 +409,8 @@ class Orchestrator:
             guard.then,
             snapshot,
             guard.metric,
+            entry.track,
+            entry.step,
         )
         self.position.watches += (watch,)
 
@@ -441,10 +442,9 @@ class Orchestrator:
     def _end_watch(self, watch: Watch, value: float, outcome: str) -> None:
         self.position.watches = tuple(other for other in self.position.watches if other != watch)
         metric = "the loss" if watch.metric == VAL_LOSS else watch.metric
-        self.host.event(
+        self._event(
             "decision",
-            entry=watch.entry,
-            name=watch.name,
+            self._watched(watch),
             reason=f"guard: {metric} {outcome} ({watch.then})",
             limit=watch.limit,
             **{f"{watch.metric}_before": watch.before, watch.metric: value},
@@ -452,27 +452,32 @@ class Orchestrator:
 
     def _revert(self, watch: Watch, value: float) -> None:
         """Go back to just before the entry, mark it as reverted, and go on with the samples that come next."""
-        from_iter, metric = self.run.progress.iter, watch.metric
+        from_iter, metric, entry = self.run.progress.iter, watch.metric, self._watched(watch)
         self.load_state(self.host.go_back(watch.checkpoint))
         position = self.position
-        if position.fired != watch.entry - 1:
-            raise Stopped(f"checkpoint {watch.checkpoint} is not the state before entry {watch.entry}")
+        queue = position.queues[watch.track]
+        if queue.fired != watch.place - 1:
+            raise Stopped(f"checkpoint {watch.checkpoint} is not the state before entry {entry.title}")
         position.reverted += (watch.entry,)
-        self._advance()
-        position.round_open, position.round_loss, position.owes_measure = False, None, False
+        self._advance(queue, 1, entry.closes)
+        for queue in position.queues.values():
+            queue.open = False
+        position.round_loss, position.owes_measure = None, False
         position.round_iter = self.run.progress.iter
-        self.run.check_ranks_agree(f"going back before entry {watch.entry}")
-        self.host.event(
+        self.run.check_ranks_agree(f"going back before entry {entry.title}")
+        self._event(
             "rollback",
-            entry=watch.entry,
-            name=watch.name,
+            entry,
             reason=f"guard: {spoken(metric)} {told(metric, value)} "
             f"{'<' if rises(metric) else '>'} {told(metric, watch.limit)}",
             from_iter=from_iter,
             checkpoint=watch.checkpoint,
             **{f"{metric}_before": watch.before, metric: value},
         )
-        self.host.keep(f"entry {watch.entry} reverted")
+        self.host.keep(f"entry {entry.title} reverted")
+
+    def _watched(self, watch: Watch) -> Entry:
+        return self.schedule.tracks[watch.track][watch.place - 1]
 
     def _apply(self, entry: Entry) -> Cast:
         """Plan, check and adopt. Raises ScheduleError or OperationFailed with the run as it was."""
@@ -512,28 +517,24 @@ class Orchestrator:
             return False
         return not (self.run.progress.changed_since_eval or self.run.settings.evaluates_as(after))
 
-    def _failed(self, entry: Entry, error: Exception) -> None:
-        skip = entry.on_error == "skip"
-        self.host.event(
-            "error",
-            entry=entry.number,
-            name=entry.operation.name,
-            message=str(error),
-            on_error=entry.on_error,
-        )
-        if not skip:
-            raise OperationFailed(f"entry {entry.number} ({entry}) failed and the run is as before: {error}") from error
+    def _failed(self, queue: Queue, entry: Entry, error: Exception) -> None:
+        self._event("error", entry, message=str(error), on_error=entry.on_error)
+        if entry.on_error != "skip":
+            raise OperationFailed(f"entry {entry.title} ({entry}) failed and the run is as before: {error}") from error
         self.position.skipped += (entry.number,)
-        self._advance()
+        self._advance(queue, 1, entry.closes)
 
-    def _advance(self) -> None:
+    def _advance(self, queue: Queue, steps: int, *labels: str) -> None:
+        """The head and what is left out with it is done with, and so is what the labels name."""
         progress, position = self.run.progress, self.position
-        position.fired += 1
-        position.since_iter = progress.iter
-        position.since_tokens = progress.tokens
-        position.since_seconds = self.run.ranks.broadcast(progress.seconds)
-        position.history = {}
-        position.loss_before = None
+        now = Mark(progress.iter, progress.tokens, self.run.ranks.broadcast(progress.seconds))
+        queue.fired += steps
+        queue.since, queue.history, position.loss_before = now, {}, None
+        named = [label for label in labels if label]
+        position.marks |= dict.fromkeys(named, now)
+        for other, head in self._heads():
+            if head.after in named:
+                other.history = {}
 
     # ------------------------------------------------------------------------------------------ ramps
 
@@ -557,7 +558,7 @@ class Orchestrator:
 
     def _drop_from_ramps(self, names: set[str]) -> None:
         """A later entry on the same number ends the earlier one's ramp on it where it has come to."""
-        names = {number for name in names for number in numbers_in(self.run.settings, name)}
+        names = self._numbers(names)
         for ramp in self.ramps:
             ended = sorted(names & set(ramp.fields))
             for name in ended:
@@ -580,5 +581,15 @@ class Orchestrator:
         return settings
 
     def missed(self) -> list[Entry]:
-        """Entries that have not fired; told at the end of the run."""
-        return list(self.schedule.entries[self.position.fired :])
+        """Steps that are still pending; told at the end of the run."""
+        fired = self.position.fired
+        return [entry for name, track in self.schedule.tracks.items() for entry in track[fired[name] :]]
+
+    def kept_waiting(self) -> list[str]:
+        """What is to be said of entries that come after one that has not fired."""
+        marks = self.position.marks
+        return [
+            f"entry {head.title} waits after {head.after}, which has not fired"
+            for head in self.heads
+            if head.after and head.after not in marks
+        ]

@@ -28,6 +28,8 @@ class Ramp:
     """Dotted field name of Settings: (from, to). Whole numbers stay whole when they are read back."""
     exponent: PositiveFloat = 1.0
     """Of the style power."""
+    track: str = ""
+    """Of the entry: those of other tracks leave these numbers alone until they have arrived."""
 
     @classmethod
     def between(cls, entry: Entry, before: Settings, after: Settings, start_iter: int) -> Ramp:
@@ -37,7 +39,8 @@ class Ramp:
         else:
             names = [name for field in entry.operation.touches for name in numbers_in(after, field)]
             fields = {name: (get_field(before, name), get_field(after, name)) for name in names}
-        return cls(entry.number, entry.operation.name, start_iter, entry.over, entry.style, fields, entry.exponent)
+        name, style = entry.operation.name, entry.style
+        return cls(entry.number, name, start_iter, entry.over, style, fields, entry.exponent, entry.track)
 
     def done(self, iteration: int) -> bool:
         return iteration >= self.start_iter + self.over

@@ -1,10 +1,16 @@
-"""The check of a whole schedule before anything trains: every entry's plan, folded over the settings."""
+"""The check of a whole schedule before anything trains: every entry's plan, folded over the settings.
+
+Several tracks go side by side, and what is measured decides their order. Checked is the order in which they fire by
+their latest times; another may come, and then an entry that cannot be carried out follows its `on_error`.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +18,8 @@ from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lora import trainable_parameters
 from orchestrate.training.schedule.file import Entry, Schedule
+from orchestrate.training.schedule.position import Position, Queue
+from orchestrate.training.schedule.triggers import Moment
 from orchestrate.training.settings.errors import Refused, ScheduleError
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import MOST_PROBLEMS
@@ -44,14 +52,20 @@ def check_settings(settings: Settings, world_size: int) -> None:
         raise ScheduleError(problems)
 
 
-def plan_stages(schedule: Schedule, settings: Settings, world_size: int) -> list[Stage]:
-    """Fold every entry's plan over the settings. Raises Refused with the problems of all entries at once."""
+def plan_stages(
+    schedule: Schedule, settings: Settings, world_size: int, position: Position | None = None
+) -> list[Stage]:
+    """Fold the pending entries' plans over the settings. Raises Refused with the problems of all entries at once.
+
+    Args:
+        position: how far the schedule has come; by default nothing has fired.
+    """
     stages, problems = [Stage(None, settings)], []
     try:
         check_settings(settings, world_size)
     except ScheduleError as error:
         problems += error.problems
-    for entry in schedule.entries:
+    for entry in in_order(schedule, position or Position(), lambda: stages[-1].settings.tokens_per_iter):
         if len(problems) > MOST_PROBLEMS:
             problems.append(f"{schedule.source}: entry {entry.number} and those after it were not looked at")
             break
@@ -59,13 +73,46 @@ def plan_stages(schedule: Schedule, settings: Settings, world_size: int) -> list
             after = entry.plan(stages[-1].settings)
             check_settings(after, world_size)
         except ScheduleError as error:
-            place = f"{schedule.source}:{entry.line}" if entry.line else schedule.source
-            problems += [f"{place}: entry {entry.number}: {problem}" for problem in error.problems]
+            problems += [f"{schedule.place(entry)}: {problem}" for problem in error.problems]
         else:
             stages.append(Stage(entry, after))
     if problems:
         raise Refused(problems)
     return stages
+
+
+def in_order(schedule: Schedule, position: Position, tokens_per_iter: Callable[[], int]) -> Iterator[Entry]:
+    """The pending steps as they fire if each waits as long as it can; of several that may, the first in the file.
+
+    What nothing bounds comes after all that is bounded. Left out are steps that can never fire, because what they come
+    after was skipped or taken back, and those behind them.
+
+    Args:
+        tokens_per_iter: those in force after the steps that have been given out.
+    """
+    queues = {name: position.queues.get(name, Queue()) for name in schedule.tracks}
+    done = {name: queue.fired for name, queue in queues.items()}
+    since = {name: Moment(queue.since.iter, queue.since.tokens, 1) for name, queue in queues.items()}
+    known = {label: Moment(mark.iter, mark.tokens, 1) for label, mark in position.marks.items()}
+    now = max((*since.values(), *known.values()), key=lambda moment: moment.iter, default=Moment(0, 0, 1))
+    while True:
+        now = replace(now, tokens_per_iter=tokens_per_iter())
+        heads = []
+        for name, track in schedule.tracks.items():
+            entry = track[done[name]] if done[name] < len(track) else None
+            begun = None if entry is None else known.get(entry.after) if entry.after else since[name]
+            if entry is not None and begun is not None:
+                waits = [trigger.at_latest(begun, now) for trigger in entry.triggers]
+                heads.append((max(now.iter, begun.iter, since[name].iter, min(waits, default=0)), entry))
+        if not heads:
+            return
+        time, entry = min(heads, key=lambda head: head[0])
+        yield entry
+        fired = now.at(time)
+        now = now if math.isinf(time) else fired
+        done[entry.track] += 1
+        since[entry.track] = fired
+        known |= dict.fromkeys(filter(None, (entry.label, entry.closes)), fired)
 
 
 def _shape_key(config: ModelConfig) -> str:

@@ -7,14 +7,25 @@ validation and the documentation follow from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from orchestrate.training.settings.metrics import VAL_LOSS, MetricName, falling, spoken, told
 from orchestrate.training.settings.records import Elapsed, Measured
-from orchestrate.training.settings.values import Finite, NonNegativeFloat, NonNegativeInt, PositiveInt, registered
+from orchestrate.training.settings.values import (
+    Finite,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    nearest,
+    problems_of,
+    registered,
+    shown,
+)
 
 
 class Trigger(BaseModel):
@@ -37,6 +48,32 @@ class Trigger(BaseModel):
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         """The reason for firing now, or None."""
         raise NotImplementedError
+
+    def at_latest(self, since: Moment, now: Moment) -> float:
+        """The iteration by which it holds whatever is measured, for a plan made ahead; infinity where none is known.
+
+        Args:
+            since: from when waits count.
+            now: how far the plan has come, and at which pace.
+        """
+        return math.inf
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a plan."""
+
+    iter: float
+    tokens: float
+    tokens_per_iter: int
+
+    def iter_at(self, tokens: float) -> float:
+        """The iteration at which so many tokens will have been seen."""
+        return self.iter + math.ceil((tokens - self.tokens) / self.tokens_per_iter) if tokens < math.inf else math.inf
+
+    def at(self, iteration: float) -> Moment:
+        """An iteration at this pace."""
+        return replace(self, iter=iteration, tokens=self.tokens + (iteration - self.iter) * self.tokens_per_iter)
 
 
 def _brief(value: Any) -> str:
@@ -112,6 +149,9 @@ class MaxWaitIters(Trigger):
             return f"waited {elapsed.iters_waited} iterations (max_wait_iters {self.value})"
         return None
 
+    def at_latest(self, since: Moment, now: Moment) -> float:
+        return since.iter + self.value
+
 
 @trigger("max_wait_tokens")
 class MaxWaitTokens(Trigger):
@@ -123,6 +163,9 @@ class MaxWaitTokens(Trigger):
         if elapsed.tokens_waited >= self.value:
             return f"waited {elapsed.tokens_waited} tokens (max_wait_tokens {self.value})"
         return None
+
+    def at_latest(self, since: Moment, now: Moment) -> float:
+        return now.iter_at(since.tokens + self.value)
 
 
 @trigger("max_wait_seconds")
@@ -147,6 +190,9 @@ class AtIter(Trigger):
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         return f"iteration {elapsed.iter} (at_iter {self.value})" if elapsed.iter >= self.value else None
 
+    def at_latest(self, since: Moment, now: Moment) -> float:
+        return self.value
+
 
 @trigger("at_tokens")
 class AtTokens(Trigger):
@@ -156,6 +202,9 @@ class AtTokens(Trigger):
 
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         return f"{elapsed.tokens} tokens (at_tokens {self.value})" if elapsed.tokens >= self.value else None
+
+    def at_latest(self, since: Moment, now: Moment) -> float:
+        return now.iter_at(self.value)
 
 
 @trigger("trigger_plateau")
@@ -215,3 +264,66 @@ class TriggerMetric(Trigger):
             return _at_or_above(value.metric, value.above, measured)
         assert value.plateau
         return _no_gain(value.metric, value.plateau, measured)
+
+
+def _one_of_all(given: Any) -> Any:
+    """A trigger from its mapping {field: value}. Raises ValueError."""
+    if isinstance(given, Trigger):
+        return given
+    if not isinstance(given, dict) or len(given) != 1:
+        raise ValueError("must be a mapping of one trigger, such as {max_wait_iters: 100}")
+    ((name, value),) = given.items()
+    known = [field for field in TRIGGERS if field != "all_of"]
+    if name not in known:
+        raise ValueError(f"must be a trigger, and {shown(name)} is none{nearest(str(name), known)}")
+    try:
+        return TRIGGERS[name](value=value)
+    except ValidationError as error:
+        told = [(location[1:], text) for location, text in problems_of(error, TRIGGERS[name])]
+        # What was given is told with the whole.
+        texts = (
+            f"{'.'.join([name, *map(str, location)])} {text.rpartition(', got ')[0] or text}" for location, text in told
+        )
+        raise ValueError("; ".join(texts)) from None
+
+
+@trigger("all_of")
+class AllOf(Trigger):
+    """All of these triggers hold together: [{max_wait_iters: 1000}, {trigger_loss: 2.0}].
+
+    Of a metric the latest value since waits began counts, so conditions on numbers that come at different iterations
+    can hold together, and waits are exact to the iteration.
+    """
+
+    value: Annotated[
+        tuple[Annotated[Trigger, BeforeValidator(_one_of_all), WithJsonSchema({"type": "object"})], ...],
+        Field(strict=False, min_length=1),
+    ]
+
+    @property
+    def reads_clock(self) -> bool:  # type: ignore[override]
+        return any(one.reads_clock for one in self.value)
+
+    @property
+    def looks_at(self) -> Mapping[str, int]:
+        return together(self.value)
+
+    def __str__(self) -> str:
+        return "(" + " and ".join(map(str, self.value)) + ")"
+
+    def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
+        known = replace(measured, now={**measured.latest, **measured.now})
+        reasons = [one.fires(elapsed, known) for one in self.value]
+        return None if None in reasons else " and ".join(map(str, reasons))
+
+    def at_latest(self, since: Moment, now: Moment) -> float:
+        return max(one.at_latest(since, now) for one in self.value)
+
+
+def together(triggers: Iterable[Trigger]) -> dict[str, int]:
+    """The metrics that several triggers look at, with the largest number that one of them compares."""
+    found: dict[str, int] = {}
+    for one in triggers:
+        for name, compared in one.looks_at.items():
+            found[name] = max(compared, found.get(name, 0))
+    return found

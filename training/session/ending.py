@@ -45,14 +45,15 @@ def tell(session: Session, why: str, more: str = "") -> None:
         facts.append(f"best validation loss {p.best_val_loss:.4f} at iteration {p.best_iter}")
     if missed := _not_fired(session):
         facts.append(f"{'entry' if len(missed) == 1 else 'entries'} {ranges(missed)} never fired")
+    facts += session.orchestrator.kept_waiting()
     say("; ".join(facts))
     saved = checkpoint.find(session.config.out_dir)
     say(f"saved: {saved[0]}; to go on: {command(session)} {more}".rstrip() if saved else "nothing is saved")
 
 
 def _not_fired(session: Session) -> list[int]:
-    """Numbers of the entries that never fired."""
-    return [entry.number for entry in session.orchestrator.missed()]
+    """Numbers of the entries that never fired, or not in each of their rounds."""
+    return sorted({entry.number for entry in session.orchestrator.missed()})
 
 
 def ranges(numbers: list[int]) -> str:

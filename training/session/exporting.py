@@ -31,9 +31,8 @@ from orchestrate.model.families import FAMILIES, Family
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.device import DTYPES
 from orchestrate.training.session.model_card import card, fired
-from orchestrate.training.session.sampling import foreign_model, foreign_tokenizer, open_checkpoint
+from orchestrate.training.session.sampling import foreign_model, foreign_tokenizer, is_run, open_checkpoint
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
-from orchestrate.training.settings.values import shown
 from orchestrate.training.store.run_folder import RunRecord, read_run
 from orchestrate.training.store.state import State
 
@@ -67,16 +66,9 @@ class Exported:
 
 def open_source(name: str, checkpoint: str = "latest") -> Source:
     """A run folder, a Hugging Face or PEFT folder or a nanoGPT ckpt.pt. Raises ValueError."""
-    path = Path(name)
-    if (path / "checkpoints").is_dir():
+    if is_run(name, checkpoint):
         model, state, passed_over = open_checkpoint(name, checkpoint)
-        return Source(name, model, state, read_run(path), tuple(passed_over))
-    if path.is_dir() and not (peft_folder.is_peft(name) or (path / "config.json").is_file()):
-        raise Refused(f"{name}: neither a run folder (no checkpoints/) nor a Hugging Face folder (no config.json)")
-    if not path.exists() and name not in hugging_face.GPT2_MODELS:
-        raise Refused(f"{name}: there is no such run folder, Hugging Face or PEFT folder, or nanoGPT ckpt.pt")
-    if checkpoint != "latest":
-        raise Refused(f"--checkpoint {shown(checkpoint)}: {name} is no run folder and has no checkpoints")
+        return Source(name, model, state, read_run(Path(name)), tuple(passed_over))
     return Source(name, foreign_model(name))
 
 
@@ -113,7 +105,7 @@ def _write_tokenizer(source: Source, size: int, folder: Path, notes: list[str]) 
             raise ValueError(f"it has {tokenizer.vocab_size} tokens and the model {size}")
         keeping.save(tokenizer, folder)
     except ValueError as error:
-        notes.append(f"there is no tokenizer in it: {str(error).split('; --dataset')[0]}")
+        notes.append(f"there is no tokenizer in it: {error}")
         return {}
     try:
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -147,6 +139,11 @@ def to_peft(
     path = _target(source, target, overwrite, is_folder=True)
     if dtype != "float32":
         raise Refused(f"--dtype {dtype}: adapters are written in float32")
+    if base and hugging_face.is_path(base) and not Path(base).is_dir():
+        raise Refused(
+            f"--base {base}: there is no such folder; allowed are a Hugging Face folder, and on the hub NAME or "
+            "ORGANISATION/NAME"
+        )
     base, notes = base or _base(source), []
     dropout = 0.0 if source.state is None else source.state.settings.lora_dropout
 

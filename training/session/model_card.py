@@ -64,8 +64,12 @@ def fired(state: State, record: RunRecord) -> list[dict[str, Any]]:
         if event["kind"] == "operation"
         and event["iter"] <= state.progress.iter
         # Before an entry of the same iteration there may be a checkpoint.
-        and (event["entry"] is None or event["iter"] < state.progress.iter or event["entry"] <= state.fired)
+        and (event["entry"] is None or event["iter"] < state.progress.iter or _is_done(event, state))
     ]
+
+
+def _is_done(event: dict[str, Any], state: State) -> bool:
+    return event.get("step", event["entry"]) <= state.fired.get(event.get("track", ""), 0)
 
 
 def _training(state: State, record: RunRecord) -> list[str]:

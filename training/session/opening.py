@@ -11,7 +11,7 @@ from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.run import Run
 from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.schedule.stages import plan_stages
-from orchestrate.training.session.resume import Resumed, check_fingerprint, open_model, pending
+from orchestrate.training.session.resume import Resumed, check_fingerprint, open_model
 from orchestrate.training.session.start import (
     Foreign,
     check_data,
@@ -32,7 +32,7 @@ def open_run(
     device = pick_device(config.device, ranks.local_rank)
     if resumed is not None:
         state, settings = resumed.loaded.state, resumed.settings
-        stages = plan_stages(pending(schedule, state.fired), settings, ranks.world_size)
+        stages = plan_stages(schedule, settings, ranks.world_size, resumed.position)
         data = data_of(config, stages)
         check_fingerprint(config, state, data)
         check_data(data, config, stages)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,8 +24,9 @@ from orchestrate.training.run import out_of_memory, sharding
 from orchestrate.training.run.casting import kept
 from orchestrate.training.run.distributed import Ranks
 from orchestrate.training.run.optimizers import OPTIMIZERS
-from orchestrate.training.schedule.file import Schedule, parse_schedule, read_schedule
+from orchestrate.training.schedule.file import Entry, Schedule, parse_schedule, read_schedule
 from orchestrate.training.schedule.own import OwnFile, compare
+from orchestrate.training.schedule.position import Position
 from orchestrate.training.session.start import IN_SETTINGS, named_checkpoint, other_tokenizer
 from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
@@ -61,6 +62,8 @@ class Resumed:
     config: TrainConfig
     settings: Settings
     schedule: Schedule
+    position: Position
+    """In it."""
     overrides: list[dict[str, Any]]
     """Events: key, before, after, applied, reason."""
     passed_over: list[str]
@@ -185,19 +188,28 @@ def resume(
             f"{settings.eval_interval_tokens}: give --eval_interval_tokens=0 too"
         )
     schedule, fired = parse_schedule(state.schedule.text, state.schedule.source or "schedule"), state.fired
+    try:
+        position = Position.from_json(state.orchestrator["position"])
+    except ValueError as error:
+        raise Refused(f"checkpoint {loaded.path}: state.json: orchestrator: {error}") from None
+    if lost := [name for name, count in fired.items() if count > len(schedule.tracks.get(name, ()))]:
+        raise Refused(f"checkpoint {loaded.path}: state.json: more has fired than there is of track {shown(lost[0])}")
     if "schedule" in given:
         new = read_schedule(config.schedule) if config.schedule else _only(schedule, fired)
-        for i, done in enumerate(schedule.as_given[:fired]):
-            if i >= len(new.entries) or new.as_given[i] != done:
-                problems.append(
-                    f"{config.schedule}: entry {i + 1} has fired already and must stay as it was: {json.dumps(done)}"
-                )
-        if new.as_given != schedule.as_given and not problems:
+        for name, count in fired.items():
+            now = [_as_fired(entry) for entry in new.tracks.get(name, ())]
+            for i, entry in enumerate(schedule.tracks[name][:count]):
+                if now[i : i + 1] != [_as_fired(entry)]:
+                    problems.append(
+                        f"{config.schedule}: entry {entry.title} has fired already and must stay as it was: "
+                        f"{json.dumps(dict(entry.given))}"
+                    )
+        if _as_written(new) != _as_written(schedule) and not problems:
             overrides.append(
                 {
                     "key": "schedule",
-                    "before": schedule.as_given[fired:],
-                    "after": new.as_given[fired:],
+                    "before": _pending(schedule, fired),
+                    "after": _pending(new, fired),
                     "applied": True,
                     "reason": given["schedule"],
                 }
@@ -216,7 +228,8 @@ def resume(
     if problems:
         raise Refused(problems)
     update = {key: getattr(config, key) for key in given} | {"out_dir": config.out_dir, "init_from": "resume"}
-    return Resumed(loaded, recorded.model_copy(update=update), settings, schedule, overrides, passed_over, damaged)
+    config = recorded.model_copy(update=update)
+    return Resumed(loaded, config, settings, schedule, position, overrides, passed_over, damaged)
 
 
 def _no_other_data(recorded: TrainConfig, config: TrainConfig, settings: Settings) -> str:
@@ -263,9 +276,31 @@ def open_model(
     return model, checkpoint.by_parameter(moments)
 
 
-def _only(schedule: Schedule, fired: int) -> Schedule:
-    """A schedule of the entries that have fired, and no more."""
-    return parse_schedule(json.dumps(schedule.as_given[:fired], indent=1), "fired.json")
+def _as_fired(entry: Entry) -> dict[str, Any]:
+    """What must stay of an entry that has fired; what it is called and what it waited for may change."""
+    return {key: value for key, value in entry.given.items() if key not in ("label", "after")}
+
+
+def _as_written(schedule: Schedule) -> dict[str, Any]:
+    return {
+        name: [(entry.given, entry.rounds, entry.until, entry.closes) for entry in track]
+        for name, track in schedule.tracks.items()
+    }
+
+
+def _pending(schedule: Schedule, fired: Mapping[str, int]) -> list[Mapping[str, Any]]:
+    """The steps that have not fired, as they were written."""
+    return [entry.given for name, track in schedule.tracks.items() for entry in track[fired.get(name, 0) :]]
+
+
+def _only(schedule: Schedule, fired: Mapping[str, int]) -> Schedule:
+    """A schedule of the steps that have fired, and no more."""
+    tracks = {
+        name: [_as_fired(entry) for entry in track[: fired.get(name, 0)]] for name, track in schedule.tracks.items()
+    }
+    plain = tracks.pop("", [])
+    document = {"operations": plain, "tracks": tracks} if tracks else plain
+    return parse_schedule(json.dumps(document, indent=1), "fired.json")
 
 
 def check_fingerprint(config: TrainConfig, state: State, data: Sources) -> None:
@@ -288,8 +323,3 @@ def check_fingerprint(config: TrainConfig, state: State, data: Sources) -> None:
         problems.append(f"{other}; --allow_other_tokenizer=True goes on all the same")
     if problems:
         raise Refused(problems)
-
-
-def pending(schedule: Schedule, fired: int) -> Schedule:
-    """The entries that have not fired."""
-    return Schedule(schedule.entries[fired:], schedule.source, schedule.text)

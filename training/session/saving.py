@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrate.training.run import out_of_memory
 from orchestrate.training.run.out_of_memory import is_out_of_memory
@@ -49,7 +49,7 @@ class Saver:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._saved: tuple[int, ...] = ()
+        self._saved: tuple[Any, ...] = ()
         self._background: BackgroundSave | None = None
 
     def save(self, why: str, required: bool = True, mark: str = "") -> str:
@@ -88,10 +88,11 @@ class Saver:
         if self._saved != self._moment():
             self.session.save(why, required)
 
-    def _moment(self) -> tuple[int, ...]:
+    def _moment(self) -> tuple[Any, ...]:
         """What tells two states of the run apart: the iteration, the evaluation made, the entries fired."""
         p, position = self.session.run.progress, self.session.orchestrator.position
-        return p.iter, p.last_eval_iter, position.fired, position.round_open, position.round_iter
+        queues = [(queue.fired, queue.open) for queue in position.queues.values()]
+        return p.iter, p.last_eval_iter, queues, position.round_iter
 
     def finish(self) -> None:
         """Wait for a save in the background and record how it ended; a rank that writes nothing need not know."""

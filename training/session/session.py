@@ -103,7 +103,9 @@ class Session:
             if "cast" in fields:
                 losses += f"; {in_words(fields['cast'])}"
             desc = f" ({fields['desc']})" if fields["desc"] else ""
-            number = "-" if fields["entry"] is None else fields["entry"]
+            number = "-" if fields["entry"] is None else str(fields["entry"])
+            if "round" in fields:
+                number += f" {fields['round']}/{fields['rounds']}"
             self.reporter.say(
                 f"[{number}] {fields['name']}{desc}: {moved or 'no change'}{over} [{fields['reason']}]{losses}"
             )
@@ -186,14 +188,14 @@ class Session:
             line["grad_norm"] = grad_norm()
             line["loss"] = run.ranks.mean(loss())
         self.reporter.metrics("train", **line)
-        head, rate = self.orchestrator.head, line["tokens_per_second"]
+        heads, rate = self.orchestrator.heads, line["tokens_per_second"]
         shown = {
             "loss": f"{line['loss']:.4f}",
             "lr": f"{line['step_lr']:.3g}",
             "tok/s": f"{rate:,.0f}" if rate else "-",
         }
-        if head is not None:
-            shown["next"] = f"[{head.number}] {head.operation.name}"
+        if heads:
+            shown["next"] = ", ".join(f"[{head.number}] {head.operation.name}" for head in heads)
         self.reporter.progress(line["iter"], **shown)
         self._look_at(numbers(line))
 

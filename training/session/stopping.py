@@ -64,6 +64,19 @@ class SignalWatch:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """Inside this block signals do what they do in any Python program: SIGINT raises KeyboardInterrupt."""
+        heard = signal.set_wakeup_fd(-1)
+        handled = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            for number, handler in handled.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
+
     def begin(self, ranks: Exchange) -> None:
         """From now on a signal is remembered and acted on at a boundary."""
         self._ranks = ranks

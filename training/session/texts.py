@@ -5,7 +5,7 @@ Which tokens come is model/generate.py's; here they become text, and a text ends
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,6 +25,8 @@ from orchestrate.training.settings.records import Settings
 
 AT_EVALUATIONS = Choice(temperature=0.8, top_k=200)
 """How sample_prompts are continued: as sample.py does by default."""
+
+NOT_FINITE = "the model's logits are not finite: its weights have diverged"
 
 
 class Piece(NamedTuple):
@@ -74,7 +76,7 @@ def samples(
         rows = Continuation(model, len(batch), max(map(len, ids)) + max_new_tokens)
         for prompt, (_, sample) in zip(ids, batch, strict=True):
             rows.add(prompt, choice, (seed, sample))
-        texts = [_Text(tokenizer, prompt, stop) for prompt in ids]
+        texts = [Text(tokenizer, prompt, stop) for prompt in ids]
         front, broken = 0, False
         for step in range(max_new_tokens):
             if not rows.live:
@@ -95,7 +97,7 @@ def samples(
                     break
                 front += 1
         if broken:
-            raise Refused("the model's logits are not finite: its weights have diverged")
+            raise Refused(NOT_FINITE)
 
 
 def encoded(tokenizer: Tokenizer, prompts: Sequence[str], vocab_size: int) -> list[list[int]]:
@@ -119,11 +121,21 @@ def encoded(tokenizer: Tokenizer, prompts: Sequence[str], vocab_size: int) -> li
     return found
 
 
-class _Text:
-    """A text that grows by tokens, and what of it has not been shown yet."""
+class Text:
+    """A text that grows by tokens, and what of it has not been shown yet: first its prompt.
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self._stop, self._end_of_text = stop, tokenizer.end_of_text
+    Args:
+        stop: texts that end it.
+        ends: the ids that end it, beside the tokenizer's end-of-text.
+
+    Attributes:
+        ended: whether one of them has come, or a token of logits that are not finite.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str], ends: Collection[int] = ()
+    ) -> None:
+        self._stop, self._ends = stop, {tokenizer.end_of_text, *ends}
         self._pieces = Pieces(tokenizer)
         self._ready = "".join(self._pieces.push(token) for token in prompt)
         self._held = ""
@@ -134,7 +146,7 @@ class _Text:
         """One more token; nothing once the text has ended."""
         if self.ended:
             return
-        if token == self._end_of_text or token < 0:
+        if token in self._ends or token < 0:
             self.end()
             return
         self._look_at(self._pieces.push(token))

@@ -308,6 +308,8 @@ class Measured:
     history: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Values since the head of the queue became the head, oldest first, those of now included, for the metrics that
     its triggers look back on. The lowest of the oldest may stand for all of them."""
+    latest: Mapping[str, float] = field(default_factory=dict)
+    """The last value of each metric since waits began: what `all_of` compares where there is none of now."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ READABLE = (1, 2, 3)
 """Format 1 had no shards; 1 and 2 had no checksum of the manifest itself. Otherwise they are the same."""
 PREFIX, TEMPORARY, DAMAGED = "iter_", ".writing_", "damaged_"
 MANIFEST, STATE = "manifest.json", "state.json"
-NAME = r"^iter_\d{9}(_before_entry_\d+)?$"
+NAME = r"^iter_\d{9}(_before_entry_\d+(_\d+)?)?$"
 """Of a checkpoint's folder."""
 FILE_NAME = re.compile(r"(?:model|optimizer|shard-\d{5}-model-\d{5}-of-\d{5})\.safetensors|state\.json")
 

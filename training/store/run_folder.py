@@ -121,6 +121,18 @@ class _Event(TypedDict):
     """True: the run went back to before this decision, operation, these samples or rollback."""
 
 
+class _OfEntry(_Event):
+    """Beside an entry's number: which of its rounds, where."""
+
+    track: NotRequired[str]
+    """Where the schedule has several: the name of its track."""
+    round: NotRequired[int]
+    rounds: NotRequired[int]
+    """Where it is repeated: the round, from 1, of how many at most."""
+    step: NotRequired[int]
+    """Its place in its track, every round counted, from 1; absent where that is its number."""
+
+
 class _Begins(_Event):
     config: dict[str, Any]
     """The resolved configuration."""
@@ -175,8 +187,8 @@ class Override(_Event):
     """Where it was given, or why it was not applied."""
 
 
-class Decision(_Event):
-    """The schedule decides: an entry fires, a ramp arrives or is taken over, a guard ends.
+class Decision(_OfEntry):
+    """The schedule decides: an entry fires, a repetition or a guard ends, a ramp arrives or is taken over.
 
     At the end of a guard also METRIC_before and METRIC, numbers of the metric that it watches, val_loss by default:
     before its entry, and now.
@@ -192,7 +204,7 @@ class Decision(_Event):
     """What the guard allows at most."""
 
 
-class Operation(_Event):
+class Operation(_OfEntry):
     """An operation was carried out."""
 
     kind: Literal["operation"]
@@ -260,7 +272,7 @@ class Emergency(_Event):
     """False where none was written."""
 
 
-class Rollback(_Event):
+class Rollback(_OfEntry):
     """The run went back to a checkpoint; `iter` is where it is now.
 
     After a guard also METRIC_before and METRIC: before the entry, and the number that was beyond the limit.
@@ -290,7 +302,7 @@ class Signal(_Event):
     """Its number."""
 
 
-class Error(_Event):
+class Error(_OfEntry):
     """Something went wrong; `action` or `on_error` say how the run went on, if it did."""
 
     kind: Literal["error"]
@@ -313,7 +325,7 @@ class End(_Event):
     reason: str
     best_val_loss: _Number
     not_fired: NotRequired[list[int]]
-    """Numbers of the schedule's entries that did not fire."""
+    """Numbers of the schedule's entries that did not fire, or not in each of their rounds."""
 
 
 METRICS_KINDS: Mapping[str, Any] = {"train": Train, "eval": Eval}

@@ -87,9 +87,12 @@ class State:
         return replace(settings, mixture=config.datasets, vocabulary_map=tuple(through.tolist()))
 
     @property
-    def fired(self) -> int:
-        """How many entries of the schedule are done with."""
-        return self.orchestrator["position"]["fired"]
+    def fired(self) -> dict[str, int]:
+        """How many steps of each track of the schedule are done with; earlier versions had one, without a name."""
+        position = self.orchestrator["position"]
+        if "fired" in position:
+            return {"": position["fired"]}
+        return {name: queue["fired"] for name, queue in position["queues"].items()}
 
     @property
     def val_loss(self) -> float | None:
@@ -140,10 +143,20 @@ class State:
 
 
 @dataclass(frozen=True)
-class _Position:
+class _Queue:
     __pydantic_config__ = {"extra": "ignore"}
 
     fired: _Count
+
+
+@dataclass(frozen=True)
+class _Position(_Queue):
+    fired: _Count | None = None  # type: ignore[assignment]
+    queues: dict[str, _Queue] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.fired is None) == (self.queues is None):
+            raise ValueError("must have `queues`, or of an earlier version `fired`")
 
 
 @dataclass(frozen=True)
