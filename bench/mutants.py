@@ -49,14 +49,20 @@ IMPORTED_ONCE = ["torch", "numpy", "pydantic", "yaml", "hypothesis", "safetensor
 
 SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "learning rate": (["training/run/learning_rate.py"], ["learning_rate"]),
-    "triggers": (["training/schedule/triggers.py"], ["orchestrator", "schedule", "own_operations", "metrics"]),
+    "triggers": (
+        ["training/schedule/triggers.py"],
+        ["tracks", "orchestrator", "schedule", "own_operations", "metrics"],
+    ),
     "stream": (["data/stream.py"], ["stream"]),
     "evaluation": (["training/run/evaluation.py"], ["evaluation", "data_and_model"]),
     "optimizer": (["training/run/optimizers.py"], ["adamw", "optimizers"]),
-    "orchestrator": (["training/schedule/orchestrator.py"], ["orchestrator", "guard", "resume", "metrics"]),
+    "orchestrator": (
+        ["training/schedule/orchestrator.py", "training/schedule/position.py"],
+        ["tracks", "orchestrator", "guard", "resume", "metrics"],
+    ),
     "schedule": (
         ["training/schedule/file.py", "training/schedule/stages.py", "training/schedule/ramps.py"],
-        ["schedule", "orchestrator", "hostile"],
+        ["tracks", "schedule", "orchestrator", "hostile"],
     ),
     "session": (
         [
@@ -99,6 +105,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "report": ([f"training/report/{name}.py" for name in ("data", "drawing", "page", "write")], ["report"]),
     "mixture": (["data/mixture.py", "data/proportions.py", "data/curriculum.py"], ["mixture", "curriculum"]),
+    "serving": ([f"tools/serving/{name}.py" for name in ("engine", "api", "guard", "models", "app")], ["serve"]),
     "data sets": (
         [f"data/{name}.py" for name in ("prepare", "hub", "shrink_vocabulary")],
         ["data_sets", "text_prepare", "prepare", "curriculum"],

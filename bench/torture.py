@@ -2,11 +2,11 @@
 
     python bench/torture.py [--kills 200] [--signals 50] [--processes 1 2] [--parallel ddp] [--optimizer adamw]
 
-The run grows, changes adapters, batch and accumulation, and scores a task, while it is ended in steps, evaluations,
-operations, saves and at start-up: with SIGKILL (--kills), or with SIGTERM, SIGINT or SIGUSR1 to one rank or to all
-(--signals), after which all ranks must end by themselves within 60 seconds, with the same exit code, and with a
-checkpoint of where they were. A signal before the first boundary ends the rank that it reaches at once, with nothing
-to save; the others are then ended as torchrun does it.
+The run grows, changes adapters, batch and accumulation, in three tracks with repetitions and a way back, and scores a
+task, while it is ended in steps, evaluations, operations, saves and at start-up: with SIGKILL (--kills), or with
+SIGTERM, SIGINT or SIGUSR1 to one rank or to all (--signals), after which all ranks must end by themselves within 60
+seconds, with the same exit code, and with a checkpoint of where they were. A signal before the first boundary ends the
+rank that it reaches at once, with nothing to save; the others are then ended as torchrun does it.
 Every start uses the same two commands as a person would: the first one, or --init_from=resume once there is a
 checkpoint. A run that ends must have the weights and moments of the undisturbed run to the bit, whole lines in its
 logs, each iteration once, and no half checkpoint or leftover. Runs follow each other until the kills are done.
@@ -44,7 +44,7 @@ from orchestrate.training.store import checkpoint  # noqa: E402
 from orchestrate.training.store.manifest import survey  # noqa: E402
 from orchestrate.training.store.run_folder import read_run  # noqa: E402
 
-SCHEDULE = [
+GROWTH = [
     # DATA and OTHER stand for two data sets.
     {"name": "set_data_mixture", "value": {"DATA": 0.3, "OTHER": 0.7}, "at_iter": 2, "over": 24, "style": "cosine"},
     {"name": "set_curriculum_alpha", "value": 0.8, "over": 12},
@@ -69,6 +69,24 @@ SCHEDULE = [
     {"name": "freeze_layer", "value": "block.0", "max_wait_iters": 4,
      "guard": {"max_increase": 5.0, "within_iters": 3, "then": "revert"}},
 ]  # fmt: skip
+# Beside it: rounds with ramps, measurements and checkpoints inside, one track after the other, a guard that goes back.
+TRACKS = {
+    "growth": GROWTH,
+    "numbers": [
+        {"repeat": {"times": 4, "until": {"metric": "loss", "below": 0.1}}, "do": [
+            {"name": "change_weight_decay", "value": 0.7, "max_wait_iters": 3, "over": 2, "label": "decayed"},
+            {"name": "save_checkpoint"},
+            {"name": "set_grad_clip", "value": 0.9, "after": "decayed", "max_wait_iters": 4, "reevaluate": True},
+        ]},
+    ],
+    "notes": [
+        {"name": "set_betas", "value": [0.9, 0.95], "after": "decayed", "max_wait_iters": 1, "repeat": 2},
+        {"name": "set_dropout", "value": 0.9,
+         "all_of": [{"at_iter": 12}, {"trigger": {"metric": "loss", "below": 99.0}}],
+         "guard": {"metric": "loss", "max_increase": 0.05, "within_iters": 4, "then": "revert"}},
+        {"name": "set_eval_iters", "value": 3, "max_wait_iters": 3, "repeat": 3},
+    ],
+}  # fmt: skip
 KEYS = dict(
     n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=40,
     lr_decay_iters=40, warmup_iters=2, learning_rate=1e-2, eval_interval=5, eval_iters=2, log_interval=1, dropout=0.1,
@@ -90,7 +108,10 @@ class Torture:
         texts["other"] = "1+2=30\n" * 578 + "2+2=40\n1+9=01\n3+2=50\n"
         characters = sorted(set("".join(texts.values())))
         meta = {"format": 1, "vocab_size": len(characters), "tokenizer": "char", "itos": characters}
-        schedule = json.dumps(SCHEDULE)
+        tracks = dict(TRACKS)
+        if optimizer == "sgd":  # which has no betas
+            tracks["notes"] = tracks["notes"][1:]
+        schedule = json.dumps({"tracks": tracks})
         for name, text in texts.items():
             (folder / name).mkdir(parents=True)
             ids = np.array([characters.index(c) for c in text], dtype=np.uint16)
@@ -257,7 +278,7 @@ class Torture:
             logs.append(
                 (
                     [(m["kind"], m["iter"], m.get("loss"), m.get("val_loss")) for m in record.metrics],
-                    [(e["entry"], e["iter"]) for e in record.valid.events if e["kind"] == "operation"],
+                    [(e["entry"], e.get("round"), e["iter"]) for e in record.valid.events if e["kind"] == "operation"],
                     [(e["iter"], e["texts"]) for e in record.valid.events if e["kind"] == "samples"],
                     [(m["iter"], m["eval/adder_accuracy"]) for m in record.metrics if "eval/adder_accuracy" in m],
                 )

@@ -6,6 +6,7 @@ A test compares the page with what this makes, so a new operation is documented 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -26,6 +27,47 @@ Written by docs/generate_operations.py from the classes in training/operations/;
 An entry's `value` is the operation's argument. `over: N` moves a number there in N iterations
 (`style: linear | cosine | constant | power`) where it says *over: moves*, and fades new weights in where it says
 *over: fades*. `power` has an `exponent` (share of N to that power); `constant` holds the old value for N iterations.
+"""
+LANGUAGE = """## Repetitions, labels and tracks
+
+```yaml
+tracks:                            # queues beside each other, each strictly in order by itself
+  rate:
+    - name: change_lr              # one entry: half of the rate on every plateau, six times at most
+      value: 0.5
+      trigger_plateau: {evals: 3, min_delta: 0.01}
+      repeat: {times: 6, until: {metric: val_loss, below: 1.5}}
+  model:
+    - repeat: 2                    # a block of entries: all of them, then all of them once more
+      do:
+        - {name: widen_mlp, value: {times: 2}, max_wait_iters: 500, label: wider}
+        - {name: rewarm_lr, value: 50, after: wider, max_wait_iters: 20}
+    - name: stop
+      all_of: [{at_iter: 5000}, {trigger_loss: 1.5}]
+```
+"""
+RULES = """
+- `repeat: N` or `repeat: {times: N, until: {metric: NAME, below | above: X}}` (or `plateau`, as in `trigger`): so
+  often, or no more once the metric is there. `until` is looked at while the next round has not begun, so one is
+  made anyway.
+- A block has `repeat`, `do` and perhaps a `label`. Inside it nothing is repeated once more.
+- Waits begin anew in each round, and a plateau counts its values anew. Events say `round` and `rounds`.
+- `label`: a name for an entry or a block; `name` is the operation. `after: LABEL` lets the waits of an entry count from
+  when the entry of that label fired; until then it does not fire. A repetition's label is for its end: an entry or a
+  block has fired when its last round is over. In later rounds of a repetition, waits count from the step before, unless
+  the label is of the same block. What comes after an entry that is skipped or taken back by its guard never fires, and
+  the end of the run says so.
+- `all_of`: triggers that must hold together; it is one trigger, and any other beside it still fires the entry.
+- `tracks`: names and lists. A plain list, or the list under `operations`, is the track without a name. At a boundary
+  the first entry in the file that is due fires, then all heads are looked at again: what is due of the first track
+  comes before what is due of the second.
+- While a ramp (`over`) of one track moves a number, an entry of another track that changes it waits until the ramp has
+  arrived; an entry of the same track takes it over. What each operation changes is listed above as *changes*.
+- `reevaluate` ends the boundary for its own track, a `stop` for all of them.
+- A guard that goes back restores every track as it was then; what has fired since fires again when it is due.
+- `--plan` shows the stages of several tracks in the order of their latest times, and checks that order. Where another
+  comes, an entry that cannot be carried out then follows its `on_error`.
+- A resume with another `--schedule` may change all that has not fired, add tracks, and change the number of rounds.
 """
 METRICS = """## Metrics
 
@@ -71,6 +113,8 @@ def kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
             return "text"
         case "boolean":
             return "true | false"
+        case "object":
+            return "mapping"
         case "array":
             items = schema.get("prefixItems")
             if items:
@@ -122,6 +166,7 @@ def page() -> str:
         parts.append(f"- `{name}`: {kind(schema['properties']['value'], schema.get('$defs', {}))}. {doc}")
     argument = kind({"$ref": "#/$defs/Guard"}, {"Guard": Guard.model_json_schema()})
     parts.append(f"\n## Guard\n\n`guard`: {argument}.\n{inspect.cleandoc(Guard.__doc__ or '')}\n")
+    parts.append(LANGUAGE + re.sub(r"\n  +", " ", RULES))
     parts.append(METRICS.format(*(", ".join(f"`{n}`" for n in names) for names in (EVALUATED, LOGGED))))
     return "\n".join(wrapped(line) for line in "\n".join(parts).splitlines()) + "\n"
 

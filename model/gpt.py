@@ -27,52 +27,92 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Cache:
-    """Keys and values of the tokens that each row of a batch has so far. Its room is made once and written in place.
+    """Keys and values of the tokens that each row has so far. Its room is made once and written in place.
 
     Rows may have unequal numbers of tokens. Those of a row stand in its columns from 0 on, and nothing sees what stands
-    after them.
+    after them. A pass may be over some rows only, those that follow each other from `first` on.
 
     Args:
+        rows: how many there are at most.
         capacity: tokens that a row may have, at most cache_length of the configuration.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int) -> None:
         assert capacity <= config.cache_length, f"{capacity} tokens; a cache is of use up to {config.cache_length}"
-        self.shape = (rows, capacity, config.n_kv_head, config.head_size)
+        self.capacity, self.last_position = capacity, config.cache_length - 1
         self.lengths = [0] * rows
         """How many tokens each row has."""
-        self.mask: Tensor | None = None
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._layers: list[tuple[Tensor, Tensor]] = []  # each (rows, capacity, n_kv_head, head_size)
 
-    def place(self, time: int, counts: Sequence[int], device: torch.device) -> Tensor:
+    def place(self, time: int, counts: Sequence[int], device: torch.device, first: int = 0) -> Tensor:
         """Take up so many tokens of each row (of `time` given, the first ones); their positions, (batch, time)."""
-        begun, columns = any(self.lengths), torch.arange(max(self.lengths) + time, device=device)
-        assert len(columns) <= self.shape[1], f"{len(columns)} tokens in a cache of {self.shape[1]}"
-        self._at = torch.tensor(self.lengths, device=device)[:, None] + columns[:time]
-        # A new token sees its row up to itself. Without anything before, that is plain causal attention.
-        self.mask = (columns <= self._at[:, :, None])[:, None] if begun else None
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        return self._at
+        rows = range(first, first + len(counts))
+        before = self.lengths[first : rows.stop]
+        after = [length + count for length, count in zip(before, counts, strict=True)]
+        assert max(after) <= self.capacity, f"{max(after)} tokens in a cache of {self.capacity}"
+        self.lengths[first : rows.stop] = after
+        self._rows, self._seen = slice(first, rows.stop), max(after)
+        offsets = torch.arange(time, device=device)
+        at = torch.tensor(before, device=device)[:, None] + offsets
+        to = at + torch.arange(first * self.capacity, rows.stop * self.capacity, self.capacity, device=device)[:, None]
+        # Where a row has fewer tokens than `time`, what fills it up is not written: it might be beyond the room.
+        self._to, self._given = to.flatten(), None
+        if min(counts) < time:
+            self._given = (offsets < torch.tensor(counts, device=device)[:, None]).flatten().nonzero()[:, 0]
+            self._to = self._to[self._given]
+        # Without anything before, it is plain causal attention; and a single token sees all, where no row has less.
+        self._alone = not any(before)
+        self._mask: Tensor | None = None
+        if not self._alone and (time > 1 or min(after) < self._seen):
+            self._mask = (torch.arange(self._seen, device=device) <= at[:, :, None])[:, None]
+        return at.clamp(max=self.last_position)
 
-    def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's keys and values, each (batch, n_kv_head, time, head_size), where they were placed.
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write a layer's keys and values where they were placed, and let the queries see all that there is of it.
 
-        Returns what there is of the layer, likewise, as far as the mask goes.
+        Args:
+            q: (batch, n_head, time, head_size); k, v: (batch, n_kv_head, time, head_size).
         """
         if layer == len(self._layers):
-            self._layers.append((k.new_zeros(self.shape), v.new_zeros(self.shape)))
-        rows = torch.arange(len(self._at), device=k.device)[:, None]
+            self._make(k.transpose(1, 2))
+        seen = []
         for room, new in zip(self._layers[layer], (k, v), strict=True):
-            room[rows, self._at] = new.transpose(1, 2)
-        if self.mask is None:
-            return k, v
-        kept_k, kept_v = (room[:, : self.mask.shape[3]].transpose(1, 2) for room in self._layers[layer])
-        return kept_k, kept_v
+            flat = new.transpose(1, 2).flatten(0, 1)
+            room.flatten(0, 1).index_copy_(0, self._to, flat if self._given is None else flat[self._given])
+            if not self._alone:
+                seen.append(room[self._rows, : self._seen].transpose(1, 2))
+        gqa = q.shape[1] != k.shape[1]
+        if self._alone:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        if self._mask is not None and self._mask.dtype == torch.bool:
+            self._mask = torch.zeros_like(self._mask, dtype=q.dtype).masked_fill_(~self._mask, -torch.inf)
+        if gqa and q.shape[2] == 1:  # the queries of a group as so many tokens: no head of keys is repeated
+            y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), *seen, self._mask)
+            return y.reshape(q.shape)
+        return F.scaled_dot_product_attention(q, *seen, self._mask, enable_gqa=gqa)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
-        self.shape, self.lengths = (len(rows), *self.shape[1:]), [self.lengths[row] for row in rows]
-        self._layers = [(k[list(rows)], v[list(rows)]) for k, v in self._layers]
+    def fill(self, row: int, source: Cache, of: int, length: int) -> None:
+        """Let a row have the first tokens of a row of a cache of the same model, which may be this one: a copy."""
+        assert length <= min(self.capacity, source.lengths[of]), f"{length} tokens of a row of {source.lengths[of]}"
+        self.free(row)
+        self.lengths[row] = length
+        for layer, parts in enumerate(source._layers):
+            if layer == len(self._layers):
+                self._make(parts[0])
+            for mine, theirs in zip(self._layers[layer], parts, strict=True):
+                mine[row, :length] = theirs[of, :length]
+
+    def free(self, row: int) -> None:
+        """Let a row have no tokens."""
+        # Attention weighs what a longer neighbour has and this row has not by 0, which no infinite number bears.
+        for part in (part for pair in self._layers for part in pair):
+            part[row, : self.lengths[row]].nan_to_num_(0.0, 0.0, 0.0)
+        self.lengths[row] = 0
+
+    def _make(self, like: Tensor) -> None:
+        """The room of one more layer; like: (..., n_kv_head, head_size)."""
+        shape = (len(self.lengths), self.capacity, *like.shape[2:])
+        self._layers.append((like.new_zeros(shape), like.new_zeros(shape)))
 
 
 class Loss(NamedTuple):
@@ -226,6 +266,7 @@ class Attention(_Fading):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
+        self.n_heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         self.widths = [rows.stop - rows.start for rows in config.qkv_rows.values()]
         self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.attention_biases != "none")
         self.c_proj = Linear(self.widths[0], config.n_embd, bias=config.attention_biases == "all")
@@ -248,25 +289,22 @@ class Attention(_Fading):
 
     def extend(self, x: Tensor, rope: Rope | None, cache: Cache, layer: int) -> Tensor:
         """What `forward` makes of tokens that follow those of the cache, with them in it."""
-        q, k, v = self._heads(x, rope)
-        k, v = cache.add(layer, k, v)
-        gqa, mask = self.n_head != self.n_kv_head, cache.mask
-        return self._out(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-        )
+        return self._out(cache.attend(layer, *self._heads(x, rope)))
 
     def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (batch, heads, time, head_size)."""
-        batch, time, _ = x.shape
-        q, k, v = self.c_attn(x).split(self.widths, dim=2)
-        q = q.view(batch, time, self.n_head, self.head_size).transpose(1, 2)
-        k = k.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
-        v = v.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
-        if self.qk_norm:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if rope is not None:
-            q, k = _rotate(q, *rope), _rotate(k, *rope)
-        return q, k, v
+        heads = self.c_attn(x).view(*x.shape[:2], -1, self.head_size)
+        if self.qk_norm or rope is None:
+            q, k, v = (part.transpose(1, 2) for part in heads.split_with_sizes(self.n_heads, dim=2))
+            if self.qk_norm:
+                q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            if rope is not None:
+                q, k = _rotate(q, *rope), _rotate(k, *rope)
+            return q, k, v
+        *both, values = self.n_heads
+        turned, v = heads.split_with_sizes((sum(both), values), dim=2)
+        q, k = _rotate(turned.transpose(1, 2), *rope).split_with_sizes(both, dim=1)
+        return q, k, v.transpose(1, 2)
 
     def _out(self, y: Tensor) -> Tensor:
         """What the heads found, (batch, heads, time, head_size), as it is added to the residual stream."""
@@ -482,22 +520,29 @@ class GPT(nn.Module):
         """Logits of every position, (batch, time, vocab)."""
         return self._head(self._hidden(idx))
 
-    def extend(self, idx: Tensor, counts: Sequence[int], cache: Cache | None = None) -> Tensor:
+    def extend(
+        self, idx: Tensor, counts: Sequence[int], cache: Cache | None = None, first: int = 0, every: bool = False
+    ) -> Tensor:
         """Logits after the last of some new tokens, (batch, vocab).
 
         Args:
             idx: new tokens, (batch, time). What stands after a row's count fills the table up, and nothing sees it.
             counts: how many new tokens each row has, 1 or more.
             cache: the tokens before them, and from now on the new ones too; None where there are none before.
+            first: the row of the cache that the first row of idx is; the others follow it.
+            every: logits after each new token, (batch, time, vocab); those after a row's count mean nothing.
         """
         if cache is None:
             x = self._hidden(idx, counts)
         else:
-            x, rope = self._start(idx, cache.place(idx.shape[1], counts, idx.device))
+            x, rope = self._start(idx, cache.place(idx.shape[1], counts, idx.device, first))
             for layer, block in enumerate(self.transformer["h"]):
                 x = block.extend(x, rope, cache, layer)
-        last = torch.tensor(counts, device=idx.device) - 1
-        return self._head(x[torch.arange(len(x), device=idx.device), last])
+        if every:
+            return self._head(x)
+        if x.shape[1] > 1:
+            x = x[torch.arange(len(x), device=idx.device), torch.tensor(counts, device=idx.device) - 1]
+        return self._head(x.flatten(1))
 
 
 def _embed(model: GPT, idx: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -344,7 +344,8 @@ def test_prompts_that_are_none():
         chat_format(CharTokenizer("ab"), 9, 9).encode(say("user:"))
     with pytest.raises(Refused, match="token 1 of the prompt is beyond the model's vocabulary of 1"):
         chat_format(CharTokenizer("ab"), 9, 1).encode(say("user:b"))
-    assert [form_of(100).room(n) for n in (1, 25, 26, 1000)] == [1, 25, 25, 25] and form_of(3).room(9) == 1
+    assert [form_of(100).room(n) for n in (1, 25, 26, 1000)] == [1, 25, 25, 25]
+    assert form_of(3).room(9) == 1 and form_of(103).room(99) == 25 and isinstance(form_of(103).room(99), int)
 
 
 def test_a_plain_continuation(tmp_path):

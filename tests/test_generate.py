@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_model import BOTH, GPT2, LLAMA, QK_NORM, tokens, trained
+from test_model import BOTH, GPT2, LLAMA, QK_NORM, STYLES, tokens, trained
 from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -18,7 +18,8 @@ from transformers import (
 
 from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer
 from orchestrate.model.config import LoraSpec
-from orchestrate.model.generate import Choice, Continuation, draw
+from orchestrate.model.export import form_of, write_hugging_face
+from orchestrate.model.generate import Choice, Continuation, draw, lay_out
 from orchestrate.model.gpt import Cache
 from orchestrate.training.session.texts import samples
 from orchestrate.training.settings.errors import Refused
@@ -88,12 +89,19 @@ GREEDY = Choice(temperature=0)
 
 def continued(model, prompts, count, choice=SAMPLED, seed=3, use_cache=True, end=lambda row, token: False):
     """The sequences after so many steps; the numbers are those of samples 0, 1, ..."""
-    rows = Continuation(model, prompts, choice, [(seed, n) for n in range(len(prompts))], count, use_cache)
+    rows = joined(Continuation(model, len(prompts), max(map(len, prompts)) + count, use_cache), prompts, choice, seed)
+    ended = {}
     for _ in range(count):
         for row, token in rows.step().items():
             if end(row, token):
-                rows.end(row)
-    return rows.tokens
+                ended[row] = rows.end(row)
+    return [(ended | rows.tokens)[row] for row in range(len(prompts))]
+
+
+def joined(rows, prompts, choice, seed=0):
+    for n, prompt in enumerate(prompts):
+        assert rows.add(prompt, choice, (seed, n)) == n
+    return rows
 
 
 def by_hand(model, prompt, count, choice, random):
@@ -146,6 +154,44 @@ def test_rows_that_end_leave_the_others_as_they_are(config):
     ]
 
 
+@pytest.mark.parametrize("capacity", [None, 9, 0], ids=["whole", "short", "none"])
+@BOTH
+def test_rows_that_join_and_leave_say_what_they_say_alone(config, capacity):
+    """Three slots for six sequences, each with a rule, a seed and an end of its own, that begin at steps 0 to 20."""
+    model = trained(config)
+    rules = [SAMPLED, GREEDY, Choice(1.5, 0), Choice(temperature=1.4), Choice(top_p=0.7), SAMPLED]
+    lengths, waiting = [12, 5, 9, 14, 4, 8], list(range(6))
+    rows, said, together = Continuation(model, 3, capacity), {}, []
+    while waiting or rows.live:
+        while waiting and rows.free:
+            n = waiting.pop(0)
+            assert rows.add(MIXED[n], rules[n], (3, n)) == n
+        together.append(rows.live)
+        assert set(rows.step()) == set(rows.live)
+        for n in rows.live:
+            if len(rows.tokens[n]) == len(MIXED[n]) + lengths[n]:
+                said[n] = rows.end(n)
+    assert together[0] == [0, 1, 2] and [0, 3, 4] in together and [3, 4, 5] in together and len(together) == 20
+    for n, prompt in enumerate(MIXED):
+        assert said[n] == by_hand(model, prompt, lengths[n], rules[n], np.random.default_rng([3, n])), n
+
+
+@BOTH
+def test_a_row_that_broke_does_not_spoil_the_next_one_in_its_place(config):
+    """One token's embedding is infinite: what it left in the cache is weighed by 0 from then on, and 0 times that."""
+    model = trained(replace(config, tie_weights=False))
+    with torch.no_grad():
+        model.transformer["wte"].weight[13] = torch.inf
+        model.lm_head.weight[13] = 0.0  # never the likeliest
+    rows = joined(Continuation(model, 3), [[1, 2, 3, 4, 5, 6], [1, 2, 3, 13, 4, 5, 6, 7], [3, 4]], GREEDY)
+    assert [token < 0 for token in rows.step().values()] == [False, True, False]
+    rows.end(1)
+    assert rows.add([5, 6], GREEDY) == 3
+    assert min(rows.step().values()) >= 0 and len(rows.tokens[0]) == 8
+    rows.end(0)
+    assert min(rows.step().values()) >= 0 and list(rows.tokens) == [2, 3]
+
+
 @BOTH
 def test_equal_prompts_differ_by_their_number_and_the_seed(config):
     model = trained(config)
@@ -170,22 +216,23 @@ def test_logits_of_the_cache_are_those_of_whole_passes(config):
                 whole = model.logits(x[row : row + 1, : have[row]])[0, -1]
                 torch.testing.assert_close(step[row], whole, atol=1e-5, rtol=1e-4)
     assert cache.lengths == have == [9, 9, 7]
-    cache.keep([2])
+    cache.fill(1, cache, 2, 7)
     with torch.no_grad():
-        step = model.extend(x[2:, 7:9], [2], cache)
+        step = model.extend(x[2:, 7:9], [2], cache, 1)
         torch.testing.assert_close(step, model.logits(x[2:, :9])[:, -1], atol=1e-5, rtol=1e-4)
+    assert cache.lengths == [9, 9, 7]
     with pytest.raises(AssertionError, match="15 tokens in a cache of 14"):
-        model.extend(x[2:, :6], [6], cache)
+        model.extend(x[2:, :6], [6], cache, 1)
 
 
 def test_the_cache_is_made_once():
     model = trained(GPT2)
-    rows = Continuation(model, [[1, 2], [3]], GREEDY, [(0,), (0,)], 9)
+    rows = joined(Continuation(model, 2, 11), [[1, 2], [3]], GREEDY)
     places = set()
     for _ in range(9):
         rows.step()
         places.add(tuple(part.data_ptr() for pair in rows._cache._layers for part in pair))
-        assert rows._cache.shape == (2, 11, 4, 8)
+        assert {part.shape for pair in rows._cache._layers for part in pair} == {(2, 11, 4, 8)}
     assert len(places) == 1
 
 
@@ -194,7 +241,7 @@ def test_numbers_that_are_none_are_told():
     with torch.no_grad():
         model.transformer["ln_f"].weight[0] = torch.nan
     for choice in (SAMPLED, GREEDY):
-        assert Continuation(model, [[1], [2, 3]], choice, [(0,), (0,)], 1).step() == {0: -1, 1: -1}
+        assert joined(Continuation(model, 2), [[1], [2, 3]], choice).step() == {0: -1, 1: -1}
     with pytest.raises(Refused, match="not finite"):
         list(samples(model, CharTokenizer(LETTERS), ["ab"], 1, 4, choice=SAMPLED, seed=0))
 
@@ -328,3 +375,70 @@ def test_generating_leaves_the_model_as_it_was():
     assert model.training and all(module.training for module in model.modules())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
+def test_greedy_tokens_are_those_that_transformers_says_after_an_export(name, tmp_path):
+    """Prompts of unequal length within the window, in a batch as one by one."""
+    from transformers import AutoModelForCausalLM
+
+    model = trained(replace(STYLES[name], block_size=64))
+    write_hugging_face(form_of(model), tmp_path)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for prompt, ours in zip(MIXED, continued(model, MIXED, 20, GREEDY), strict=True):
+        theirs = exported.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert ours == theirs[0].tolist()
+
+
+@BOTH
+def test_rows_that_begin_from_one_prefix_of_another_cache(config):
+    """As whole passes in float64 say it, logits after every token; what stood in a row before is gone."""
+    model, prefix, x = trained(config).double(), tokens(1, 6), tokens(3, 9)
+    x[:, :6] = prefix
+    shared, cache, counts = Cache(config, 1, 6), Cache(config, 4, 12), [3, 1, 2]
+    with torch.no_grad():
+        model.extend(prefix, [6], shared)
+        model.extend(tokens(4, 11) + 1, [11] * 4, cache)
+        for row in (1, 2, 3):
+            cache.fill(row, shared, 0, 6)
+        assert cache.lengths == [11, 6, 6, 6]
+        found = model.extend(x[:, 6:], counts, cache, 1, every=True)
+        whole = model.logits(x)[:, 6:]
+        for row, count in enumerate(counts):
+            torch.testing.assert_close(found[row, :count], whole[row, :count], atol=1e-9, rtol=1e-9)
+        assert cache.lengths == [11, 9, 7, 8]
+        with pytest.raises(AssertionError, match="7 tokens of a row of 6"):
+            cache.fill(0, shared, 0, 7)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, ADAPTED], ids=["gpt2", "llama", "lora"])
+def test_laid_out_for_generating_it_is_the_same_model(config):
+    model, whole = trained(config), trained(config)
+    lay_out(model)
+    strides = {name: p.stride() for name, p in model.named_parameters() if p.dim() == 2}
+    assert strides["transformer.h.0.mlp.c_fc.weight"] == (1, config.n_hidden[0]) and strides[
+        "transformer.wte.weight"
+    ] == (32, 1)
+    assert all(torch.equal(p, other) for p, other in zip(model.parameters(), whole.parameters(), strict=True))
+    assert continued(model, MIXED, 20) == continued(whole, MIXED, 20)
+    narrow = trained(config).bfloat16()
+    lay_out(narrow)
+    assert all(p.is_contiguous() for p in narrow.parameters())
+
+
+def test_a_slot_is_there_once_and_a_prompt_has_a_token():
+    rows = joined(Continuation(trained(GPT2), 2), [[1], [2]], GREEDY)
+    assert rows.free == 0 and rows.live == [0, 1]
+    with pytest.raises(AssertionError, match="all 2 slots are taken"):
+        rows.add([1], GREEDY)
+    assert rows.end(0) == [1] and rows.free == 1, "also before its first step"
+    with pytest.raises(AssertionError, match="an empty prompt"):
+        rows.add([], GREEDY)
+    assert rows.add([3], GREEDY) == 2 and set(rows.step()) == {1, 2} == set(rows.live)

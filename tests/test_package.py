@@ -38,6 +38,7 @@ def test_everything_is_in_one_package(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in names} == {"orchestrate"}
     wanted = {f"orchestrate/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    wanted |= {f"orchestrate/tools/serving/page.{kind}" for kind in ("html", "js", "css")}
     data_sets = {f"orchestrate/{path.relative_to(ROOT)}" for path in (ROOT / "data").glob("*/*.py")}
     assert {name for name in names if name.count("/") > 1} == wanted - data_sets
 

@@ -47,7 +47,7 @@ class Oracle(torch.nn.Module):
         self.config = SimpleNamespace(block_size=block_size, cache_length=block_size, n_kv_head=1, head_size=2)
         self.itos, self.answer, self.sizes = itos, answer, []
 
-    def extend(self, idx, counts, cache):
+    def extend(self, idx, counts, cache, first):
         assert not self.training
         self.sizes.append(len(idx))
         logits = torch.zeros(len(idx), len(self.itos))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -755,3 +756,9 @@ def test_the_shipped_schedules_use_the_language():
         len(tracks.tracks) == 3 and any(e.after for e in tracks.entries) and any(e.rounds > 1 for e in tracks.entries)
     )
     assert "all_of" in {type(t).field for e in tracks.entries for t in e.triggers}
+
+
+def test_the_example_of_the_page_is_a_schedule():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "operations.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.S | re.M)
+    assert problems(text) == [] and len(parse_schedule(text, "s.yaml").entries) == 6 + 4 + 1

@@ -6,11 +6,14 @@ that does not exist yet is not made for it: that waits until nothing can be refu
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
 
 
@@ -66,3 +69,27 @@ class FolderLock:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+
+@contextlib.contextmanager
+def lock_for_serving(source: str | Path) -> Iterator[None]:
+    """The right to serve the models of a folder or file: one process at a time. It dies with its owner.
+
+    Nothing is written, and a run goes on training beside it. Raises Refused.
+    """
+    try:
+        handle = os.open(source, os.O_RDONLY)
+    except OSError:  # the name of a release, or what cannot be read: others say so
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise Refused(f"{source}: another process serves it already") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -16,6 +16,7 @@ from orchestrate.data.keeping import kept_with_run, of_data
 from orchestrate.data.stream import Meta
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt, peft_folder
+from orchestrate.model.generate import lay_out
 from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.session.resume import latest_good, reading
@@ -23,6 +24,7 @@ from orchestrate.training.session.start import is_run_folder, named_checkpoint, 
 from orchestrate.training.session.texts import remapped
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.values import shown
+from orchestrate.training.store.checkpoint import Checkpoint
 from orchestrate.training.store.state import State
 
 
@@ -35,11 +37,22 @@ def open_checkpoint(out_dir: str, name: str = "latest") -> tuple[GPT, State, lis
     Raises ValueError.
     """
     loaded, passed_over = latest_good(out_dir)[:2] if name == "latest" else (named_checkpoint(out_dir, name), [])
+    return checkpoint_model(loaded), loaded.state, passed_over
+
+
+def checkpoint_model(loaded: Checkpoint) -> GPT:
+    """The model of a checkpoint, as far as it has faded in. Raises ValueError."""
     settings = loaded.state.settings
     with reading(loaded.path):
         model = from_weights(settings.model, loaded.model)
     model.set_fading(settings.fading)
-    return model, loaded.state, passed_over
+    return model
+
+
+def run_tokenizer(out_dir: str, state: State, dataset: str = "") -> Tokenizer:
+    """What a run speaks at a checkpoint with this state, or a data set instead. Raises ValueError."""
+    tokenizer = _spoken(dataset, lambda: tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer)))
+    return remapped(tokenizer, state.present.vocabulary_map)
 
 
 def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tuple[GPT, Tokenizer, list[str]]:
@@ -50,15 +63,15 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
         dataset: the data set whose tokenizer is taken instead of the run's own.
     """
     model, state, passed_over = open_checkpoint(out_dir, name)
-    tokenizer = _spoken(dataset, lambda: tokenizer_of(state.tokenizer, kept_with_run(out_dir, state.tokenizer)))
-    return model, remapped(tokenizer, state.present.vocabulary_map), passed_over
+    return model, run_tokenizer(out_dir, state, dataset), passed_over
 
 
 def placed(model: GPT, device: str, dtype: str) -> tuple[GPT, Callable[[], AbstractContextManager]]:
-    """A model on its device, both by the options' names, and the number type that it computes in. Raises ValueError."""
+    """A model on its device, laid out to generate, and the number type that it computes in. Raises ValueError."""
     where = pick_device(device, 0)
     model = model.to(where)
     model.reset_buffers(where)
+    lay_out(model)
     kind = DTYPES[pick_dtype(dtype, where)]
     return model, nullcontext if kind == torch.float32 else lambda: torch.autocast(where.type, kind)
 

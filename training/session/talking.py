@@ -180,14 +180,15 @@ class Talk:
     def _answer(self, prompt: list[int], choice: Choice, seed: Sequence[int], max_new_tokens: int) -> Iterator[str]:
         context = self.form.block_size - len(prompt)
         room = min(max_new_tokens, context)
-        rows = Continuation(self.model, [prompt], choice, [seed], room)
+        rows = Continuation(self.model, 1, len(prompt) + room)
+        number = rows.add(prompt, choice, seed)
         text = Text(self.form.tokenizer, prompt, self.form.stop, self.form.ends)
         text.take()  # the prompt
         said = ""
         try:
             for step in range(room):
                 with evaluating(self.model), self._autocast():
-                    token = rows.step()[0]
+                    token = rows.step()[number]
                 if token < 0:
                     raise Refused(NOT_FINITE)
                 text.add(token)

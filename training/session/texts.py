@@ -73,7 +73,9 @@ def samples(
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
         ids = [given[number] for number, _ in batch]
-        rows = Continuation(model, ids, choice, [(seed, sample) for _, sample in batch], max_new_tokens)
+        rows = Continuation(model, len(batch), max(map(len, ids)) + max_new_tokens)
+        for prompt, (_, sample) in zip(ids, batch, strict=True):
+            rows.add(prompt, choice, (seed, sample))
         texts = [Text(tokenizer, prompt, stop) for prompt in ids]
         front, broken = 0, False
         for step in range(max_new_tokens):

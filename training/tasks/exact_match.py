@@ -136,7 +136,9 @@ class ExactMatch(Task):
         steps = max(len(problem.asked) for problem in self.problems)
         said: list[list[int]] = [[] for _ in problems]
         with evaluating(run.model):
-            rows = Continuation(run.model, given, _LIKELIEST, [()] * len(problems), steps)
+            rows = Continuation(run.model, len(given), max(map(len, given)) + steps)
+            for prompt in given:
+                rows.add(prompt, _LIKELIEST)
             for _ in range(steps):
                 with run.autocast():
                     for row, token in rows.step().items():
