@@ -350,6 +350,22 @@ def test_values_count_from_what_an_entry_comes_after():
     assert told(run) == [(3, 1, None)], "the loss of iteration 2 is of the model before x"
 
 
+def test_what_all_of_remembers_is_since_the_later_of_both():
+    """Of what the entry comes after, and of the step before it in its track."""
+    low = {"all_of": [{"trigger": {"metric": "loss", "below": 1.0}}, {"at_iter": 1}], "after": "x"}
+    run = Driven({"tracks": {"one": [clip(at_iter=3, label="x")], "other": [decay(**low)]}})
+    run.boundary(iters=2, loss=0.5)
+    run.boundary()
+    run.boundary()
+    assert told(run) == [(3, 1, None)] and run.boundary(loss=0.5) != []
+    run = Driven([clip(at_iter=1, label="x"), clip(0.6, at_iter=3), decay(**low)])
+    run.boundary()
+    run.boundary(loss=0.5)
+    run.boundary()
+    run.boundary()
+    assert told(run) == [(1, 1, None), (3, 2, None)] and run.boundary(loss=0.5) != []
+
+
 def test_an_entry_after_one_in_a_later_track_fires_at_the_same_boundary():
     run = Driven({"tracks": {"one": [decay(after="x")], "other": [clip(at_iter=2, label="x")]}})
     run.boundary(iters=2)
