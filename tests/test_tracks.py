@@ -125,6 +125,7 @@ def test_until_leaves_out_this_round_and_those_behind_it():
         ("tracks: [1]", "s.yaml: tracks must be a mapping of names to lists of entries, got [1]"),
         ("tracks: {}", "tracks must be a mapping of names to lists of entries, got {}"),
         ("tracks: {1: []}", "s.yaml: a track's name is text of 1 to 60 characters, got 1"),
+        ("tracks: {" + ", ".join(f"t{i}: []" for i in range(101)) + "}", "s.yaml: a schedule has at most 100 tracks, got 101"),
         ("tracks: {a: stop}", "s.yaml: track 'a' is a list of entries"),
         ("tracks: {a: []}\nothers: 1", "unknown key 'others' beside `operations`; known: operations, tracks"),
         ("- {name: stop, all_of: []}", "all_of "),
