@@ -98,7 +98,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "adapters": (["model/adapters.py", "model/lora.py", "model/peft_folder.py"], ["peft", "growth"]),
     "export": (["model/export.py", "training/session/exporting.py"], ["export"]),
-    "tokenizers": (["data/tokenizer.py", "data/keeping.py"], ["tokenizers", "text_prepare"]),
+    "tokenizers": (["data/tokenizer.py", "data/keeping.py"], ["tokenizers", "text_prepare", "chat", "data_sets"]),
     "texts": (["model/generate.py", "training/session/texts.py"], ["generate", "sample_prompts"]),
     "talking": (["data/chat_template.py", "training/session/talking.py", "tools/chat.py"], ["chat"]),
     "memory": (["model/narrow.py", "training/run/casting.py"], ["memory"]),
