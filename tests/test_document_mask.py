@@ -22,7 +22,7 @@ from orchestrate.model import gpt
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, compile_blocks, document_mask, init_weights, set_dropout
 from orchestrate.training.plan import activation_bytes
-from orchestrate.training.session.start import settings_from
+from orchestrate.training.session.start import doubts, settings_from
 from orchestrate.training.settings.config import TrainConfig
 
 END = 3
@@ -326,6 +326,19 @@ def test_what_it_costs_is_in_the_plan(data):
             masked = activation_bytes(replace(settings, document_mask=True), width)
             # 4 sequences of 16 tokens: a number for each pair of tokens, and keys and values of one head more a block
             assert masked - activation_bytes(settings, width) == width * (4 * 16 * 16 + 64 * more)
+
+
+@pytest.mark.parametrize("row, told", [(1, False), (8, True), (16, False)])
+def test_windows_of_several_rows_are_doubted(data, row, told):
+    """A piece of a document that was cut has no end behind it."""
+    found, config = sources(data), TrainConfig(**CONFIG, dataset="first", document_mask=True)
+    for name, one in found.items():
+        found[name] = replace(one, meta=replace(one.meta, row=row))
+    for keys in ({}, {"document_mask": False}):
+        settings = settings_from(config.model_copy(update=keys), ModelConfig(**SHAPE))
+        said = [doubt for doubt in doubts(found, config, settings) if "a cut document" in doubt]
+        wanted = "rows of 8 tokens, and block_size 16 holds several: what is behind a piece of a cut document sees it"
+        assert said == [f"dataset first has {wanted}"] * (told and not keys)
 
 
 # ---------------------------------------------------------------------------------------------- which token it is

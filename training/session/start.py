@@ -394,6 +394,9 @@ def doubts(data: Sources, config: TrainConfig, settings: Settings, trained: Meta
     if settings.model.block_size % data.meta.row:
         lines = f"lines of {data.meta.row} tokens, and block_size {settings.model.block_size} is no multiple of that"
         told.append(f"dataset {config.dataset} has {lines}: windows begin anywhere in a line")
+    if settings.document_mask and 1 < data.meta.row < settings.model.block_size:
+        rows = f"rows of {data.meta.row} tokens, and block_size {settings.model.block_size} holds several"
+        told.append(f"dataset {config.dataset} has {rows}: what is behind a piece of a cut document sees it")
     if settings.decay_lr and config.max_iters <= settings.warmup_iters and config.max_iters:
         told.append(
             f"the run ends within its warm-up (max_iters {config.max_iters}, warmup_iters {settings.warmup_iters}): "
