@@ -263,7 +263,7 @@ class _Lines:
 
     def branches(self) -> tuple[Branch, list[Branch]]:
         """The lines that count, and each stretch of those taken back."""
-        ends = [start for start, _ in self._ways[1:]] + [self.count]
+        ends = [*(start for start, _ in self._ways), self.count][1:]
         counts = np.zeros(self.count, dtype=bool)
         void = []
         for (start, is_void), end in zip(self._ways, ends, strict=True):

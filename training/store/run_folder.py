@@ -91,6 +91,8 @@ class Eval(_Metrics):
     kind: Literal["eval"]
     val_loss: _Number
     """Mean loss of the validation windows in nats per token."""
+    val_bpb: NotRequired[_Number]
+    """The same loss in bits per byte of the text, where the tokenizer of the data is at hand."""
     best_val_loss: NotRequired[_Number]
     """The lowest so far."""
     # Scores of eval_tasks stand beside these under their own names, such as eval/adder_accuracy.
@@ -138,8 +140,9 @@ class _OfEntry(_Event):
     track: NotRequired[str]
     """Where the schedule has several: the name of its track."""
     round: NotRequired[int]
+    """Where it is repeated: which time this is, from 1."""
     rounds: NotRequired[int]
-    """Where it is repeated: the round, from 1, of how many at most."""
+    """Where it is repeated: how often at most."""
     step: NotRequired[int]
     """Its place in its track, every round counted, from 1; absent where that is its number."""
 
@@ -152,14 +155,19 @@ class _Begins(_Event):
     world_size: int
     """Processes."""
     device: str
+    """Of the first rank."""
     dtype: str
     """Of the forward pass; weights that train and moments are float32."""
     torch: str
+    """Its version."""
     python: str
-    """Versions."""
+    """Its version."""
     parameters_total: int
+    """Of the model, shared ones once."""
     parameters_trainable: int
+    """Those of them that train."""
     tokens_per_iter: int
+    """In one iteration, over all ranks."""
     cast: NotRequired[_Cast]
     """Where weights changed their number type at the start."""
     code: NotRequired[_Code | None]
@@ -193,9 +201,13 @@ class Override(_Event):
 
     kind: Literal["override"]
     key: str
+    """Of the configuration; schedule; or operations with a file's name."""
     before: Any
+    """What was in force."""
     after: Any
+    """What is."""
     applied: bool
+    """Whether it took effect."""
     reason: str
     """Where it was given, or why it was not applied."""
 
@@ -213,6 +225,7 @@ class Decision(_OfEntry):
     name: str
     """Of its operation."""
     reason: str
+    """Why it fires, or what has ended."""
     limit: NotRequired[_Number]
     """What the guard allows at most."""
 
@@ -224,6 +237,7 @@ class Operation(_OfEntry):
     entry: int | None
     """Number of the entry, from 1; null where it is a recovery and no entry."""
     name: str
+    """Of the operation."""
     value: Any
     """Its argument as given."""
     reason: str
@@ -237,12 +251,15 @@ class Operation(_OfEntry):
     settings_after: dict[str, Any]
     """Likewise, once every ramp has arrived."""
     val_loss_before: _Number
-    val_loss_after: _Number
     """Where measured (reevaluate, guard), else null."""
+    val_loss_after: _Number
+    """Likewise."""
     seconds: _Real
     """That the operation took, without evaluations."""
     parameters_total: int
+    """Of the model after it."""
     parameters_trainable: int
+    """Those of them that train."""
     cast: NotRequired[_Cast]
     """Where weights changed their number type (weights_dtype)."""
 
@@ -251,6 +268,7 @@ class Text(TypedDict):
     """One of sample_prompts."""
 
     prompt: str
+    """As it was given."""
     text: str
     """It and what the model makes of it."""
 
@@ -260,6 +278,7 @@ class Samples(_Event):
 
     kind: Literal["samples"]
     texts: list[Text]
+    """One for each of them."""
 
 
 class Checkpoint(_Event):
@@ -269,6 +288,7 @@ class Checkpoint(_Event):
     path: str
     """Of its folder, from the run folder."""
     reason: str
+    """Why it was saved."""
     seconds: _Real
     """That writing it took."""
 
@@ -278,9 +298,11 @@ class Emergency(_Event):
 
     kind: Literal["emergency"]
     reason: str
+    """The exception, or why there is no checkpoint."""
     path: NotRequired[str]
     """As of a checkpoint; absent where none was written."""
     seconds: NotRequired[_Real]
+    """Likewise."""
     saved: NotRequired[bool]
     """False where none was written."""
 
@@ -293,7 +315,9 @@ class Rollback(_OfEntry):
 
     kind: Literal["rollback"]
     reason: str
+    """What was wrong."""
     from_iter: int
+    """Where it was."""
     checkpoint: str
     """Name of its folder."""
     next_sample: NotRequired[int]
@@ -303,8 +327,9 @@ class Rollback(_OfEntry):
     set_aside: NotRequired[list[str]]
     """Where these lie now."""
     entry: NotRequired[int]
+    """Of a guard: the entry that was taken back."""
     name: NotRequired[str]
-    """Of a guard: the entry that was taken back, and its operation."""
+    """Its operation."""
 
 
 class Signal(_Event):
@@ -320,13 +345,15 @@ class Error(_OfEntry):
 
     kind: Literal["error"]
     message: str
+    """What."""
     action: NotRequired[str]
     """skip, rollback or stop after a sick step; go on after a failed write."""
     samples: NotRequired[list[int]]
     """Of a sick step: first training sample, and the one after the last."""
     entry: NotRequired[int]
-    name: NotRequired[str]
     """Of an operation that failed."""
+    name: NotRequired[str]
+    """Likewise."""
     on_error: NotRequired[str]
     """stop or skip, as the entry says."""
 
@@ -336,7 +363,9 @@ class End(_Event):
 
     kind: Literal["end"]
     reason: str
+    """max_iters, an early stop, the schedule or a signal."""
     best_val_loss: _Number
+    """The lowest so far; null where none was measured."""
     not_fired: NotRequired[list[int]]
     """Numbers of the schedule's entries that did not fire, or not in each of their rounds."""
 
