@@ -14,9 +14,9 @@ from functools import cached_property
 import numpy as np
 
 from orchestrate.data.curriculum import Curriculum
-from orchestrate.data.keeping import kept_with_data, named
+from orchestrate.data.keeping import end_of_text_of, kept_with_data, named
 from orchestrate.data.stream import Cursor, DataSet, Meta, Stream, windows_per_pass
-from orchestrate.data.tokenizer import begins_with, end_of_text_of, tells_apart, tokenizer_of
+from orchestrate.data.tokenizer import begins_with, tells_apart, tokenizer_of
 
 
 class Sources(dict[str, DataSet]):

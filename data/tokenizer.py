@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from orchestrate.data.stream import GPT2_TOKENS, Meta, read_file
+from orchestrate.data.stream import Meta, read_file
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\ufffd"
@@ -589,13 +589,3 @@ def tokenizer_of(meta: Meta, folder: str | Path | None = None) -> Tokenizer:
             f"(fingerprint {tokenizer.fingerprint[:12]}, and meta says {meta.fingerprint[:12]})"
         )
     return tokenizer
-
-
-def end_of_text_of(meta: Meta, folder: str | Path) -> int | None:
-    """The id that ends a document, as the tokenizer that a meta names has it; None where the data cannot have it.
-
-    GPT-2's is known without its vocabulary, which is not at hand everywhere. Raises ValueError as `tokenizer_of`.
-    """
-    plain = meta.tokenizer == "gpt2" and not has_tokenizer(folder)
-    end = GPT2_TOKENS - 1 if plain else tokenizer_of(meta, folder).end_of_text
-    return None if end is None or 0 < meta.tokens <= end else end

@@ -9,15 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, events, lines, on_ranks, sources, write_data
+from conftest import TEXT, arguments, events, lines, on_ranks, sources, write_data
 from test_distributed import make_run
 from test_operations import CONFIG, SHAPE, apply, live_run
+from test_prepare import small_encoding
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import train_orchestrated
+from orchestrate.data import prepare
+from orchestrate.data.keeping import end_of_text_of
+from orchestrate.data.mixture import Sources
 from orchestrate.data.packing import Packer
 from orchestrate.data.stream import Meta, eval_windows, gather, open_data
-from orchestrate.data.tokenizer import END_OF_TEXT, CharTokenizer, end_of_text_of
+from orchestrate.data.tokenizer import END_OF_TEXT, CharTokenizer
 from orchestrate.model import gpt
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, compile_blocks, document_mask, init_weights, set_dropout
@@ -393,3 +397,18 @@ def test_a_map_that_hides_the_end_is_refused(tmp_path, capsys):
         keys = dict(document_mask=True, shrunken_vocab_size=20, vocab_remapping_file=tmp_path / "map.npy", max_iters=1)
         assert train_orchestrated.run([*arguments(data, tmp_path / "run", **keys), "--plan"]) == code
         assert ("document_mask: the vocabulary map gives" in capsys.readouterr().err) == (code == 2)
+
+
+def test_a_packed_set_as_it_is_prepared(tmp_path, monkeypatch):
+    """The border is the token that the set's own tokenizer ends documents with, read from the files beside it."""
+    texts = [TEXT[start : start + 7 + 13 * start % 40] for start in range(0, 1500, 20)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = small_encoding()
+    prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out", tokenizer, val=0.3, pack_length=16)
+    sources = Sources({"out": open_data(str(tmp_path / "out"), 16)})
+    end = sources.document_end()
+    assert end == tokenizer.end_of_text and (np.asarray(sources.first.train.tokens[:]) == end).sum() > 40
+    seen = []
+    monkeypatch.setattr(gpt, "document_mask", lambda *args: [seen.append(args), document_mask(*args)][1])
+    assert train_orchestrated.run(arguments(tmp_path / "out", tmp_path / "run", max_iters=1, document_mask=True)) == 0
+    assert len(seen) > 3 and {args[1] for args in seen} == {end}
