@@ -25,9 +25,11 @@ from orchestrate.data.tokenizer import END_OF_TEXT, CharTokenizer
 from orchestrate.model import gpt
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, compile_blocks, document_mask, init_weights, set_dropout
+from orchestrate.training import plan
 from orchestrate.training.plan import activation_bytes
 from orchestrate.training.session.start import doubts, settings_from
 from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import OperationFailed
 
 END = 3
 _LLAMA = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "tie_weights": False, "bias": False}
@@ -270,11 +272,23 @@ def test_it_survives_a_change_of_shape(data):
     assert run.model.document_end == 0 and run.evaluate(lambda: 0) == pytest.approx(was, abs=1e-6)
 
 
+def test_the_end_follows_a_map_and_where_it_cannot_the_run_stays(data):
+    run = live_run(data, document_mask=True)
+    before = run.fingerprint()
+    with pytest.raises(OperationFailed, match="no id of its own"):
+        apply(run, "resize_vocabulary", {"size": 20, "map": [i % 20 for i in range(30)]})
+    assert run.model.document_end == 0 and run.fingerprint() == before
+    apply(run, "resize_vocabulary", {"size": 20, "map": [19, *(i % 19 for i in range(29))]})
+    assert run.model.document_end == 19
+    run.step()
+
+
 def test_what_a_change_of_it_means(data):
     config = TrainConfig(**CONFIG, dataset="first")
     settings = settings_from(config, ModelConfig(**SHAPE))
     assert not settings.document_mask and not settings.evaluates_as(replace(settings, document_mask=True))
-    assert settings_from(config.model_copy(update={"document_mask": True}), settings.model).document_mask
+    masked = settings_from(config.model_copy(update={"document_mask": True}), settings.model)
+    assert masked.document_mask and len(plan._graphs(masked) - plan._graphs(settings)) == 1, "another graph of blocks"
 
 
 def _steps(rank: int, data: str, parallel: str) -> list[float]:
@@ -378,9 +392,9 @@ def test_data_sets_that_end_documents_differently(data, monkeypatch):
         found.document_end()
 
 
-@pytest.mark.parametrize("plan", [False, True])
-def test_a_data_set_without_an_end_is_refused(data, tmp_path, capsys, plan):
-    path, more = tmp_path / "s.json", ["--plan"] if plan else []
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_data_set_without_an_end_is_refused(data, tmp_path, capsys, planned):
+    path, more = tmp_path / "s.json", ["--plan"] if planned else []
     path.write_text(json.dumps([{"name": "set_document_mask", "value": True, "at_iter": 4}]))
     for keys, place in (({"document_mask": True}, ""), ({"schedule": path}, "entry 1: set_document_mask true: ")):
         assert train_orchestrated.run([*arguments(data, tmp_path / "run", **keys), *more]) == 2
