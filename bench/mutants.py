@@ -102,6 +102,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "texts": (["model/generate.py", "training/session/texts.py"], ["generate", "sample_prompts"]),
     "talking": (["data/chat_template.py", "training/session/talking.py", "tools/chat.py"], ["chat"]),
     "memory": (["model/narrow.py", "training/run/casting.py"], ["memory"]),
+    "attention": (["model/gpt.py"], ["document_mask", "model", "generate"]),
     "data files": (
         [f"data/{name}.py" for name in ("files", "corpus", "conversations", "packing")],
         ["data_files", "data_sets", "text_prepare"],

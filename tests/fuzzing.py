@@ -105,6 +105,7 @@ MODELS = [
         "activation": "swiglu",
         "norm": "rmsnorm",
         "activation_checkpointing": True,
+        "document_mask": True,
         "weights_dtype": "bfloat16",
     },
     {"lora_targets": "q_proj,v_proj,down_proj,wte", "lora_rank": 2, "use_rslora": True, "lora_dropout": 0.1},
@@ -230,7 +231,7 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.data = write_data(folder / "data")
+        self.data = write_data(folder / "data", documents=True)
         schedule = [
             {"name": "set_attn_lora_rank", "value": 2, "at_iter": 2},
             {"name": "set_lr", "value": 1e-3, "over": 9},

@@ -149,6 +149,9 @@ class _RunKeys(BaseModel):
     curriculum_alpha: Annotated[NonNegativeFloat, Field(le=1)] = _key(
         0.0, "sample rare tokens more often: 0 the data as it is, to 1 (data/curriculum.py)"
     )
+    document_mask: bool = _key(
+        False, "attention stays within a document, which the tokenizer's end-of-text ends, in training and validation"
+    )
     shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
     vocab_remapping_file: str = _key("", ".npy or .json array that maps each old token id to a new one")
 
