@@ -445,14 +445,18 @@ def write_start(out_dir: Path, config: Mapping[str, Any], schedule: str) -> None
         os.replace(temporary, out_dir / name)
 
 
-def rewind(out_dir: Path, sizes: Mapping[str, int]) -> None:
+def rewind(out_dir: Path, sizes: Mapping[str, int], before: Callable[[], None] = lambda: None) -> None:
     """Take back what was logged after a checkpoint: its metrics are cut, its decisions and operations marked void.
 
     Args:
         sizes: bytes of each file when the checkpoint was made (`Reporter.sizes`).
+        before: called before anything is taken back, and not where nothing is.
     """
     metrics = out_dir / METRICS
-    if metrics.exists() and metrics.stat().st_size > sizes.get(METRICS, 0):
+    longer = metrics.exists() and metrics.stat().st_size > sizes.get(METRICS, 0)
+    if longer or _goes_back(out_dir / EVENTS, sizes.get(EVENTS, 0)):
+        before()
+    if longer:
         os.truncate(metrics, sizes.get(METRICS, 0))
     mark_void(out_dir / EVENTS, sizes.get(EVENTS, 0), COURSE)
 
@@ -474,6 +478,16 @@ def mark_void(path: Path, size: int, kinds: Container[str]) -> None:
         lines.append(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
     if tail:
         write_whole(path, kept + b"".join(lines))
+
+
+def _goes_back(path: Path, size: int) -> bool:
+    """Whether lines after the first `size` bytes are to be void and are not yet."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        file.seek(size)
+        records = [_record(line, EVENT_KINDS) for line in file]
+    return any(record and record["kind"] in COURSE and not record.get("void") for record in records)
 
 
 def write_whole(path: Path, data: bytes) -> None:
