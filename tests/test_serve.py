@@ -29,7 +29,7 @@ from orchestrate.tools.main import run as run_command
 from orchestrate.tools.serve import _listener, parse
 from orchestrate.training.session.lock import FolderLock, lock_for_serving
 from orchestrate.training.session.sampling import open_run_folder
-from orchestrate.training.session.texts import samples
+from orchestrate.training.session.texts import Text, samples
 from orchestrate.training.store import checkpoint, manifest
 
 openai = pytest.importorskip("openai", reason="the extra dev is not installed")
@@ -598,6 +598,37 @@ def test_an_error_in_a_model_ends_its_rows_alone(run, monkeypatch, capsys):
             server.client().completions.create(**ASKED)
         assert server.client().completions.create(**{**ASKED, "max_tokens": 3}).usage.completion_tokens == 3
     assert "RuntimeError: out of luck" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_told_too_late(run):
+    """A row that is dropped when it has ended already, and rows that come when all is over."""
+    source = models_module.RunFolder(str(run))
+    shelf = models_module.Shelf(source, "latest", lambda model: (model, nullcontext), limit=2**40, slots=1)
+    loaded = asyncio.run(shelf.lease())
+    told: list = []
+    works = engine.Engine(1, told.extend)
+
+    def row(room: int) -> engine.Row:
+        return engine.Row(loaded, [5, 6], Choice(), (0,), room, Text(loaded.format.tokenizer, [], ()))
+
+    def ends(of: engine.Row) -> list[str]:
+        return [piece.end for row, piece in told if row is of and piece.end]
+
+    first, second, third, late = row(2), row(400), row(2), row(2)
+    works.start()
+    works.add([first])
+    until(lambda: ends(first))
+    works.drop([first])
+    time.sleep(0.1)
+    assert works.alive
+    works.add([second, third])
+    works.drop([second])
+    until(lambda: ends(third))
+    assert [ends(one) for one in (first, second, third)] == [["length"], ["dropped"], ["length"]]
+    works.stop(5.0)
+    assert works.join(5.0)
+    works.add([late])
+    assert ends(late) == ["stopping"] and late.tokens == 0 and third.tokens == 2
 
 
 # ---------------------------------------------------------------------------------------------- the end

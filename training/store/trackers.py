@@ -39,6 +39,7 @@ from orchestrate.training.store.run_folder import (
 
 BRANCH = "trackers.json"
 PLAN = "plan.txt"
+"""As --plan prints it, beside the files of the run folder."""
 MARKED = ("operation", "rollback", "resume", "checkpoint", "emergency", "error")
 """Events that a tracker gets as markers: at their iteration, how many of the kind there have been."""
 COLUMNS = (
@@ -506,8 +507,10 @@ class Trackio(Tracker):
         self.close(0)
 
     def close(self, exit_code: int) -> None:
+        import trackio
+
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            trackio.finish()
 
 
 def _markdown(columns: tuple[str, ...], rows: list[list[Any]]) -> str:
