@@ -9,6 +9,7 @@ nothing, may read while a run writes, and counts what it cannot make out. Nothin
 
 import contextlib
 import errno
+import heapq
 import json
 import math
 import os
@@ -614,15 +615,34 @@ def read_run(
             continue
         except OSError as error:
             raise Refused(f"{folder / name}: cannot be read ({error.strerror})") from None
-    return RunRecord(folder, _config(folder), found[METRICS], found[EVENTS], _checkpoints(folder), foreign)
+    return RunRecord(folder, read_config(folder), found[METRICS], found[EVENTS], _checkpoints(folder), foreign)
 
 
-def read_lines(path: Path, kinds: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def valid_lines(folder: Path, sizes: Mapping[str, int] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of both files that count, by iteration; those of metrics first.
+
+    Args:
+        sizes: bytes of each file that are passed over.
+    """
+
+    def of(name: str, kinds: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError):
+            lines = read_lines(folder / name, kinds, (sizes or {}).get(name, 0))
+            yield from (line for _, line in lines if line and not line.get("void"))
+
+    return heapq.merge(of(METRICS, METRICS_KINDS), of(EVENTS, EVENT_KINDS), key=lambda line: line["iter"])
+
+
+def read_lines(path: Path, kinds: Mapping[str, Any], skip: int = 0) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """(number from 1, record) of each line; None for what is no line of these kinds. Raises OSError.
 
     A last line without an end is passed over unless it is a record: a run may be writing it.
+
+    Args:
+        skip: bytes at the beginning that are passed over.
     """
     with open(path, "rb") as file:
+        file.seek(skip)
         number = 0
         while line := file.readline(LONGEST_LINE):
             number, whole = number + 1, line.endswith(b"\n")
@@ -653,7 +673,8 @@ def _adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind)
 
 
-def _config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json; None where there is none that can be read."""
     try:
         with open(folder / CONFIG, "rb") as file:
             config = json.loads(file.read(LONGEST_LINE))

@@ -9,7 +9,6 @@ in between costs nothing. What fails during a run is told once and dropped: noth
 from __future__ import annotations
 
 import contextlib
-import heapq
 import importlib
 import io
 import json
@@ -27,13 +26,12 @@ from orchestrate.training.settings.metrics import is_of_task, numbers
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.run_folder import (
     CONFIG,
-    EVENT_KINDS,
     EVENTS,
     METRICS,
     METRICS_KINDS,
     SCHEDULE,
     clean,
-    read_lines,
+    valid_lines,
     write_whole,
 )
 
@@ -234,16 +232,6 @@ def check_wandb(place: str) -> str:
     except wandb.Error as error:
         return f"{place}: {error} (or set WANDB_MODE=offline)"
     return ""
-
-
-def valid_lines(out_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of both files that count, by iteration."""
-
-    def of(name: str, kinds: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        with contextlib.suppress(FileNotFoundError):
-            yield from (line for _, line in read_lines(out_dir / name, kinds) if line and not line.get("void"))
-
-    return heapq.merge(of(METRICS, METRICS_KINDS), of(EVENTS, EVENT_KINDS), key=lambda line: line["iter"])
 
 
 def _new_id() -> str:
