@@ -55,6 +55,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "stream": (["data/stream.py"], ["stream"]),
     "evaluation": (["training/run/evaluation.py"], ["evaluation", "data_and_model"]),
+    "analysis": (["training/run/analysis.py"], ["analysis"]),
     "optimizer": (["training/run/optimizers.py"], ["adamw", "optimizers"]),
     "orchestrator": (
         ["training/schedule/orchestrator.py", "training/schedule/position.py"],

@@ -101,6 +101,9 @@ class _RunKeys(BaseModel):
     eval_tasks_interval: NonNegativeInt = _key(
         0, "iterations between scores of eval_tasks, each at the first evaluation from there on; 0: at every evaluation"
     )
+    analyze_interval: NonNegativeInt = _key(
+        0, "iterations between analyses of the model, each at the first evaluation from there on; 0: never"
+    )
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
     save_interval: NonNegativeInt = _key(0, "iterations between checkpoints beside those of evaluations; 0: none")

@@ -19,7 +19,12 @@ VAL_LOSS = "val_loss"
 PARTS = ("data", "forward_backward", "optimizer", "eval", "operation", "checkpoint")
 """Of the loop, as `seconds_by_part` has them."""
 
-EVALUATED = (VAL_LOSS,)
+ANALYSED = (
+    "rank/attn", "rank/mlp", "embedding/cosine", "embedding/norm", "embedding/isotropy", "attention_entropy", "drift",
+    "update_ratio", "grad_noise_scale", "grad_noise_ratio",
+)  # fmt: skip
+"""Values come with the evaluations at which the model is analysed (analyze_interval)."""
+EVALUATED = (VAL_LOSS, *ANALYSED)
 """Values come with the evaluations at eval_interval."""
 ON_FIRST_RANK = (
     "tokens_per_second",
