@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from orchestrate.training.operations import OPERATIONS, Operation  # noqa: E402
 from orchestrate.training.schedule.file import Guard  # noqa: E402
 from orchestrate.training.schedule.triggers import TRIGGERS  # noqa: E402
-from orchestrate.training.settings.metrics import ANALYSED, LOGGED, VAL_LOSS  # noqa: E402
+from orchestrate.training.settings.metrics import ANALYSED, LOGGED, VAL_BPB, VAL_LOSS  # noqa: E402
 
 HEAD = """# Operations
 
@@ -168,7 +168,9 @@ def page() -> str:
     argument = kind({"$ref": "#/$defs/Guard"}, {"Guard": Guard.model_json_schema()})
     parts.append(f"\n## Guard\n\n`guard`: {argument}.\n{inspect.cleandoc(Guard.__doc__ or '')}\n")
     parts.append(LANGUAGE + re.sub(r"\n  +", " ", RULES))
-    parts.append(METRICS.format(*(", ".join(f"`{n}`" for n in names) for names in ((VAL_LOSS,), ANALYSED, LOGGED))))
+    parts.append(
+        METRICS.format(*(", ".join(f"`{n}`" for n in names) for names in ((VAL_LOSS, VAL_BPB), ANALYSED, LOGGED)))
+    )
     return "\n".join(wrapped(line) for line in "\n".join(parts).splitlines()) + "\n"
 
 

@@ -618,7 +618,7 @@ def _forged(data: st.DataObject, kind: Any) -> dict[str, Any]:
         "Literal": st.none(),
         "bool": st.booleans(),
         "int": st.one_of(st.integers(-9, 30), st.integers(-(10**400), 10**400)),
-        "_Real": st.one_of(st.floats(0, 30), st.floats(allow_nan=False, allow_infinity=False)),
+        "_Real": st.one_of(st.floats(0, 30), st.integers(0, 10**400), st.floats(allow_nan=False, allow_infinity=False)),
         "_Number": st.none() | st.floats(allow_nan=False, allow_infinity=False),
     }
     texts = st.sampled_from(["</script><img src=x>", "guard: x", "%{x}", "\ud800", "", "\u2028<b>"]) | st.text(

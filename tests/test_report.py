@@ -180,6 +180,17 @@ def test_markers_have_a_place_on_every_axis(story):
     assert titles["override"][0] == "eval_interval 5 -> 10"
 
 
+def test_what_was_taken_back_lies_between_its_own_lines_and_where_the_ways_part(tmp_path):
+    measured = [
+        {**metrics("train", 10, 2.0, 4.0), "tokens": 1000},
+        {**metrics("train", 20, 3.0, 4.0, void=True), "tokens": 1320},
+        {**metrics("train", 20, 4.0, 4.0), "tokens": 5000},
+    ]
+    happened = [HAPPENED[0], (1002.5, operation(15, 1, "stop", None, void=True)), (1003.5, operation(15, 2, "stop", 1))]
+    story = read_story(made(tmp_path / "run", measured, happened))
+    assert [(m.void, m.at["tokens"]) for m in story.markers] == [(False, 0), (True, 1160), (False, 3000)]
+
+
 def test_operations_say_what_they_cost_and_what_the_loss_did(story):
     first, second = story.operations
     assert (first.entry, first.what, first.desc, first.void, first.losses) == ("1", "set_lr 0.5", "bold", True, None)

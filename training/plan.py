@@ -22,6 +22,7 @@ from orchestrate.training.run.casting import kept
 from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
+from orchestrate.training.schedule.doubts import doubts as doubts_of_schedule
 from orchestrate.training.schedule.dry import DryRun
 from orchestrate.training.schedule.file import Entry, Schedule, title
 from orchestrate.training.schedule.orchestrator import Orchestrator
@@ -98,9 +99,12 @@ class Plan:
     notes: list[str]
     fires: dict[str, str] | None = None
     """With --against: entry number, and its round -> when it would have fired on the recorded metrics."""
+    warnings: Sequence[str] = ()
+    """What is possible and can hardly be meant."""
 
     def to_json(self) -> str:
         facts = {"stages": [row.to_json() for row in self.rows], "notes": self.notes, "against": self.fires}
+        facts["warnings"] = list(self.warnings)
         return json.dumps(facts, indent=1)
 
     def table(self) -> str:
@@ -119,6 +123,7 @@ class Plan:
         total = sum(row.rewraps for row in self.rows), sum(row.recompiles for row in self.rows)
         lines.append(f"{len(self.rows) - 1} entries, no errors; {total[0]} re-wraps, {total[1]} recompiles*")
         lines.append("* estimated before the run: take it as a guess")
+        lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -176,7 +181,7 @@ def make(
         fires, missing = _replay(schedule, settings, Path(against), position)
         told = f"`fires at` takes metrics, tokens and seconds of {against} as recorded, as if no entry changed them"
         notes += [told, *missing]
-    return Plan(rows, notes, fires)
+    return Plan(rows, notes, fires, doubts_of_schedule(schedule, position, stages, config.max_iters))
 
 
 def _of_tracks(schedule: Schedule, position: Position, stages: list[Stage]) -> list[str]:
