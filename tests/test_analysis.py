@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,8 +18,11 @@ from test_metrics import clip, on
 from test_sample_prompts import _runs
 
 import train_orchestrated
+from orchestrate.data.files import packed
 from orchestrate.model.config import LoraSpec, ModelConfig
 from orchestrate.model.gpt import GPT, init_weights
+from orchestrate.training.report.data import read_story
+from orchestrate.training.report.drawing import panels
 from orchestrate.training.run import analysis
 from orchestrate.training.run.analysis import (
     NoiseScale,
@@ -161,20 +165,32 @@ def by_hand(run: Run, world_size: int, together: bool = False) -> tuple[float, f
     """
     s, cursor = run.settings, run.progress.cursor
     names = run.optimizer.names
-    gradients = []
+    sums, counts = [], []
     for micro in range(s.grad_accum):
         batch = run.batches.load(cursor.skip(micro * s.batch_size), s.batch_size)
-        loss = run.model(batch.x, batch.y).sum / batch.y.numel()
+        loss = run.model(batch.x, batch.y).sum
         parameters = dict(run.model.named_parameters())
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [parameters[n] for n in names])]))
-    size = s.batch_size * s.sequence_length
-    big = float(torch.stack(gradients).mean(0).square().sum())
-    first = gradients[:world_size]
+        sums.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [parameters[n] for n in names])]))
+        counts.append(int((batch.y != -1).sum()))
+    big = float((sum(sums) / sum(counts)).square().sum())
+    first = list(zip(sums, counts, strict=True))[:world_size]
     if together:
-        first, size = [torch.stack(first).mean(0)], size * world_size
-    total = s.tokens_per_iter
-    pairs = [noise_estimates(float(g.square().sum()), size, big, total) for g in first]
+        first = [(sum(g for g, _ in first), sum(n for _, n in first))]
+    pairs = [noise_estimates(float((g / n).square().sum()), n, big, sum(counts)) for g, n in first]
     return tuple(np.mean(pairs, axis=0))
+
+
+@pytest.fixture(scope="module")
+def masked(data, tmp_path_factory):
+    """The same text; three of four targets count, in stretches."""
+    folder = tmp_path_factory.mktemp("masked") / "tiny"
+    shutil.copytree(data, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "masks": ["train", "val"]}))
+    for split in ("train", "val"):
+        size = (folder / f"{split}.bin").stat().st_size // 2
+        (folder / f"{split}.mask.bin").write_bytes(packed(np.arange(size) % 97 > 24))
+    return folder
 
 
 def test_a_step_sees_its_first_micro_step(data):
@@ -198,11 +214,18 @@ def test_frozen_parameters_and_adapters_have_no_part(data):
         assert (squared / weight, trace / weight) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_targets_that_do_not_count_are_no_tokens(masked):
+    run = run_of(masked)
+    wanted = by_hand(run, 1)
+    run.step()
+    squared, trace, weight = run.noise.values()
+    assert (squared / weight, trace / weight) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_a_sick_step_tells_nothing(data):
     run = run_of(data)
     run.step()
     before = run.noise.values()
-    run.config = run.config.model_copy(update={"analyze_interval": 5})
     with torch.no_grad():
         run.model.transformer["ln_f"].weight[0] = math.nan
     run.step(near=True)
@@ -357,6 +380,26 @@ def test_a_growth_and_a_rollback(tiny):
     assert found[16]["drift"] < 1, "from iteration 12, before the rate that was taken back"
 
 
+def test_the_step_before_is_known_also_by_tokens(tiny):
+    """Evaluations every 300 tokens of 128 an iteration, and one at the end; a schedule makes the batch larger."""
+    schedule = [{"name": "set_grad_accum", "value": 4, "at_iter": 6}]
+    code, out = tiny(schedule, analyze_interval=1, eval_interval_tokens=300, max_iters=11)
+    found = analysed(out)
+    assert code == 0 and list(found) == [0, 3, 5, 7, 8, 9, 11]
+    assert all(("update_ratio" in numbers) == (at > 0) for at, numbers in found.items())
+    by_iter = {at: numbers["grad_noise_scale"] / numbers["grad_noise_ratio"] for at, numbers in found.items()
+               if "grad_noise_scale" in numbers}  # fmt: skip
+    assert by_iter and all(tokens == pytest.approx(128 if at <= 5 else 256) for at, tokens in by_iter.items())
+
+
+def test_the_report_draws_them(tiny):
+    _, out = tiny(analyze_interval=4, gradient_accumulation_steps=4)
+    titles = {panel["title"]: [trace["name"] for trace in panel["traces"]] for panel in panels([read_story(out)])}
+    assert sorted(titles["rank"]) == ["rank/attn", "rank/mlp"] and len(titles["embedding"]) == 3
+    assert {"drift", "attention_entropy", "update_ratio", "grad_norm_by_layer"} <= titles.keys()
+    assert "update_ratio_by_layer.attn.1" in titles["update_ratio_by_layer"]
+
+
 def test_one_micro_step_has_no_noise_scale(tiny, capsys):
     code, out = tiny(gradient_accumulation_steps=1, analyze_interval=4, max_iters=8)
     assert code == 0 and not any("grad_noise_scale" in found for found in analysed(out).values())
@@ -418,6 +461,15 @@ def _noise_on(rank: int, data, parallel: str, accum: int) -> tuple:
     values = run.noise.values()
     found = analysis.analyze(run)
     return values, found.values, found.by_layer, run.progress.sketch
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_count_the_targets_of_each(masked, parallel):
+    one, other = on_ranks(_noise_on, masked, parallel, 4)
+    assert one == other
+    squared, trace, weight = one[0]
+    wanted = by_hand(run_of(masked), 2, together=parallel == "fsdp")
+    assert (squared / weight, trace / weight) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("parallel, accum", [("ddp", 2), ("ddp", 4), ("fsdp", 4), ("fsdp", 2)])
