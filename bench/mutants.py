@@ -56,6 +56,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "stream": (["data/stream.py"], ["stream"]),
     "trackers": (["training/store/trackers.py"], ["trackers"]),
     "evaluation": (["training/run/evaluation.py"], ["evaluation", "data_and_model"]),
+    "analysis": (["training/run/analysis.py"], ["analysis"]),
     "bits per byte": (["training/run/text_bytes.py"], ["eval_in_training"]),
     "adapter": (["training/tasks/adapter.py"], ["adapter"]),
     "suites": (["training/tasks/suites.py", "training/tasks/harness.py"], ["evaluate"]),

@@ -111,6 +111,9 @@ class _RunKeys(BaseModel):
         0, "iterations between scores of eval_tasks, each at the first evaluation from there on; 0: at every evaluation"
     )
     eval_tasks_limit: NonNegativeInt = _key(0, "documents of each task of lm-eval that are asked at most; 0: all")
+    analyze_interval: NonNegativeInt = _key(
+        0, "iterations between analyses of the model, each at the first evaluation from there on; 0: never"
+    )
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
     save_interval: NonNegativeInt = _key(0, "iterations between checkpoints beside those of evaluations; 0: none")

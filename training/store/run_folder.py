@@ -96,7 +96,22 @@ class Eval(_Metrics):
     """The same loss in bits per byte of the text, where the tokenizer of the data is at hand."""
     best_val_loss: NotRequired[_Number]
     """The lowest so far."""
-    # Scores of eval_tasks stand beside these under their own names, such as eval/adder_accuracy.
+    # Scores of eval_tasks stand beside these under their own names, such as eval/adder_accuracy; and rank/attn,
+    # rank/mlp and embedding/... of an analysis.
+    attention_entropy: NotRequired[_Number]
+    """Of an analysis (analyze_interval), as what follows to grad_noise_ratio: docs/analysis.md."""
+    drift: NotRequired[_Number]
+    """How far the weights moved since the last analysis, as a share of their norm then."""
+    update_ratio: NotRequired[_Number]
+    """The norm of the last step's update of matrices, as a share of theirs."""
+    grad_norm_by_layer: NotRequired[dict[str, _Number]]
+    """Of the last step, before clipping: leaf layer -> norm of the gradients of its matrices."""
+    update_ratio_by_layer: NotRequired[dict[str, _Number]]
+    """Leaf layer -> update_ratio of its matrices."""
+    grad_noise_scale: NotRequired[_Number]
+    """In tokens."""
+    grad_noise_ratio: NotRequired[_Number]
+    """The same, divided by tokens of an iteration."""
     why: NotRequired[str]
     """Of an extra evaluation around an operation, which does not count as best: its reason."""
 
