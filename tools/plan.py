@@ -1,6 +1,6 @@
 """Check a configuration and its schedule, print the stages of the run, train nothing.
 
-    orchestrate plan [CONFIG.py ...] --schedule FILE [--json] [--against RUN] [--operations FILE.py] [--KEY=VALUE]
+    orchestrate plan [CONFIG.py ...] --schedule FILE [--json | --wide] [--against RUN] [--KEY=VALUE]
 
 The same as train_orchestrated.py with --plan, or with --plan=json.
 """

@@ -16,7 +16,10 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
+from rich.console import Console
+
 from orchestrate.tools.main import called
+from orchestrate.tools.plan_table import render
 from orchestrate.training import plan
 from orchestrate.training.loop import train
 from orchestrate.training.schedule.own import registered
@@ -38,8 +41,8 @@ def parse(
         epilog=configuration.help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="%(prog)s [CONFIG.py ...] [--schedule FILE] [--operations FILE.py] [--plan[=json] [--against RUN]]"
-        " [--KEY=VALUE]",
+        usage="%(prog)s [CONFIG.py ...] [--schedule FILE] [--operations FILE.py] "
+        "[--plan[=json] [--wide] [--against RUN]] [--KEY=VALUE]",
     )
     parser.add_argument("files", nargs="*", metavar="CONFIG.py", help="files of plain assignments, later ones win")
     parser.add_argument(
@@ -57,6 +60,11 @@ def parse(
         help="check everything, print the stages (as a table, or --plan=json), train nothing",
     )
     parser.add_argument(
+        "--wide",
+        action="store_true",
+        help="with --plan: a line a stage, with every number, however long",
+    )
+    parser.add_argument(
         "--against",
         metavar="RUN",
         default="",
@@ -72,6 +80,8 @@ def parse(
         key, _, value = text.removeprefix("--").partition("=")
         given.append((key, value))
     config, places = configuration.resolve(known.files, given)
+    if known.wide and known.plan != "table":
+        raise Refused("--wide is a form of the table that --plan prints: give --plan too")
     if known.against and not known.plan:
         raise Refused("--against says when a plan's entries would have fired: give --plan too")
     return config, places, known
@@ -93,5 +103,5 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
             return launch(config, given, watch, train, own)
         with refusing():
             planned = plan.make(config, given, int(os.environ.get("WORLD_SIZE", 1)), options.against, own)
-        print(planned.to_json() if options.plan == "json" else planned.table())
+        print(planned.to_json() if options.plan == "json" else render(planned, options.wide, Console().is_terminal))
         return 0
