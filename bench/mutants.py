@@ -103,6 +103,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         [f"data/{name}.py" for name in ("files", "corpus", "conversations", "packing")],
         ["data_files", "data_sets", "text_prepare"],
     ),
+    "report": ([f"training/report/{name}.py" for name in ("data", "drawing", "page", "write")], ["report"]),
     "mixture": (["data/mixture.py", "data/proportions.py", "data/curriculum.py"], ["mixture", "curriculum"]),
     "serving": ([f"tools/serving/{name}.py" for name in ("engine", "api", "guard", "models", "app")], ["serve"]),
     "data sets": (

@@ -91,7 +91,7 @@ KEYS = dict(
     n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=40,
     lr_decay_iters=40, warmup_iters=2, learning_rate=1e-2, eval_interval=5, eval_iters=2, log_interval=1, dropout=0.1,
     device="cpu", compile=False, qk_norm=True, head_size=6, attn_bias="qkv", sample_prompts="The", sample_tokens=9,
-    save_interval_tokens=900, keep_every=16, eval_tasks_interval=7,
+    save_interval_tokens=900, keep_every=16, eval_tasks_interval=7, report=False,
 )  # fmt: skip
 
 

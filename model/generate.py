@@ -7,6 +7,7 @@ So what it says depends on the others by no more than the rounding of larger mat
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from orchestrate.model.gpt import GPT, Cache
+from orchestrate.model.narrow import Linear
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,27 @@ def evaluating(model: GPT) -> Iterator[None]:
         model.train(was_training)
 
 
+@torch.no_grad()
+def lay_out(model: GPT) -> None:
+    """Lay the matrices out in memory as products with few rows read them fastest, for a model that only generates.
+
+    Values and shapes stay: only which numbers are neighbours changes, for float32 on a CPU. The embedding stays.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear) and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu":
+            module.weight.data = module.weight.data.t().contiguous().t()
+
+
 class Continuation:
     """Sequences that go on together, by a token each at every step; others join and leave while they do.
 
-    The model must be in evaluation mode, and its weights must stay as they are while there is a sequence. Once a
-    sequence is longer than block_size its window slides, every position changes, and no cache can help: each of its
-    tokens then costs a full forward pass. So it is, as to the cost, with one that is longer than `capacity`, and once
-    dynamic NTK changes the frequencies with each token (cache_length of the configuration). There transformers go on
-    with keys that were turned by older ones, so what they say depends on where their cache began; here it is what an
-    uncached forward pass says.
+    The model must be in evaluation mode, and its weights must stay as they are while there is a sequence.
+
+    Once a sequence is longer than block_size its window slides, every position changes, and no cache can help: each of
+    its tokens then costs a full forward pass. So it does once it is longer than `capacity`, and once dynamic NTK
+    changes the frequencies with each token (cache_length of the configuration). transformers go on with keys that were
+    turned by older ones, so what they say depends on where their cache began; here it is what an uncached forward pass
+    says.
 
     Args:
         slots: how many sequences may go on at a time.
@@ -110,10 +124,13 @@ class Continuation:
 
     def __init__(self, model: GPT, slots: int, capacity: int | None = None, use_cache: bool = True) -> None:
         self.model, self.slots = model, slots
-        self.device = next(model.parameters()).device
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        # FSDP2 gathers weights where they will train: they must not be tensors that autograd never sees.
+        self._mode = torch.no_grad if hasattr(parameter, "full_tensor") else torch.inference_mode
         self.tokens: dict[int, list[int]] = {}
-        limit = model.config.cache_length
-        capacity = min(limit if capacity is None else capacity, limit)
+        longest = model.config.cache_length
+        capacity = min(longest if capacity is None else capacity, longest)
         self._cache = Cache(model.config, slots, capacity) if use_cache else None
         self._rows: list[int] = []  # the number of the sequence in each row of the cache, from the first row on
         self._rules: dict[int, tuple[Choice, np.random.Generator]] = {}
@@ -152,24 +169,25 @@ class Continuation:
 
     def end(self, number: int) -> list[int]:
         """End a sequence, which frees its slot; its tokens."""
-        self._leave(number)
+        with self._mode():
+            self._leave(number)
         del self._rules[number]
         self._seen.pop(number, None)
         return self.tokens.pop(number)
 
-    @torch.no_grad()
     def step(self) -> dict[int, int]:
         """One more token for each sequence that goes on: number -> token, -1 where its logits are not finite.
 
-        A sequence goes on with token 0 there, until it is ended.
+        A sequence goes on with token 0 there, until it is ended. After an exception nothing may be asked of them.
         """
         found: dict[int, int] = {}
-        for logits, numbers in self._logits():
-            found.update(self._drawn(logits, numbers))
-        for number, token in found.items():
-            self.tokens[number].append(max(token, 0))
-            if number in self._seen:
-                self._seen[number][max(token, 0)] = True
+        with self._mode():
+            for logits, numbers in self._logits():
+                found.update(self._drawn(logits, numbers))
+            for number, token in found.items():
+                self.tokens[number].append(max(token, 0))
+                if number in self._seen:
+                    self._seen[number][max(token, 0)] = True
         return found
 
     def _drawn(self, logits: Tensor, numbers: list[int]) -> dict[int, int]:
@@ -182,11 +200,11 @@ class Continuation:
             seen = torch.stack([self._seen[number] for number in own]) if choice.repetition_penalty != 1.0 else None
             scores = choice.filtered(scores, seen)
             if choice.temperature == 0:
-                most, drawn = scores.max(-1)
-                drawn = torch.where(most.isfinite(), drawn, -1)
+                most, drawn = (part.tolist() for part in scores.max(-1))
+                drawn = [token if math.isfinite(score) else -1 for score, token in zip(most, drawn, strict=True)]
             else:
-                drawn = draw(scores, [self._rules[number][1].random() for number in own])
-            found.update(zip(own, drawn.tolist(), strict=True))
+                drawn = draw(scores, [self._rules[number][1].random() for number in own]).tolist()
+            found.update(zip(own, drawn, strict=True))
         return found
 
     def _logits(self) -> Iterator[tuple[Tensor, list[int]]]:

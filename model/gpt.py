@@ -39,7 +39,7 @@ class Cache:
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int) -> None:
         assert capacity <= config.cache_length, f"{capacity} tokens; a cache is of use up to {config.cache_length}"
-        self.capacity, self.last_position = capacity, config.block_size - 1
+        self.capacity, self.last_position = capacity, config.cache_length - 1
         self.lengths = [0] * rows
         """How many tokens each row has."""
         self._layers: list[tuple[Tensor, Tensor]] = []  # each (rows, capacity, n_kv_head, head_size)
@@ -52,14 +52,14 @@ class Cache:
         assert max(after) <= self.capacity, f"{max(after)} tokens in a cache of {self.capacity}"
         self.lengths[first : rows.stop] = after
         self._rows, self._seen = slice(first, rows.stop), max(after)
-        at = torch.tensor(before, device=device)[:, None] + torch.arange(time, device=device)
+        offsets = torch.arange(time, device=device)
+        at = torch.tensor(before, device=device)[:, None] + offsets
+        to = at + torch.arange(first * self.capacity, rows.stop * self.capacity, self.capacity, device=device)[:, None]
         # Where a row has fewer tokens than `time`, what fills it up is not written: it might be beyond the room.
-        self._given = None
+        self._to, self._given = to.flatten(), None
         if min(counts) < time:
-            columns = torch.arange(time, device=device)
-            self._given = (columns < torch.tensor(counts, device=device)[:, None]).flatten().nonzero()[:, 0]
-        to = (torch.arange(first, rows.stop, device=device)[:, None] * self.capacity + at).flatten()
-        self._to = to if self._given is None else to[self._given]
+            self._given = (offsets < torch.tensor(counts, device=device)[:, None]).flatten().nonzero()[:, 0]
+            self._to = self._to[self._given]
         # Without anything before, it is plain causal attention; and a single token sees all, where no row has less.
         self._alone = not any(before)
         self._mask: Tensor | None = None
@@ -73,12 +73,14 @@ class Cache:
         Args:
             q: (batch, n_head, time, head_size); k, v: (batch, n_kv_head, time, head_size).
         """
-        self._make(layer, k.transpose(1, 2))
+        if layer == len(self._layers):
+            self._make(k.transpose(1, 2))
         seen = []
         for room, new in zip(self._layers[layer], (k, v), strict=True):
             flat = new.transpose(1, 2).flatten(0, 1)
             room.flatten(0, 1).index_copy_(0, self._to, flat if self._given is None else flat[self._given])
-            seen.append(room[self._rows, : self._seen].transpose(1, 2))
+            if not self._alone:
+                seen.append(room[self._rows, : self._seen].transpose(1, 2))
         gqa = q.shape[1] != k.shape[1]
         if self._alone:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
@@ -95,7 +97,8 @@ class Cache:
         self.free(row)
         self.lengths[row] = length
         for layer, parts in enumerate(source._layers):
-            self._make(layer, parts[0])
+            if layer == len(self._layers):
+                self._make(parts[0])
             for mine, theirs in zip(self._layers[layer], parts, strict=True):
                 mine[row, :length] = theirs[of, :length]
 
@@ -106,11 +109,10 @@ class Cache:
             part[row, : self.lengths[row]].nan_to_num_(0.0, 0.0, 0.0)
         self.lengths[row] = 0
 
-    def _make(self, layer: int, like: Tensor) -> None:
-        """The room of a layer, where there is none yet; like: (..., n_kv_head, head_size)."""
-        if layer == len(self._layers):
-            shape = (len(self.lengths), self.capacity, *like.shape[2:])
-            self._layers.append((like.new_zeros(shape), like.new_zeros(shape)))
+    def _make(self, like: Tensor) -> None:
+        """The room of one more layer; like: (..., n_kv_head, head_size)."""
+        shape = (len(self.lengths), self.capacity, *like.shape[2:])
+        self._layers.append((like.new_zeros(shape), like.new_zeros(shape)))
 
 
 class Loss(NamedTuple):
@@ -264,6 +266,7 @@ class Attention(_Fading):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
+        self.n_heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         self.widths = [rows.stop - rows.start for rows in config.qkv_rows.values()]
         self.c_attn = Linear(config.n_embd, sum(self.widths), bias=config.attention_biases != "none")
         self.c_proj = Linear(self.widths[0], config.n_embd, bias=config.attention_biases == "all")
@@ -290,16 +293,18 @@ class Attention(_Fading):
 
     def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (batch, heads, time, head_size)."""
-        batch, time, _ = x.shape
-        q, k, v = self.c_attn(x).split(self.widths, dim=2)
-        q = q.view(batch, time, self.n_head, self.head_size).transpose(1, 2)
-        k = k.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
-        v = v.view(batch, time, self.n_kv_head, self.head_size).transpose(1, 2)
-        if self.qk_norm:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if rope is not None:
-            q, k = _rotate(q, *rope), _rotate(k, *rope)
-        return q, k, v
+        heads = self.c_attn(x).view(*x.shape[:2], -1, self.head_size)
+        if self.qk_norm or rope is None:
+            q, k, v = (part.transpose(1, 2) for part in heads.split_with_sizes(self.n_heads, dim=2))
+            if self.qk_norm:
+                q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            if rope is not None:
+                q, k = _rotate(q, *rope), _rotate(k, *rope)
+            return q, k, v
+        *both, values = self.n_heads
+        turned, v = heads.split_with_sizes((sum(both), values), dim=2)
+        q, k = _rotate(turned.transpose(1, 2), *rope).split_with_sizes(both, dim=1)
+        return q, k, v.transpose(1, 2)
 
     def _out(self, y: Tensor) -> Tensor:
         """What the heads found, (batch, heads, time, head_size), as it is added to the residual stream."""

@@ -30,9 +30,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` in the type of `x`, or of autocast. No longer copy of a frozen weight outlives the call."""
+    if weight.dtype != torch.bfloat16:
+        return F.linear(x, weight, bias)
     on = torch.is_autocast_enabled(x.device.type)
-    computed = torch.get_autocast_dtype(x.device.type) if on else x.dtype
-    if weight.dtype != torch.bfloat16 or computed == torch.bfloat16:
+    if (torch.get_autocast_dtype(x.device.type) if on else x.dtype) == torch.bfloat16:
         return F.linear(x, weight, bias)
     return F.linear(x, weight.to(x.dtype), bias) if weight.requires_grad else _Widened.apply(x, weight, bias)
 

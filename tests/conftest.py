@@ -50,6 +50,7 @@ TINY = {
     "eval_iters": 3,
     "log_interval": 1,
     "device": "cpu",
+    "report": False,
     "compile": False,
 }
 

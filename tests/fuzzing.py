@@ -46,11 +46,14 @@ from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.config import Fade, LoraSpec, ModelConfig
 from orchestrate.model.export import NoForm, form_of, nanogpt_form_of, write_hugging_face, write_nanogpt
 from orchestrate.model.gpt import GPT, init_weights
+from orchestrate.training.report.data import read_story
+from orchestrate.training.report.page import page, plotly_js
 from orchestrate.training.schedule.file import entry_fields
 from orchestrate.training.session.talking import Talk, chat_format
 from orchestrate.training.settings.config import KEYS, TrainConfig
 from orchestrate.training.settings.errors import OperationFailed, Refused, ScheduleError
 from orchestrate.training.store.manifest import checksum
+from orchestrate.training.store.run_folder import EVENT_KINDS, EVENTS, METRICS, METRICS_KINDS
 
 SECONDS, BYTES = 10, 2**30
 """What a case may take, beyond the memory that is in use before it."""
@@ -583,6 +586,79 @@ def jsonl(data: st.DataObject, workspace: Workspace) -> str:
         return command(*workspace.arguments(out_dir=out.parent / "new"), *plan)
 
 
+def reports(data: st.DataObject, workspace: Workspace) -> str:
+    """Forged lines of metrics and events with the right fields: a report is made of them, and it holds no markup."""
+    with workspace.case() as folder:
+        for name, kinds in ((METRICS, METRICS_KINDS), (EVENTS, EVENT_KINDS)):
+            lines = []
+            for _ in range(data.draw(st.integers(0, 5))):
+                kind = data.draw(st.sampled_from(sorted(kinds)))
+                record = {"kind": kind, **_forged(data, kinds[kind])}
+                lines.append(
+                    json.dumps(mutated(data, record) if data.draw(st.integers(0, 4)) == 0 else record).encode()
+                )
+            content = b"".join(line + b"\n" for line in lines)
+            (folder / name).write_bytes(noisy(data, content) if data.draw(st.integers(0, 4)) == 0 else content)
+        if data.draw(st.booleans()):
+            (folder / "schedule.yaml").write_text(json.dumps(entries(data)), "utf-8", "replace")
+        with in_bounds():
+            try:
+                story = read_story(folder)
+                text = page([story, story]).replace(plotly_js(), "")
+            except Refused:
+                return "refused"
+        assert text.count("<script") == text.count("</script>") == 3 and "<img" not in text
+        return "accepted"
+
+
+def _forged(data: st.DataObject, kind: Any) -> dict[str, Any]:
+    """Values of the declared types for the fields of a line, as odd as these types allow."""
+    values: dict[str, st.SearchStrategy] = {
+        "_Count": st.one_of(st.integers(0, 30), st.integers(0, 10**400)),
+        "Literal": st.none(),
+        "bool": st.booleans(),
+        "int": st.one_of(st.integers(-9, 30), st.integers(-(10**400), 10**400)),
+        "_Real": st.one_of(st.floats(0, 30), st.integers(0, 10**400), st.floats(allow_nan=False, allow_infinity=False)),
+        "_Number": st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    }
+    texts = st.sampled_from(["</script><img src=x>", "guard: x", "%{x}", "\ud800", "", "\u2028<b>"]) | st.text(
+        max_size=9
+    )
+    record = {}
+    for name in sorted(kind.__annotations__):
+        if name == "kind" or (name in kind.__optional_keys__ and data.draw(st.booleans())):
+            continue
+        shape = str(kind.__annotations__[name])
+        if "dict[str, str]" in shape or "Code" in shape or "Cast" in shape:
+            continue
+        elif "list[" in shape and "Text" in shape:
+            value: Any = [{"prompt": data.draw(texts), "text": data.draw(texts)}]
+        elif "list[int]" in shape:
+            value = data.draw(st.lists(st.integers(), max_size=3))
+        elif "list[str]" in shape:
+            value = data.draw(st.lists(texts, max_size=3))
+        elif "dict[str, typing.Any]" in shape:
+            value = data.draw(st.dictionaries(texts | st.just("model"), JSON, max_size=3))
+        elif "dict[str," in shape:
+            value = data.draw(st.dictionaries(texts, values["_Real"], max_size=3))
+        elif "Any" in shape and "float" not in shape:
+            value = data.draw(JSON)
+        elif "ge=0" in shape or "Ge(" in shape:
+            value = data.draw(values["_Count"])
+        elif "float" in shape:
+            value = data.draw(values["_Number" if "None" in shape else "_Real"])
+        elif "bool" in shape:
+            value = data.draw(values["bool"])
+        elif "int" in shape:
+            value = data.draw(values["int"])
+        else:
+            value = data.draw(texts)
+        record[name] = value
+    if data.draw(st.integers(0, 3)) == 0:
+        record[data.draw(texts)] = data.draw(values["_Number"])
+    return record
+
+
 # -------------------------------------------------------------------------------- data and foreign weights
 
 
@@ -889,7 +965,7 @@ def exported_shapes(data: st.DataObject, workspace: Workspace) -> str:
 TARGETS: dict[str, Callable[[st.DataObject, Workspace], str]] = {
     f.__name__: f
     for f in (schedule_entries, schedule_text, large_schedules, schedule_runs, config_values, config_file,
-              growing_configs, forged_state, forged_tensors, damaged_files, jsonl, metas, token_folders,
+              growing_configs, forged_state, forged_tensors, damaged_files, jsonl, reports, metas, token_folders,
               tokenizer_folders, documents, conversations, chat_templates, talk_files, foreign_checkpoints,
               exported_shapes)
 }  # fmt: skip

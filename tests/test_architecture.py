@@ -13,7 +13,16 @@ from orchestrate.training.operations import OPERATIONS
 
 ROOMS = ("model", "data", "training", "tools")
 # Inside training: a room may import only rooms of a lower floor (docs/architecture.md).
-FLOORS = [{"settings"}, {"run"}, {"store", "operations", "tasks"}, {"schedule"}, {"session"}, {"plan"}, {"loop"}]
+FLOORS = [
+    {"settings"},
+    {"run"},
+    {"store", "operations", "tasks"},
+    {"schedule"},
+    {"report"},
+    {"session"},
+    {"plan"},
+    {"loop"},
+]
 
 
 def files(room: str) -> list[Path]:

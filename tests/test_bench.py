@@ -34,6 +34,12 @@ def test_memory(monkeypatch, capsys):
     assert len(rows) >= 4 and again < 0.6 * kept
 
 
+def test_generate(monkeypatch, capsys):
+    run(monkeypatch, "generate.py", "--models=GPT-2 1 M,Llama 1 M", "--tokens=6", "--prompt=8", "--rounds=1")
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert len(rows) == 4 and [row[7].strip() for row in rows] == ["1 of 1", "8 of 8"] * 2
+
+
 def test_resident_memory(monkeypatch, capsys):
     shape = ["--n_layer=2", "--n_embd=64", "--n_head=2", "--block_size=16", "--batch_size=1", "--vocab_size=64"]
     run(monkeypatch, "memory.py", "--resident", "--dtype=float32", "--rank=2", *shape)

@@ -533,6 +533,15 @@ def test_stories_are_documents_in_every_form(tmp_path, form, monkeypatch):
         assert sorted((texts["train"] + texts["val"]).split(EOT)[:-1]) == sorted(stories[:wanted])
 
 
+def test_a_story_longer_than_what_is_read_at_a_time_is_whole(tmp_path, monkeypatch):
+    stories = ["abcdefghij" * 5, "short", "klmnop" * 9, "end"]
+    (tmp_path / "in.txt").write_text(EOT.join(stories))
+    monkeypatch.setattr(corpus, "UNIT", 20)
+    _, parts = Reading(separator=EOT).scan(str(tmp_path / "in.txt"))
+    assert [text.text for part in parts for text in corpus.texts(part, "text")] == stories
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]] and len(parts) > 1
+
+
 def test_the_script_of_the_stories(tmp_path):
     mine = tmp_path / "download" / "in.txt"
     mine.parent.mkdir()

@@ -134,7 +134,7 @@ def test_what_fades_in_is_exported_as_far_as_it_has_come(tmp_path):
 @pytest.mark.parametrize(
     "changes, message, options",
     [
-        ({"norm": "rmsnorm"}, "GPT-2 cannot hold norm 'rmsnorm'", {"norm"}),
+        ({"norm": "rmsnorm"}, "GPT-2 cannot hold norm 'rmsnorm'; Arcee cannot hold position 'learned'$", {"norm"}),
         ({"activation": "swiglu"}, "GPT-2 cannot hold activation 'swiglu'", {"activation"}),
         ({"head_size": 6}, "GPT-2 cannot hold head_size 6", {"head_size"}),
         ({"qk_norm": True}, "GPT-2 cannot hold qk_norm True", {"qk_norm"}),
@@ -245,6 +245,13 @@ def test_nanogpt_reads_what_we_write(changes, steps, tmp_path):
 def test_what_nanogpt_lacks_is_refused(changes, message):
     with pytest.raises(forms.NoForm, match=f"nanoGPT cannot hold {message}"):
         forms.nanogpt_form_of(shaken(replace(GPT2_STYLE, **changes)))
+
+
+def test_narrow_layers_are_filled_up_for_nanogpt():
+    """It has no other width than four times its stream's."""
+    ours = shaken(replace(GPT2_STYLE, n_hidden=(100, 96)))
+    form = forms.nanogpt_form_of(ours)
+    assert form.model.config.n_hidden == (128, 128) and difference(ours, form.model) <= 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -615,6 +622,10 @@ def test_adapters_for_peft(tmp_path, tiny, capsys):
         assert (theirs(tmp_path / "merged")(x).logits - logits).abs().max() <= 1e-5
     card = (tmp_path / "peft" / "README.md").read_text()
     assert "library_name: peft" in card and "base_model: base" in card and "set_layer_lora_rank" in card
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused) as refused:
+        export.main([str(out), "--to", "peft", str(tmp_path / "file" / "peft")])
+    assert str(refused.value).startswith(f"{tmp_path / 'file' / 'peft'}: its folder cannot be made")
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(Refused, match="no Hugging Face folder here: adapters are on one .--base FOLDER"):
         export.main([str(out), "--to", "peft", str(tmp_path / "peft"), "--overwrite"])

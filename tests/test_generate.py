@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_model import BOTH, GPT2, LLAMA, QK_NORM, tokens, trained
+from test_model import BOTH, GPT2, LLAMA, QK_NORM, STYLES, tokens, trained
 from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -18,7 +18,8 @@ from transformers import (
 
 from orchestrate.data.tokenizer import BpeTokenizer, CharTokenizer
 from orchestrate.model.config import LoraSpec
-from orchestrate.model.generate import Choice, Continuation, draw
+from orchestrate.model.export import form_of, write_hugging_face
+from orchestrate.model.generate import Choice, Continuation, draw, lay_out
 from orchestrate.model.gpt import Cache
 from orchestrate.training.session.texts import samples
 from orchestrate.training.settings.errors import Refused
@@ -374,3 +375,70 @@ def test_generating_leaves_the_model_as_it_was():
     assert model.training and all(module.training for module in model.modules())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
+def test_greedy_tokens_are_those_that_transformers_says_after_an_export(name, tmp_path):
+    """Prompts of unequal length within the window, in a batch as one by one."""
+    from transformers import AutoModelForCausalLM
+
+    model = trained(replace(STYLES[name], block_size=64))
+    write_hugging_face(form_of(model), tmp_path)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for prompt, ours in zip(MIXED, continued(model, MIXED, 20, GREEDY), strict=True):
+        theirs = exported.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert ours == theirs[0].tolist()
+
+
+@BOTH
+def test_rows_that_begin_from_one_prefix_of_another_cache(config):
+    """As whole passes in float64 say it, logits after every token; what stood in a row before is gone."""
+    model, prefix, x = trained(config).double(), tokens(1, 6), tokens(3, 9)
+    x[:, :6] = prefix
+    shared, cache, counts = Cache(config, 1, 6), Cache(config, 4, 12), [3, 1, 2]
+    with torch.no_grad():
+        model.extend(prefix, [6], shared)
+        model.extend(tokens(4, 11) + 1, [11] * 4, cache)
+        for row in (1, 2, 3):
+            cache.fill(row, shared, 0, 6)
+        assert cache.lengths == [11, 6, 6, 6]
+        found = model.extend(x[:, 6:], counts, cache, 1, every=True)
+        whole = model.logits(x)[:, 6:]
+        for row, count in enumerate(counts):
+            torch.testing.assert_close(found[row, :count], whole[row, :count], atol=1e-9, rtol=1e-9)
+        assert cache.lengths == [11, 9, 7, 8]
+        with pytest.raises(AssertionError, match="7 tokens of a row of 6"):
+            cache.fill(0, shared, 0, 7)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, ADAPTED], ids=["gpt2", "llama", "lora"])
+def test_laid_out_for_generating_it_is_the_same_model(config):
+    model, whole = trained(config), trained(config)
+    lay_out(model)
+    strides = {name: p.stride() for name, p in model.named_parameters() if p.dim() == 2}
+    assert strides["transformer.h.0.mlp.c_fc.weight"] == (1, config.n_hidden[0]) and strides[
+        "transformer.wte.weight"
+    ] == (32, 1)
+    assert all(torch.equal(p, other) for p, other in zip(model.parameters(), whole.parameters(), strict=True))
+    assert continued(model, MIXED, 20) == continued(whole, MIXED, 20)
+    narrow = trained(config).bfloat16()
+    lay_out(narrow)
+    assert all(p.is_contiguous() for p in narrow.parameters())
+
+
+def test_a_slot_is_there_once_and_a_prompt_has_a_token():
+    rows = joined(Continuation(trained(GPT2), 2), [[1], [2]], GREEDY)
+    assert rows.free == 0 and rows.live == [0, 1]
+    with pytest.raises(AssertionError, match="all 2 slots are taken"):
+        rows.add([1], GREEDY)
+    assert rows.end(0) == [1] and rows.free == 1, "also before its first step"
+    with pytest.raises(AssertionError, match="an empty prompt"):
+        rows.add([], GREEDY)
+    assert rows.add([3], GREEDY) == 2 and set(rows.step()) == {1, 2} == set(rows.live)

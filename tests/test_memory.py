@@ -22,6 +22,7 @@ from orchestrate.model import peft_folder
 from orchestrate.model.config import LoraSpec
 from orchestrate.model.gpt import GPT, Cache, compile_blocks, set_dropout
 from orchestrate.model.lora import trainable_parameters
+from orchestrate.model.narrow import linear
 from orchestrate.training import plan
 from orchestrate.training.operations import make
 from orchestrate.training.plan import activation_bytes
@@ -559,3 +560,13 @@ def test_pissa_takes_its_part_of_weights_that_were_not_rounded(data, tmp_path):
     assert ((found - rest).abs() <= 1.01 * 2**-8 * rest.abs() + 1e-7).all(), "half a step of bfloat16"
     with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn.weight \(rounded to bfloat16\)"):
         peft_folder.write(run.model, tmp_path / "out", str(tmp_path / "llama"))
+
+
+def test_a_bias_trains_beside_a_weight_that_is_kept_short():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, 5, generator=generator, requires_grad=True)
+    weight = torch.randn(4, 5, generator=generator).to(torch.bfloat16)
+    bias = torch.randn(4, generator=generator, requires_grad=True)
+    outer = torch.randn(2, 3, 4, generator=generator)
+    (linear(x, weight, bias) * outer).sum().backward()
+    assert torch.allclose(bias.grad, outer.sum((0, 1))) and torch.allclose(x.grad, outer @ weight.float())

@@ -297,7 +297,7 @@ def test_the_table_fits_100_columns_and_says_all_of_each_entry(data, tmp_path, c
     _, text = planned(tmp_path, data, SAID, capsys, "--plan")
     lines = text.splitlines()
     stages, details = lines[: lines.index("")], lines[lines.index("") + 1 :]
-    assert max(map(len, (line for line in lines if not line.startswith("note: ")))) == 100
+    assert max(map(len, (line for line in lines if not line.startswith(("note: ", "warning: "))))) == 100
     assert stages[0].split() == "entry track operation layers width parameters trainable tokens/iter".split()
     assert [line.split()[-1] for line in stages[1:5]] == ["128", "13,056", "6,848", "512"]
     assert stages[2].split()[-3:] == ["4", "13,056", "13,056"], "what is as in the stage before is left out"
@@ -317,7 +317,7 @@ def test_the_table_fits_100_columns_and_says_all_of_each_entry(data, tmp_path, c
     rows = wide.splitlines()
     assert rows[0].split("activations*")[1].split() == "re-wraps recompiles* function entry says changes".split()
     assert rows[5].endswith("learning_rate 0.01 -> 0.005, min_lr 0.001 -> 0.0005") and " 6,848 " in rows[5]
-    assert len(wide.splitlines()) == 1 + 6 + 2 + sum(line.startswith("note: ") for line in rows)
+    assert len(wide.splitlines()) == 1 + 6 + 2 + sum(line.startswith(("note: ", "warning: ")) for line in rows)
     code, out = tiny(SAID, max_iters=6)
     assert code == 0
     _, text = planned(tmp_path, data, SAID, capsys, "--plan", f"--against={out}")
@@ -331,6 +331,7 @@ def test_colour_is_for_terminals_and_marks_what_differs(data, tmp_path, capsys, 
     monkeypatch.setenv("FORCE_COLOR", "1")
     _, coloured = planned(tmp_path, data, SAID, capsys, "--plan")
     assert "\x1b" not in plain and "\x1b[1m    13,056\x1b[0m" in coloured and "\x1b[1mblock.0-1 frozen" in coloured
+    assert "\x1b[1;33mwarning: " in coloured
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split() == plain.split()
     _, wide = planned(tmp_path, data, SAID, capsys, "--plan", "--wide")
     assert "\x1b[2m    13,056\x1b[0m" in wide, "dim where it is as before"
@@ -428,3 +429,66 @@ def test_a_plan_of_a_resume_goes_on_where_the_tracks_stand(data, tmp_path, capsy
     found = json.loads(capsys.readouterr().out)
     assert [(s["entry"], s["round"]) for s in found["stages"]][1:] == [(5, 1), (5, 2), (5, 3), (3, 1)]
     assert "4 entries have fired" in found["notes"][0]
+
+
+def warned(tmp_path, data, schedule, capsys, **keys) -> list[str]:
+    code, out = planned(tmp_path, data, schedule, capsys, "--plan=json", **keys)
+    assert code == 0
+    return [warning.split(": entry ")[-1] for warning in json.loads(out)["warnings"]]
+
+
+def test_what_can_hardly_be_meant_is_a_warning(data, tmp_path, capsys):
+    def clip(value=0.5, **fields):
+        return {"name": "set_grad_clip", "value": value, **fields}
+
+    def found(*schedule, **keys):
+        return warned(tmp_path, data, list(schedule), capsys, **{"max_iters": 12, **keys})
+
+    assert found(clip(at_iter=12), clip(0.6, trigger_loss=1.0), clip(0.7, max_wait_iters=5, trigger_loss=0.1)) == []
+    assert found(clip(at_iter=13), {"name": "stop"}) == [
+        "1: set_grad_clip 0.5: not before iteration 13, and the run ends at 12 (max_iters)",
+        "2: stop: not before iteration 13, and the run ends at 12 (max_iters)",
+    ]
+    assert [text[:1] for text in found(clip(max_wait_iters=7), clip(0.6, max_wait_iters=6))] == ["2"]
+    assert found(clip(max_wait_iters=6), clip(0.6, max_wait_iters=6), clip(0.7, at_iter=3, at_tokens=10**9)) == []
+    assert found(clip(at_iter=9), clip(0.6, at_iter=8)) == [
+        "2: set_grad_clip 0.6: at_iter 8 is over when the entry before it that waits for iteration 9 has fired: it "
+        "fires at once then"
+    ]
+    assert found(clip(at_iter=8), clip(0.6, at_iter=8)) == []
+    assert found({"name": "change_lr", "value": 0.5, "at_iter": 3, "repeat": 3}) == [
+        "1 (round 2 of 3): change_lr 0.5: at_iter 3 is over in every round but the first"
+    ]
+    assert found(clip(label="x"), clip(0.6, at_iter=9), clip(0.7, after="x", max_wait_iters=5)) == []
+    assert len(found(clip(label="x"), clip(0.6, at_iter=9), clip(0.7, max_wait_iters=5))) == 1
+    assert (
+        found({**clip(max_wait_iters=7), "repeat": 2}, clip(0.6))
+        == [
+            "1 (round 2 of 2): set_grad_clip 0.5: changes nothing: what it asks for is in force by then",
+            "2: set_grad_clip 0.6: not before iteration 14, and the run ends at 12 (max_iters)",
+        ][::-1]
+    )
+    until = {"times": 3, "until": {"metric": "loss", "below": 1.0}}
+    assert all("round" in text for text in found({**clip(max_wait_iters=6), "repeat": until}, clip(0.6)))
+    both = [{"at_iter": 20}, {"trigger_loss": 1.0}]
+    assert [text[:1] for text in found(clip(all_of=both), clip(0.6, at_iter=20, trigger_loss=3.0))] == ["1", "2"]
+    assert found({"name": "unfreeze_layer", "value": "mlp.0"}) == [
+        '1: unfreeze_layer "mlp.0": changes nothing: what it asks for is in force by then'
+    ]
+    assert found({"name": "adjust_batch_size", "value": 0.5}) == []
+    ramp = clip(2.0, at_iter=1, over=5)
+    assert found(ramp, clip(0.6, max_wait_iters=5)) == []
+    assert found(ramp, {"name": "set_dropout", "value": 0.1}, clip(0.6, max_wait_iters=4)) == [
+        "1: set_grad_clip 2.0: moves over 5 iterations, and entry 3 takes grad_clip over after 4 at the latest"
+    ]
+    assert found(ramp, clip(0.6, trigger_loss=1.0)) == []
+    often = {"name": "change_lr", "value": 0.9, "max_wait_iters": 2, "over": 3, "repeat": 4}
+    (once,) = found(often)
+    assert once.startswith("1 (round 1 of 4): change_lr 0.9: moves over 3 iterations, and entry 1 (round 2 of 4) takes")
+    (once,) = found({**clip(), "repeat": 4})
+    assert once.startswith("1 (round 2 of 4): set_grad_clip 0.5: changes nothing")
+    assert warned(tmp_path, data, {"tracks": {"a": [ramp], "b": [clip(0.6, at_iter=2)]}}, capsys) == []
+    (nothing,) = found()
+    assert nothing.endswith("s.json: the schedule has no entries")
+    _, table = planned(tmp_path, data, [clip(at_iter=99)], capsys, "--plan")
+    assert "\nwarning: " in table and "not before iteration 99" in table

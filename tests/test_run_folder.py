@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import subprocess
 
 import pytest
-from conftest import state_of
+from conftest import ROOT, events, state_of
 
+from orchestrate.training.session import code
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint, run_folder
 from orchestrate.training.store.run_folder import (
@@ -117,3 +121,107 @@ def test_every_field_of_a_line_says_what_it_is():
     """docs can be made from them: each kind has a docstring, and its name is the kind's."""
     for name, kind in {**METRICS_KINDS, **EVENT_KINDS}.items():
         assert kind.__doc__ and kind.__name__.lower() == name
+
+
+# ---------------------------------------------------------------------------------------------- the page about it
+
+
+def the_page():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate_run_folder.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_the_run_folder_is_what_the_declarations_say():
+    module, text = the_page(), (ROOT / "docs" / "run_folder.md").read_text("utf-8")
+    assert text == module.page(), "run: python docs/generate_run_folder.py"
+    assert not re.findall(r"^\| `.*\|\s*\|$", text, re.M), "a field without a word about it"
+    for kind in (*METRICS_KINDS, *EVENT_KINDS):
+        assert f'### "kind": "{kind}"' in text
+    for kinds in (METRICS_KINDS, EVENT_KINDS):
+        fields = set().union(*(kind.__annotations__ for kind in kinds.values())) - {"kind"}
+        assert not [name for name in fields if f"| `{name}`" not in text]
+
+
+def test_ten_lines_read_a_run_into_pandas(tiny, monkeypatch):
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    hurts = {"name": "set_lr", "value": 3.0, "at_iter": 5, "guard": {"max_increase": 0.05, "within_iters": 4}}
+    _, out = tiny([{"name": "set_weight_decay", "value": 0.2, "at_iter": 2}, hurts], out="out-demo")
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "run_folder.md").read_text("utf-8"), re.S)[1]
+    assert len(lines.splitlines()) <= 11
+    monkeypatch.chdir(out.parent)
+    names: dict = {}
+    exec(lines, names)
+    assert names["operations"].name.tolist() == ["set_weight_decay"] and names["operations"].iter.tolist() == [2]
+    valid = [(line["iter"], line["val_loss"]) for line in read_run(out).valid.metrics if line["kind"] == "eval"]
+    assert list(names["losses"].items()) == valid and [i for i, _ in valid] == [0, 4, 5, 8, 12]
+    assert names["metrics"]["machine.host_memory"].notna().sum() == 12, "mappings are columns with a dot"
+
+
+def test_the_page_reads_a_run_without_void_lines(tiny, monkeypatch):
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    _, out = tiny(out="out-demo", max_iters=2)
+    monkeypatch.chdir(out.parent)
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", (ROOT / "docs" / "run_folder.md").read_text("utf-8"), re.S)[1], names)
+    assert names["losses"].index.tolist() == [0, 2] and len(names["operations"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------- the code's version
+
+
+def git(folder, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", "-C", folder, *identity, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def version(monkeypatch):
+    """The version of the code in a folder, asked anew each time."""
+
+    def ask(folder):
+        monkeypatch.setattr(code, "ROOT", folder)
+        return code.code_version.__wrapped__()
+
+    return ask
+
+
+def test_the_version_is_the_commit_and_whether_it_is_clean(tmp_path, version, monkeypatch):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a.py").write_text("1")
+    assert version(tmp_path) is None, "no commit yet"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "out").write_text("a run leaves files that git does not follow")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # as inside a hook of another repository
+    assert version(tmp_path) == {"commit": head, "clean": True} and len(head) == 40
+    (tmp_path / "a.py").write_text("2")
+    assert version(tmp_path) == {"commit": head, "clean": False}
+
+
+def test_no_version_outside_a_checkout(tmp_path, version, monkeypatch):
+    git(tmp_path, "init", "-q")
+    inside = tmp_path / "site-packages"
+    inside.mkdir()
+    assert version(inside) is None, "a repository around it is somebody else's"
+    monkeypatch.setenv("PATH", str(inside))
+    assert version(tmp_path) is None, "there is no git"
+
+
+def test_a_slow_disk_delays_no_start(tmp_path, version, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "git").write_text("#!/bin/sh\ncase $4 in --porcelain) exec sleep 60;; esac\necho abc\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(code, "_SECONDS", 0.5)
+    assert version(tmp_path) == {"commit": "abc", "clean": None}
+
+
+def test_every_start_says_the_version(tiny, resume):
+    _, out = tiny(max_iters=2)
+    assert resume(out, max_iters=4) == 0
+    said = [event["code"] for kind in ("start", "resume") for event in events(out, kind)]
+    assert said == [code.code_version()] * 2 and (said[0] is None) == (not (ROOT / ".git").exists())

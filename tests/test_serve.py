@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TEXT, arguments
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train_orchestrated
 from orchestrate.model.generate import Choice
@@ -29,14 +31,14 @@ from orchestrate.tools.main import run as run_command
 from orchestrate.tools.serve import _listener, parse
 from orchestrate.training.session.lock import FolderLock, lock_for_serving
 from orchestrate.training.session.sampling import open_run_folder
-from orchestrate.training.session.texts import samples
+from orchestrate.training.session.texts import Text, samples
 from orchestrate.training.store import checkpoint, manifest
 
 openai = pytest.importorskip("openai", reason="the extra dev is not installed")
 pytest.importorskip("sse_starlette", reason="the extra serve is not installed")
 from orchestrate.tools.serving import engine  # noqa: E402
 from orchestrate.tools.serving import models as models_module  # noqa: E402
-from orchestrate.tools.serving.api import ApiError, read  # noqa: E402
+from orchestrate.tools.serving.api import NEUTRAL, ApiError, read  # noqa: E402
 from orchestrate.tools.serving.guard import Rate  # noqa: E402
 from orchestrate.tools.serving.server import serve  # noqa: E402
 
@@ -304,6 +306,7 @@ BAD = [
     ({"logit_bias": {"5": 1}}, "logit_bias", "is not supported"),
     ({"frequency_penalty": 0.1}, "frequency_penalty", "is not supported"),
     ({"temprature": 1}, "temprature", "unknown field 'temprature'"),
+    ({"temprature": None}, "temprature", "unknown field 'temprature'"),
     ({"messages": []}, "messages", "unknown field"),
     ({"max_completion_tokens": 5}, "max_completion_tokens", "unknown field"),
     ({"model": 5}, "model", "valid string"),
@@ -600,6 +603,37 @@ def test_an_error_in_a_model_ends_its_rows_alone(run, monkeypatch, capsys):
     assert "RuntimeError: out of luck" in capsys.readouterr().err
 
 
+def test_an_engine_that_is_told_too_late(run):
+    """A row that is dropped when it has ended already, and rows that come when all is over."""
+    source = models_module.RunFolder(str(run))
+    shelf = models_module.Shelf(source, "latest", lambda model: (model, nullcontext), limit=2**40, slots=1)
+    loaded = asyncio.run(shelf.lease())
+    told: list = []
+    works = engine.Engine(1, told.extend)
+
+    def row(room: int) -> engine.Row:
+        return engine.Row(loaded, [5, 6], Choice(), (0,), room, Text(loaded.format.tokenizer, [], ()))
+
+    def ends(of: engine.Row) -> list[str]:
+        return [piece.end for row, piece in told if row is of and piece.end]
+
+    first, second, third, late = row(2), row(400), row(2), row(2)
+    works.start()
+    works.add([first])
+    until(lambda: ends(first))
+    works.drop([first])
+    time.sleep(0.1)
+    assert works.alive
+    works.add([second, third])
+    works.drop([second])
+    until(lambda: ends(third))
+    assert [ends(one) for one in (first, second, third)] == [["length"], ["dropped"], ["length"]]
+    works.stop(5.0)
+    assert works.join(5.0)
+    works.add([late])
+    assert ends(late) == ["stopping"] and late.tokens == 0 and third.tokens == 2
+
+
 # ---------------------------------------------------------------------------------------------- the end
 
 
@@ -784,11 +818,39 @@ def test_a_folder_from_elsewhere(run, tmp_path):
         assert answer.model == "hf" and answer.choices[0].text == expected(run, "To be")[0]
 
 
-def test_a_body_is_read_once_for_all():
-    asked = read(b'{"prompt": ["a", [1]], "seed": -1}'.replace(b'["a", [1]]', b'["a", "b"]'), chat=False)
-    assert asked.seed == 2**64 - 1 and asked.rows == 2 and asked.max_tokens is None
-    with pytest.raises(ApiError):
-        read(b'{"prompt": ["a", [1]]}', chat=False)
+NUMBERS = st.integers(-2, 3) | st.sampled_from([2**63, -(2**70), 1e308, float("nan"), float("inf"), 0.5])
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | NUMBERS
+    | st.sampled_from(["", "a", "auto", "user", "text", "none", "\ud800", "a" * 2000]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type"]), inner),
+    max_leaves=6,
+)
+FIELDS = [*ASKED, *CHAT, *NEUTRAL, "n", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "stream", "user"]
+FIELDS += ["stream_options", "max_completion_tokens", "truncation", "other"]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), st.booleans(), st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_fuzz_bodies(more, chat, whole):
+    """Whatever a body says, it is a request within the bounds, or refused with 400."""
+    body = {**((CHAT if chat else ASKED) if whole else {}), **more}
+    try:
+        asked = read(json.dumps(body).encode(), chat)
+    except ApiError as error:
+        assert error.status == 400 and error.message and json.dumps(error.body())
+        return
+    choice = asked.choice
+    assert asked.n >= 1 and asked.prompts and (asked.max_tokens is None or asked.max_tokens >= 1)
+    assert 0 <= choice.temperature <= 2 and 0 < choice.top_p <= 1 and choice.top_k >= 0
+    assert 0 < choice.repetition_penalty < float("inf") and 0 <= asked.seed < 2**64 and "" not in asked.stop
+    assert not set(body) - {*(CHAT if chat else ASKED), *FIELDS[:-1]}
+
+
+def test_a_negative_seed_and_several_prompts():
+    asked = read(b'{"prompt": ["a", "b"], "seed": -1, "n": 2}', chat=False)
+    assert asked.seed == 2**64 - 1 and asked.rows == 4 and asked.max_tokens is None
 
 
 # ---------------------------------------------------------------------------------------------- the page

@@ -362,3 +362,12 @@ def test_the_command(tmp_path):
     assert said == "error: --input: files or folders of documents are needed\n"
     said = script("text", "--input", tmp_path / "in.txt", "--workers", 0, code=2)
     assert said == "error: --workers must be at least 1, --limit and --shard_tokens at least 0\n"
+
+
+def test_of_a_message_of_many_lines_the_first_is_told(monkeypatch):
+    def refused(path):
+        raise pyarrow.ArrowInvalid("first\nsecond")
+
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refused)
+    with pytest.raises(ValueError, match=r"^x.parquet: not a whole parquet file \(first\)$"):
+        corpus._parquet("x.parquet")

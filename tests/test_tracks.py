@@ -125,6 +125,7 @@ def test_until_leaves_out_this_round_and_those_behind_it():
         ("tracks: [1]", "s.yaml: tracks must be a mapping of names to lists of entries, got [1]"),
         ("tracks: {}", "tracks must be a mapping of names to lists of entries, got {}"),
         ("tracks: {1: []}", "s.yaml: a track's name is text of 1 to 60 characters, got 1"),
+        ("tracks: {" + ", ".join(f"t{i}: []" for i in range(101)) + "}", "s.yaml: a schedule has at most 100 tracks, got 101"),
         ("tracks: {a: stop}", "s.yaml: track 'a' is a list of entries"),
         ("tracks: {a: []}\nothers: 1", "unknown key 'others' beside `operations`; known: operations, tracks"),
         ("- {name: stop, all_of: []}", "all_of "),
@@ -347,6 +348,22 @@ def test_values_count_from_what_an_entry_comes_after():
     run.boundary(iters=1)
     run.boundary(iters=1)
     assert told(run) == [(3, 1, None)], "the loss of iteration 2 is of the model before x"
+
+
+def test_what_all_of_remembers_is_since_the_later_of_both():
+    """Of what the entry comes after, and of the step before it in its track."""
+    low = {"all_of": [{"trigger": {"metric": "loss", "below": 1.0}}, {"at_iter": 1}], "after": "x"}
+    run = Driven({"tracks": {"one": [clip(at_iter=3, label="x")], "other": [decay(**low)]}})
+    run.boundary(iters=2, loss=0.5)
+    run.boundary()
+    run.boundary()
+    assert told(run) == [(3, 1, None)] and run.boundary(loss=0.5) != []
+    run = Driven([clip(at_iter=1, label="x"), clip(0.6, at_iter=3), decay(**low)])
+    run.boundary()
+    run.boundary(loss=0.5)
+    run.boundary()
+    run.boundary()
+    assert told(run) == [(1, 1, None), (3, 2, None)] and run.boundary(loss=0.5) != []
 
 
 def test_an_entry_after_one_in_a_later_track_fires_at_the_same_boundary():

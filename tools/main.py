@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "serve": "OpenAI's API and a page to chat on, with the checkpoints of a run",
     "export": "a model for programs that read Hugging Face folders, for peft, or for nanoGPT",
+    "report": "how a run went, or how several compare, as one HTML file",
 }
 
 

@@ -24,13 +24,12 @@ Cell = Callable[[Row], str]
 
 
 def render(plan: Plan, wide: bool = False, colour: bool = False) -> str:
-    """The tables, what they sum up to, and the plan's notes."""
+    """The tables, what they sum up to, and the plan's warnings and notes."""
     width = 10**5 if wide else WIDTH
     console = Console(file=io.StringIO(), width=width, force_terminal=colour, highlight=False, markup=False)
     for part in _parts(plan, wide):
-        console.print(part)
-    text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-    return "\n".join([text, *(f"note: {note}" for note in plan.notes)])
+        console.print(part, soft_wrap=isinstance(part, Text))  # a terminal breaks sentences itself
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def _parts(plan: Plan, wide: bool) -> Iterator[RenderableType]:
@@ -42,6 +41,8 @@ def _parts(plan: Plan, wide: bool) -> Iterator[RenderableType]:
     rewraps, recompiles = (sum(getattr(row, name) for row in plan.rows) for name in ("rewraps", "recompiles"))
     yield f"{len(plan.rows) - 1} entries, no errors; {rewraps} re-wraps, {recompiles} recompiles*"
     yield "* estimated before the run: take it as a guess"
+    yield from (Text(f"warning: {warning}", "bold yellow") for warning in plan.warnings)
+    yield from (Text(f"note: {note}") for note in plan.notes)
 
 
 # ---------------------------------------------------------------------------------------------- cells

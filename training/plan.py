@@ -24,6 +24,7 @@ from orchestrate.training.run.casting import kept
 from orchestrate.training.run.changes import needs_agreement, reshapes
 from orchestrate.training.run.device import pick_device
 from orchestrate.training.run.optimizers import OPTIMIZERS
+from orchestrate.training.schedule.doubts import doubts as doubts_of_schedule
 from orchestrate.training.schedule.dry import DryRun
 from orchestrate.training.schedule.file import Entry, Schedule, title
 from orchestrate.training.schedule.orchestrator import Orchestrator
@@ -118,6 +119,7 @@ class Written(TypedDict):
     """What `orchestrate plan --json` writes: the stages of a run, and what is to be said about them."""
 
     stages: list[Row]
+    warnings: Annotated[list[str], Field(description="what can hardly be meant")]
     notes: list[str]
     against: Annotated[
         dict[str, str] | None,
@@ -138,10 +140,17 @@ class Plan:
     notes: list[str]
     fires: dict[str, str] | None = None
     """With --against: entry number, and its round -> when it would have fired on the recorded metrics."""
+    warnings: Sequence[str] = ()
+    """What is possible and can hardly be meant."""
 
     def to_json(self) -> str:
-        facts = {"stages": [row.to_json() for row in self.rows], "notes": self.notes, "against": self.fires}
-        return json.dumps(facts, indent=1)
+        written = {
+            "stages": [row.to_json() for row in self.rows],
+            "warnings": list(self.warnings),
+            "notes": self.notes,
+            "against": self.fires,
+        }
+        return json.dumps(written, indent=1)
 
 
 def make(
@@ -203,7 +212,7 @@ def make(
         fires, missing = _replay(schedule, settings, Path(against), position)
         told = f"`fires at` takes metrics, tokens and seconds of {against} as recorded, as if no entry changed them"
         notes += [told, *missing]
-    return Plan(rows, notes, fires)
+    return Plan(rows, notes, fires, doubts_of_schedule(schedule, position, stages, config.max_iters))
 
 
 def _of_tracks(schedule: Schedule, position: Position, stages: list[Stage]) -> list[str]:

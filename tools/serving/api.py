@@ -154,12 +154,12 @@ def read(body: bytes, chat: bool) -> Asked:
     form: type[_Body] = _Chat if chat else _Completion
     kept = {}
     for name, value in given.items():
+        if name not in form.model_fields and name not in NEUTRAL and name not in WITHOUT_EFFECT:
+            raise ApiError(400, f"unknown field {name!r:.100}", param=name[:100], code="unknown_parameter")
         if value is None or name in WITHOUT_EFFECT:
             continue
         if name in form.model_fields:
             kept[name] = value
-        elif name not in NEUTRAL:
-            raise ApiError(400, f"unknown field {name!r:.100}", param=name[:100], code="unknown_parameter")
         elif not any(
             value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL[name]
         ):

@@ -271,7 +271,7 @@ async def _events(request: _Request) -> AsyncIterator[dict[str, str]]:
 
 
 def _event(body: dict[str, Any]) -> dict[str, str]:
-    return {"data": json.dumps(body, ensure_ascii=False, separators=(",", ":"))}
+    return {"data": json.dumps(body, separators=(",", ":"))}
 
 
 class _Stream(EventSourceResponse):

@@ -100,48 +100,55 @@ class Engine:
             self._stop_at = time.monotonic() + seconds
             self._condition.notify()
 
+    @property
+    def alive(self) -> bool:
+        """Whether rows are written."""
+        return self._thread.is_alive()
+
     def join(self, seconds: float) -> bool:
         """Wait for the thread's end; whether it came."""
         self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return not self.alive
 
     def _run(self) -> None:
-        while True:
-            with self._condition:
-                while not (self._new or self._drops or self._writing or self._waiting or self._stop_at is not None):
-                    self._condition.wait()
-                self._waiting += self._new
-                self._new, drops, self._drops = [], self._drops, False
-                stop_at = self._stop_at
-                if stop_at is not None and not self._writing and not self._waiting:
-                    self._ended = True
-                    return
-            told: Told = []
-            if drops:
-                self._end(lambda row: row.dropped, "dropped", told)
-            if stop_at is not None:
-                late, begun = (
-                    time.monotonic() >= stop_at,
-                    {row for rows in self._writing.values() for row in rows.values()},
-                )
-                self._end(lambda row, late=late, begun=begun: late or row not in begun, "stopping", told)
-            for row in self._waiting:
-                self._writing.setdefault(row.loaded, {})
-            for loaded, rows in list(self._writing.items()):
-                try:
-                    self._step(loaded, rows, told)
-                except Exception:  # what one model does wrong must not end what others are asked for
-                    print(traceback.format_exc(), file=sys.stderr, flush=True)
-                    loaded.continuation = None
-                    failed = [*rows.values(), *(row for row in self._waiting if row.loaded is loaded)]
-                    self._waiting = [row for row in self._waiting if row.loaded is not loaded]
-                    rows.clear()
-                    told += [(row, Piece("", row.tokens, "failed")) for row in failed]
-                if not rows:
-                    del self._writing[loaded]
-            del loaded, rows
-            if told:
-                self._tell(told)
+        while self._round():
+            pass  # a round's values are gone before the next one waits: a model may have to leave memory
+
+    def _round(self) -> bool:
+        """Wait until there is something to do, and do one step of it; False when all is over."""
+        with self._condition:
+            while not (self._new or self._drops or self._writing or self._waiting or self._stop_at is not None):
+                self._condition.wait()
+            self._waiting += self._new
+            self._new, drops, self._drops = [], self._drops, False
+            stop_at = self._stop_at
+            if stop_at is not None and not self._writing and not self._waiting:
+                self._ended = True
+                return False
+        told: Told = []
+        if drops:
+            self._end(lambda row: row.dropped, "dropped", told)
+        if stop_at is not None:
+            late = time.monotonic() >= stop_at
+            begun = {row for rows in self._writing.values() for row in rows.values()}
+            self._end(lambda row: late or row not in begun, "stopping", told)
+        for row in self._waiting:
+            self._writing.setdefault(row.loaded, {})
+        for loaded, rows in list(self._writing.items()):
+            try:
+                self._step(loaded, rows, told)
+            except Exception:  # what one model does wrong must not end what others are asked for
+                print(traceback.format_exc(), file=sys.stderr, flush=True)
+                loaded.continuation = None
+                failed = [*rows.values(), *(row for row in self._waiting if row.loaded is loaded)]
+                self._waiting = [row for row in self._waiting if row.loaded is not loaded]
+                rows.clear()
+                told += [(row, Piece("", row.tokens, "failed")) for row in failed]
+            if not rows:
+                del self._writing[loaded]
+        if told:
+            self._tell(told)
+        return True
 
     def _end(self, which: Callable[[Row], bool], why: End, told: Told) -> None:
         """End some rows, waiting ones too."""
@@ -162,6 +169,8 @@ class Engine:
         for row in [row for row in self._waiting if row.loaded is loaded][: self._slots - len(rows)]:
             rows[going.add(row.prompt, row.choice, row.seed)] = row
             self._waiting.remove(row)
+        if not rows:  # all of them were ended
+            return
         with loaded.autocast():
             drawn = going.step()
         for number, token in drawn.items():

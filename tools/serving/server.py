@@ -59,7 +59,12 @@ async def serve(
     engine = Engine(options.slots, lambda told: loop.call_soon_threadsafe(service.arrived, told))
     service = Service(shelf, engine, options.queue)
     hosts = {*LOOPBACK, *(name.lower() for name in options.allow_host)}
-    app = Guard(service.app(), hosts if options.host in LOOPBACK else (), options.token, Rate(options.rate))
+    app = Guard(
+        service.app(),
+        hosts if options.host in LOOPBACK or options.allow_host else (),
+        options.token,
+        Rate(options.rate),
+    )
     server = _Server(
         uvicorn.Config(
             app,
@@ -67,6 +72,7 @@ async def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # who asks could say that somebody else does
             limit_concurrency=1000,
             timeout_graceful_shutdown=math.ceil(options.stop_seconds) + 5,
         )
@@ -78,7 +84,7 @@ async def serve(
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     ready(f"serving {options.run} ({loaded.offer.name}): a page at {address}, OpenAI's API at {address}/v1")
-    while not (stops() or serving.done()):
+    while engine.alive and not (stops() or serving.done()):
         await asyncio.sleep(0.05)
     service.stop(options.stop_seconds)
     server.should_exit = True

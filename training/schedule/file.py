@@ -272,7 +272,7 @@ class Schedule:
 LONGEST_FILE = 8 * 2**20
 """Bytes."""
 MOST_VALUES = 300_000
-MOST_ENTRIES = 10_000
+MOST_ENTRIES, MOST_TRACKS = 10_000, 100
 DEEPEST = 40
 _LONGEST_NUMBER = 256
 """Characters. The time to read a number grows with the square of its digits."""
@@ -535,6 +535,8 @@ class _Reader:
     def _named(self, tracks: Any) -> dict[str, Any]:
         if not isinstance(tracks, dict) or not tracks:
             raise Refused(f"{self.source}: tracks must be a mapping of names to lists of entries, got {shown(tracks)}")
+        if len(tracks) > MOST_TRACKS:
+            raise Refused(f"{self.source}: a schedule has at most {MOST_TRACKS} tracks, got {len(tracks):,}")
         for name in tracks:
             try:
                 TypeAdapter(Name).validate_python(name)

@@ -118,7 +118,7 @@ class Orchestrator:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned. Raises ValueError for what it cannot have returned."""
-        self.position = Position.from_json(state["position"])
+        self.position = Position.from_json(state["position"]).fitted(self.schedule)
         self.ramps = [Ramp.from_json(ramp) for ramp in state["ramps"]]
         for ramp in self.ramps:
             try:
@@ -127,25 +127,6 @@ class Orchestrator:
                         Settings.from_json(with_field(self.run.settings, name, value).to_json())
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"a ramp of {ramp.name} does not fit the settings ({error})") from None
-        position, tracks = self.position, self.schedule.tracks
-        for name, fired in position.fired.items():
-            if fired > len(tracks.get(name, ())):
-                of = f" of track {name}" if name else ""
-                raise ValueError(f"{fired} entries{of} have fired of {len(tracks.get(name, ()))}")
-        for watch in position.watches:
-            if not 0 < watch.place <= position.fired.get(watch.track, 0):
-                raise ValueError(f"entry {watch.entry} is watched and has not fired")
-        # A resume may bring tracks, and labels for what has fired: their waits count from what is known.
-        position.queues = {name: position.queues.get(name, Queue()) for name in tracks}
-        failed = {*position.skipped, *position.reverted}
-        named: dict[str, Mark] = {}
-        for name, queue in position.queues.items():
-            for entry in tracks[name][: queue.fired]:
-                named |= dict.fromkeys([entry.closes], queue.since)
-                named |= {} if entry.number in failed else dict.fromkeys([entry.label], queue.since)
-        known = {label for track in tracks.values() for entry in track for label in (entry.label, entry.closes)}
-        named.pop("", None)
-        position.marks = {label: mark for label, mark in {**named, **position.marks}.items() if label in known}
 
     # ------------------------------------------------------------------------------------------ metrics
 

@@ -5,11 +5,12 @@ What an earlier version saved is brought up to date here. Nothing here decides o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from orchestrate.training.schedule.file import Schedule
 from orchestrate.training.settings.metrics import VAL_LOSS, MetricName
 from orchestrate.training.settings.records import EXACTLY
 from orchestrate.training.settings.values import Finite, NonNegativeInt, PositiveInt
@@ -101,6 +102,28 @@ class Position:
     def fired(self) -> dict[str, int]:
         """How many steps of each track are done with."""
         return {name: queue.fired for name, queue in self.queues.items()}
+
+    def fitted(self, schedule: Schedule) -> Position:
+        """The place in a schedule that a resume may have changed behind it. Raises ValueError where that has no such.
+
+        A new track begins at its first entry. A new label of what has fired counts from when its track's last step did.
+        """
+        tracks = schedule.tracks
+        for name, fired in self.fired.items():
+            if fired > (there := len(tracks.get(name, ()))):
+                raise ValueError(f"{fired} entries{f' of track {name}' if name else ''} have fired of {there}")
+        for watch in self.watches:
+            if not 0 < watch.place <= self.fired.get(watch.track, 0):
+                raise ValueError(f"entry {watch.entry} is watched and has not fired")
+        queues = {name: self.queues.get(name, Queue()) for name in tracks}
+        failed, marks = {*self.skipped, *self.reverted}, dict[str, Mark]()
+        for name, queue in queues.items():
+            for entry in tracks[name][: queue.fired]:
+                reached = [entry.closes] if entry.number in failed else [entry.closes, entry.label]
+                marks |= dict.fromkeys(filter(None, reached), queue.since)
+        labels = {label for entry in schedule.entries for label in (entry.label, entry.closes)}
+        marks |= {label: mark for label, mark in self.marks.items() if label in labels}
+        return replace(self, queues=queues, marks=marks)
 
     @classmethod
     def from_json(cls, values: Any) -> Position:

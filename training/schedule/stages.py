@@ -31,6 +31,8 @@ class Stage:
 
     entry: Entry | None
     settings: Settings
+    by: float = 0.0
+    """The iteration by which the entry fires at the latest; infinity where nothing bounds it."""
 
 
 def check_settings(settings: Settings, world_size: int) -> None:
@@ -65,7 +67,7 @@ def plan_stages(
         check_settings(settings, world_size)
     except ScheduleError as error:
         problems += error.problems
-    for entry in in_order(schedule, position or Position(), lambda: stages[-1].settings.tokens_per_iter):
+    for entry, by in in_order(schedule, position or Position(), lambda: stages[-1].settings.tokens_per_iter):
         if len(problems) > MOST_PROBLEMS:
             problems.append(f"{schedule.source}: entry {entry.number} and those after it were not looked at")
             break
@@ -75,14 +77,16 @@ def plan_stages(
         except ScheduleError as error:
             problems += [f"{schedule.place(entry)}: {problem}" for problem in error.problems]
         else:
-            stages.append(Stage(entry, after))
+            stages.append(Stage(entry, after, by))
     if problems:
         raise Refused(problems)
     return stages
 
 
-def in_order(schedule: Schedule, position: Position, tokens_per_iter: Callable[[], int]) -> Iterator[Entry]:
-    """The pending steps as they fire if each waits as long as it can; of several that may, the first in the file.
+def in_order(
+    schedule: Schedule, position: Position, tokens_per_iter: Callable[[], int]
+) -> Iterator[tuple[Entry, float]]:
+    """The pending steps as they fire if each waits as long as it can, and the iteration; the first in the file first.
 
     What nothing bounds comes after all that is bounded. Left out are steps that can never fire, because what they come
     after was skipped or taken back, and those behind them.
@@ -107,7 +111,7 @@ def in_order(schedule: Schedule, position: Position, tokens_per_iter: Callable[[
         if not heads:
             return
         time, entry = min(heads, key=lambda head: head[0])
-        yield entry
+        yield entry, time
         fired = now.at(time)
         now = now if math.isinf(time) else fired
         done[entry.track] += 1

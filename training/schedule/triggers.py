@@ -69,7 +69,9 @@ class Moment:
 
     def iter_at(self, tokens: float) -> float:
         """The iteration at which so many tokens will have been seen."""
-        return self.iter + math.ceil((tokens - self.tokens) / self.tokens_per_iter) if tokens < math.inf else math.inf
+        if math.isinf(tokens) or math.isinf(self.tokens):
+            return math.inf
+        return self.iter + math.ceil((tokens - self.tokens) / self.tokens_per_iter)
 
     def at(self, iteration: float) -> Moment:
         """An iteration at this pace."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from orchestrate.data.keeping import keep
+from orchestrate.training.report.write import at_the_end
 from orchestrate.training.run import out_of_memory
 from orchestrate.training.run.casting import in_words
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
@@ -22,6 +23,7 @@ from orchestrate.training.run.distributed import Meeting, Ranks
 from orchestrate.training.run.run import Run
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
+from orchestrate.training.session.code import code_version
 from orchestrate.training.session.lock import FolderLock
 from orchestrate.training.session.opening import open_run
 from orchestrate.training.session.resume import Resumed, resume
@@ -81,6 +83,8 @@ def launch(
             code = train(session)
         finally:
             session.saver.finish()
+            if config.report and run.ranks.is_first and not config.eval_only:
+                at_the_end(config.out_dir, orchestrator.schedule, reporter.say)
             reporter.close(code)
         run.ranks.close()
         return code
@@ -197,6 +201,7 @@ def announce(
         "dtype": str(run.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "code": code_version() if run.ranks.is_first else None,
         "operations": [file.to_json() for file in session.operations],
         "parameters_total": total,
         "parameters_trainable": trainable,

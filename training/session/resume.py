@@ -187,16 +187,14 @@ def resume(
             f"{given['eval_interval']}: eval_interval counts for nothing while eval_interval_tokens is "
             f"{settings.eval_interval_tokens}: give --eval_interval_tokens=0 too"
         )
-    schedule, fired = parse_schedule(state.schedule.text, state.schedule.source or "schedule"), state.fired
+    schedule = parse_schedule(state.schedule.text, state.schedule.source or "schedule")
     try:
-        position = Position.from_json(state.orchestrator["position"])
+        position = Position.from_json(state.orchestrator["position"]).fitted(schedule)
     except ValueError as error:
         raise Refused(f"checkpoint {loaded.path}: state.json: orchestrator: {error}") from None
-    if lost := [name for name, count in fired.items() if count > len(schedule.tracks.get(name, ()))]:
-        raise Refused(f"checkpoint {loaded.path}: state.json: more has fired than there is of track {shown(lost[0])}")
     if "schedule" in given:
-        new = read_schedule(config.schedule) if config.schedule else _only(schedule, fired)
-        for name, count in fired.items():
+        new = read_schedule(config.schedule) if config.schedule else _only(schedule, position.fired)
+        for name, count in position.fired.items():
             now = [_as_fired(entry) for entry in new.tracks.get(name, ())]
             for i, entry in enumerate(schedule.tracks[name][:count]):
                 if now[i : i + 1] != [_as_fired(entry)]:
@@ -208,8 +206,8 @@ def resume(
             overrides.append(
                 {
                     "key": "schedule",
-                    "before": _pending(schedule, fired),
-                    "after": _pending(new, fired),
+                    "before": _pending(schedule, position.fired),
+                    "after": _pending(new, position.fired),
                     "applied": True,
                     "reason": given["schedule"],
                 }
@@ -228,7 +226,7 @@ def resume(
     if problems:
         raise Refused(problems)
     update = {key: getattr(config, key) for key in given} | {"out_dir": config.out_dir, "init_from": "resume"}
-    config = recorded.model_copy(update=update)
+    config, position = recorded.model_copy(update=update), position.fitted(schedule)
     return Resumed(loaded, config, settings, schedule, position, overrides, passed_over, damaged)
 
 

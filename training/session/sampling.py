@@ -16,6 +16,7 @@ from orchestrate.data.keeping import kept_with_run, of_data
 from orchestrate.data.stream import Meta
 from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt, peft_folder
+from orchestrate.model.generate import lay_out
 from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.session.resume import latest_good, reading
@@ -66,10 +67,11 @@ def open_run_folder(out_dir: str, name: str = "latest", dataset: str = "") -> tu
 
 
 def placed(model: GPT, device: str, dtype: str) -> tuple[GPT, Callable[[], AbstractContextManager]]:
-    """A model on its device, both by the options' names, and the number type that it computes in. Raises ValueError."""
+    """A model on its device, laid out to generate, and the number type that it computes in. Raises ValueError."""
     where = pick_device(device, 0)
     model = model.to(where)
     model.reset_buffers(where)
+    lay_out(model)
     kind = DTYPES[pick_dtype(dtype, where)]
     return model, nullcontext if kind == torch.float32 else lambda: torch.autocast(where.type, kind)
 

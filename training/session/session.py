@@ -129,6 +129,7 @@ class Session:
             lr=run.current_lr(),
             batch_size=s.batch_size,
             grad_accum=s.grad_accum,
+            sequence_length=s.sequence_length,
             passes=run.stream.passes(p.cursor),
             coverage=run.stream.coverage(p.cursor),
             **self._of_sources(),

@@ -127,6 +127,7 @@ class _RunKeys(BaseModel):
         {}, "what the schedule must make of the model in the end, e.g. n_layer=12,n_embd=768; {}: not checked"
     )
     log_dir: str = _key("", "folder of that file; empty: the run folder")
+    report: bool = _key(True, "write RUN/report.html at every end of the run; needs the extra `report` (plotly)")
     # W&B
     wandb_log: bool = _key(False, "log to Weights & Biases (WANDB_MODE=offline needs no network)")
     wandb_project: str = _key("owt", "W&B project")

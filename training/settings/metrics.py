@@ -28,7 +28,10 @@ ON_FIRST_RANK = (
     *(f"machine.{fact}" for fact in ("device_memory", "device_memory_peak", "gpu_percent")),
 )
 """Clocks and machines differ from rank to rank: rank 0's number counts, and it travels only where somebody asks."""
-LOGGED = ("loss", "grad_norm", "lr", "step_lr", "batch_size", "grad_accum", "passes", "coverage", *ON_FIRST_RANK)
+LOGGED = (
+    "loss", "grad_norm", "lr", "step_lr", "batch_size", "grad_accum", "sequence_length", "passes", "coverage",
+    *ON_FIRST_RANK,
+)  # fmt: skip
 """Values come with the lines of every log_interval."""
 NAMES = (*EVALUATED, *LOGGED)
 _OF_SOURCES = (VAL_LOSS, "passes", "coverage")
@@ -96,11 +99,18 @@ def told(name: str, value: float) -> str:
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics by name; what is null there, and what is no number, is left out."""
-    flat = dict(record)
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{inner}": number for inner, number in value.items()}
-    return {name: v for name, v in flat.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, _KINDS) and not isinstance(value, bool):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            for inner, one in value.items():
+                if isinstance(one, _KINDS) and not isinstance(one, bool):
+                    found[f"{name}.{inner}"] = one
+    return found
+
+
+_KINDS = (float, int)
 
 
 def finite(value: float | None) -> bool:

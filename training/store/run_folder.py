@@ -56,6 +56,8 @@ class _Metrics(TypedDict):
     """Sequences in one micro-step on one rank."""
     grad_accum: NotRequired[int]
     """Micro-steps in one iteration, over all ranks."""
+    sequence_length: NotRequired[int]
+    """Tokens in one training sequence."""
     passes: NotRequired[_Real]
     """How often the training data has been seen."""
     coverage: NotRequired[_Real]
@@ -121,14 +123,24 @@ class _Event(TypedDict):
     """True: the run went back to before this decision, operation, these samples or rollback."""
 
 
+class _Code(TypedDict):
+    """The checkout that ran."""
+
+    commit: str
+    """Of git, in hexadecimal digits."""
+    clean: bool | None
+    """Whether no file that git follows was changed; null where that could not be told soon."""
+
+
 class _OfEntry(_Event):
     """Beside an entry's number: which of its rounds, where."""
 
     track: NotRequired[str]
     """Where the schedule has several: the name of its track."""
     round: NotRequired[int]
+    """Where it is repeated: which time this is, from 1."""
     rounds: NotRequired[int]
-    """Where it is repeated: the round, from 1, of how many at most."""
+    """Where it is repeated: how often at most."""
     step: NotRequired[int]
     """Its place in its track, every round counted, from 1; absent where that is its number."""
 
@@ -141,16 +153,23 @@ class _Begins(_Event):
     world_size: int
     """Processes."""
     device: str
+    """Of the first rank."""
     dtype: str
     """Of the forward pass; weights that train and moments are float32."""
     torch: str
+    """Its version."""
     python: str
-    """Versions."""
+    """Its version."""
     parameters_total: int
+    """Of the model, shared ones once."""
     parameters_trainable: int
+    """Those of them that train."""
     tokens_per_iter: int
+    """In one iteration, over all ranks."""
     cast: NotRequired[_Cast]
     """Where weights changed their number type at the start."""
+    code: NotRequired[_Code | None]
+    """The project's version; null where it does not run from a git checkout."""
     operations: NotRequired[list[dict[str, str]]]
     """Files of the user's own operations: "file", its name, and "sha256"."""
 
@@ -180,9 +199,13 @@ class Override(_Event):
 
     kind: Literal["override"]
     key: str
+    """Of the configuration; schedule; or operations with a file's name."""
     before: Any
+    """What was in force."""
     after: Any
+    """What is."""
     applied: bool
+    """Whether it took effect."""
     reason: str
     """Where it was given, or why it was not applied."""
 
@@ -200,6 +223,7 @@ class Decision(_OfEntry):
     name: str
     """Of its operation."""
     reason: str
+    """Why it fires, or what has ended."""
     limit: NotRequired[_Number]
     """What the guard allows at most."""
 
@@ -211,6 +235,7 @@ class Operation(_OfEntry):
     entry: int | None
     """Number of the entry, from 1; null where it is a recovery and no entry."""
     name: str
+    """Of the operation."""
     value: Any
     """Its argument as given."""
     reason: str
@@ -224,12 +249,15 @@ class Operation(_OfEntry):
     settings_after: dict[str, Any]
     """Likewise, once every ramp has arrived."""
     val_loss_before: _Number
-    val_loss_after: _Number
     """Where measured (reevaluate, guard), else null."""
+    val_loss_after: _Number
+    """Likewise."""
     seconds: _Real
     """That the operation took, without evaluations."""
     parameters_total: int
+    """Of the model after it."""
     parameters_trainable: int
+    """Those of them that train."""
     cast: NotRequired[_Cast]
     """Where weights changed their number type (weights_dtype)."""
 
@@ -238,6 +266,7 @@ class Text(TypedDict):
     """One of sample_prompts."""
 
     prompt: str
+    """As it was given."""
     text: str
     """It and what the model makes of it."""
 
@@ -247,6 +276,7 @@ class Samples(_Event):
 
     kind: Literal["samples"]
     texts: list[Text]
+    """One for each of them."""
 
 
 class Checkpoint(_Event):
@@ -256,6 +286,7 @@ class Checkpoint(_Event):
     path: str
     """Of its folder, from the run folder."""
     reason: str
+    """Why it was saved."""
     seconds: _Real
     """That writing it took."""
 
@@ -265,9 +296,11 @@ class Emergency(_Event):
 
     kind: Literal["emergency"]
     reason: str
+    """The exception, or why there is no checkpoint."""
     path: NotRequired[str]
     """As of a checkpoint; absent where none was written."""
     seconds: NotRequired[_Real]
+    """Likewise."""
     saved: NotRequired[bool]
     """False where none was written."""
 
@@ -280,7 +313,9 @@ class Rollback(_OfEntry):
 
     kind: Literal["rollback"]
     reason: str
+    """What was wrong."""
     from_iter: int
+    """Where it was."""
     checkpoint: str
     """Name of its folder."""
     next_sample: NotRequired[int]
@@ -290,8 +325,9 @@ class Rollback(_OfEntry):
     set_aside: NotRequired[list[str]]
     """Where these lie now."""
     entry: NotRequired[int]
+    """Of a guard: the entry that was taken back."""
     name: NotRequired[str]
-    """Of a guard: the entry that was taken back, and its operation."""
+    """Its operation."""
 
 
 class Signal(_Event):
@@ -307,13 +343,15 @@ class Error(_OfEntry):
 
     kind: Literal["error"]
     message: str
+    """What."""
     action: NotRequired[str]
     """skip, rollback or stop after a sick step; go on after a failed write."""
     samples: NotRequired[list[int]]
     """Of a sick step: first training sample, and the one after the last."""
     entry: NotRequired[int]
-    name: NotRequired[str]
     """Of an operation that failed."""
+    name: NotRequired[str]
+    """Likewise."""
     on_error: NotRequired[str]
     """stop or skip, as the entry says."""
 
@@ -323,7 +361,9 @@ class End(_Event):
 
     kind: Literal["end"]
     reason: str
+    """max_iters, an early stop, the schedule or a signal."""
     best_val_loss: _Number
+    """The lowest so far; null where none was measured."""
     not_fired: NotRequired[list[int]]
     """Numbers of the schedule's entries that did not fire, or not in each of their rounds."""
 
@@ -531,22 +571,35 @@ class RunRecord:
         return next((event["config"] for event in reversed(self.events) if event["kind"] == "start"), {})
 
 
-def read_run(folder: str | Path, most_lines: int = MOST_LINES) -> RunRecord:
-    """Read a run folder, of a run under way too. Raises Refused for no folder, or for more lines than wanted."""
+def read_run(
+    folder: str | Path, most_lines: int = MOST_LINES, metrics: Callable[[dict[str, Any]], None] | None = None
+) -> RunRecord:
+    """Read a run folder, of a run under way too.
+
+    Raises Refused for no folder, for a file that cannot be read, or for more lines than wanted.
+
+    Args:
+        metrics: takes each line of metrics in the place of `RunRecord.metrics`, which stays empty: for long runs.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise Refused(f"run folder {folder}: there is no such folder")
     found: dict[str, list[dict[str, Any]]] = {METRICS: [], EVENTS: []}
     foreign = dict.fromkeys(found, 0)
     for name, kinds in ((METRICS, METRICS_KINDS), (EVENTS, EVENT_KINDS)):
-        with contextlib.suppress(FileNotFoundError):
+        take = metrics if metrics is not None and name == METRICS else found[name].append
+        try:
             for number, record in read_lines(folder / name, kinds):
                 if number > most_lines:
                     raise Refused(f"{folder / name}: more than {most_lines} lines")
                 if record is None:
                     foreign[name] += 1
                 else:
-                    found[name].append(record)
+                    take(record)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise Refused(f"{folder / name}: cannot be read ({error.strerror})") from None
     return RunRecord(folder, _config(folder), found[METRICS], found[EVENTS], _checkpoints(folder), foreign)
 
 

@@ -1,0 +1,1 @@
+"""What a run folder says, for people: the data to show, and one page that draws it."""
