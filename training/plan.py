@@ -31,6 +31,7 @@ from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.schedule.position import Mark, Position, Queue
 from orchestrate.training.schedule.stages import Stage, model_on_meta, plan_stages
+from orchestrate.training.session.ending import finished
 from orchestrate.training.session.resume import check_fingerprint, resume
 from orchestrate.training.session.start import (
     check_data,
@@ -174,6 +175,7 @@ def make(
         position, fired = resumed.position, sum(resumed.position.fired.values())
         schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
+        notes += filter(None, [finished(config, resumed.loaded.state.progress)])
     else:
         schedule, (config, foreign) = the_schedule(config), opened(config)
         model, notes = planned_model_config(config, foreign)
