@@ -55,6 +55,9 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "stream": (["data/stream.py"], ["stream"]),
     "evaluation": (["training/run/evaluation.py"], ["evaluation", "data_and_model"]),
+    "bits per byte": (["training/run/text_bytes.py"], ["eval_in_training"]),
+    "adapter": (["training/tasks/adapter.py"], ["adapter"]),
+    "suites": (["training/tasks/suites.py", "training/tasks/harness.py"], ["evaluate"]),
     "optimizer": (["training/run/optimizers.py"], ["adamw", "optimizers"]),
     "orchestrator": (
         ["training/schedule/orchestrator.py", "training/schedule/position.py"],

@@ -57,6 +57,7 @@ GROWTH = [
      "trigger": {"metric": "loss", "below": 99.0}},
     {"name": "widen_embd", "value": {"times": 2}, "max_wait_iters": 4, "reevaluate": True},
     {"name": "merge_lora_weights", "max_wait_iters": 9, "trigger": {"metric": "eval/adder_accuracy", "above": 0.3}},
+    {"name": "set_eval_tasks", "value": [], "max_wait_iters": 6},
     {"name": "set_layer_lora_rank", "value": [["attn.*.q", "attn.*.v", "mlp.0.up"], 2], "max_wait_iters": 1},
     {"name": "set_lora_dropout", "value": 0.2, "over": 2},
     {"name": "merge_lora_weights", "max_wait_iters": 2},

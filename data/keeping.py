@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from orchestrate.data import conversations
-from orchestrate.data.stream import Meta, find_folder, read_meta
+from orchestrate.data.stream import DataSet, Meta, find_folder, read_meta
 from orchestrate.data.tokenizer import (
     END_OF_TEXT,
     BpeTokenizer,
@@ -28,6 +30,7 @@ from orchestrate.data.tokenizer import (
     has_tokenizer,
     in_rust,
     is_gpt2,
+    remapped,
     tokenizer_kind,
     tokenizer_of,
 )
@@ -187,6 +190,22 @@ def of_data(dataset: str) -> Tokenizer:
     """The tokenizer of a data set, by its name under data/ or its path. Raises ValueError."""
     folder = find_folder(dataset)
     return tokenizer_of(read_meta(folder), kept_with_data(folder))
+
+
+def spoken(data: DataSet, vocabulary_map: Sequence[int]) -> Tokenizer:
+    """The tokenizer of a data set's tokens, through the vocabulary map in force. Raises ValueError."""
+    return remapped(_opened(data.meta, kept_with_data(data.folder)), vocabulary_map)
+
+
+_opened = lru_cache(maxsize=1)(tokenizer_of)  # large vocabularies take seconds
+
+
+def at_hand(data: DataSet) -> Tokenizer:
+    """The tokenizer of a data set's files, from what lies beside them: nothing is downloaded. Raises ValueError."""
+    kept = kept_with_data(data.folder)
+    if (data.meta.tokenizer != "char" or not data.meta.itos) and not has_tokenizer(kept):
+        raise ValueError(f"{kept}: no tokenizer is kept with the data set")
+    return _opened(data.meta, kept)
 
 
 def check_kept(meta: Meta, folder: Path) -> None:

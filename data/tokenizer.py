@@ -61,6 +61,10 @@ class Tokenizer(Protocol):
     """The largest id and one."""
     end_of_text: int | None
     """The id that ends a document; None where there is none."""
+    start_of_text: int | None
+    """The id that stands before a text where something must: what the tokenizer names so, else the one that ends."""
+    unspoken: frozenset[int]
+    """The ids of control tokens, which are no text."""
     fingerprint: str
     """64 hexadecimal digits (see the file's head); empty for a remapped vocabulary."""
 
@@ -150,7 +154,8 @@ class CharTokenizer:
         self.itos = tuple(characters)
         self.stoi = {character: i for i, character in enumerate(self.itos)}
         self.vocab_size = len(self.itos)
-        self.end_of_text = self.stoi.get(END_OF_TEXT)
+        self.start_of_text = self.end_of_text = self.stoi.get(END_OF_TEXT)
+        self.unspoken = frozenset(i for i, text in enumerate(self.itos) if len(text) > 1)
 
     @classmethod
     def of(cls, text: Iterable[str], several: bool = False) -> CharTokenizer:
@@ -203,6 +208,8 @@ class BpeTokenizer(_ByteTokenizer):
         self.kind = encoding.name if encoding.name == "gpt2" else f"tiktoken:{encoding.name}"
         self.vocab_size: int = encoding.n_vocab
         self.end_of_text: int | None = encoding._special_tokens.get(END_OF_TEXT)
+        self.start_of_text = self.end_of_text
+        self.unspoken = frozenset(encoding._special_tokens.values())
 
     @cached_property
     def token_bytes(self) -> dict[int, bytes]:
@@ -271,21 +278,16 @@ class HuggingFaceTokenizer(_ByteTokenizer):
         self.vocab_size = max(self._vocabulary.values()) + 1
         self._added = {i: token.content for i, token in self._inner.get_added_tokens_decoder().items()}
         special = {i for i, token in self._inner.get_added_tokens_decoder().items() if token.special}
-        self.end_of_text = self._find_end(special)
+        self.unspoken = frozenset(special)
+        known = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+        guessed = next((i for text in known if (i := self._vocabulary.get(text)) in special), None)
+        self.end_of_text = self._vocabulary.get(self.special.get("eos_token", ""), guessed)
+        self.start_of_text = self._vocabulary.get(self.special.get("bos_token", ""), self.end_of_text)
         model = described["model"]
         unknown = {model.get("unk_id"), self._vocabulary.get(str(model.get("unk_token")))}
         # A word that is not in the vocabulary may become the unknown one, but no text the one that ends it.
         self._control = (special - unknown) | ({self.end_of_text} - {None})
         self._by_bytes = (described.get("decoder") or {}).get("type") == "ByteLevel"
-
-    def _find_end(self, special: set[int]) -> int | None:
-        more = _object(self.files.get("special_tokens_map.json", b"{}"), "special_tokens_map.json")
-        for named in (self._config.get("eos_token"), more.get("eos_token")):
-            text = named.get("content") if isinstance(named, dict) else named
-            if isinstance(text, str) and text in self._vocabulary:
-                return self._vocabulary[text]
-        known = (self._vocabulary.get(text) for text in (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>"))
-        return next((i for i in known if i in special), None)
 
     @cached_property
     def token_bytes(self) -> dict[int, bytes]:
@@ -406,7 +408,10 @@ class RemappedTokenizer:
         self._back = dict(zip(ids.tolist(), first.tolist(), strict=True))
         self.vocab_size = int(remap.max()) + 1
         end = inner.end_of_text
+        start = inner.start_of_text
         self.end_of_text = None if end is None or end >= len(remap) else int(remap[end])
+        self.start_of_text = None if start is None or start >= len(remap) else int(remap[start])
+        self.unspoken = frozenset(new for new, old in self._back.items() if old in inner.unspoken)
 
     def _mapped(self, ids: list[int]) -> list[int]:
         if ids and max(ids) >= len(self.remap):
@@ -431,6 +436,31 @@ class RemappedTokenizer:
 
     def bytes_of(self, token: int) -> bytes | None:
         return self.inner.bytes_of(self._back.get(int(token), -1))
+
+
+def remapped(tokenizer: Tokenizer, vocabulary_map: Sequence[int]) -> Tokenizer:
+    """A data set's tokenizer as a run speaks it, through the map in force."""
+    return RemappedTokenizer(tokenizer, np.array(vocabulary_map)) if vocabulary_map else tokenizer
+
+
+def byte_counts(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of UTF-8 each id adds to a text, int64; control tokens add none.
+
+    Where the text of an id depends on its neighbours it is taken inside a text, after another token.
+    """
+    before = next((i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).strip().isalpha()), None)
+
+    def count(token: int) -> int:
+        if token in tokenizer.unspoken:
+            return 0
+        known = tokenizer.bytes_of(token)
+        if known is not None or before is None:
+            return len(known or b"")
+        first, both = tokenizer.decode([before]), tokenizer.decode([before, token])
+        # A byte that is a token of its own is no character alone.
+        return 1 if both[len(first) :] == UNKNOWN else len(both[len(first) :].encode("utf-8"))
+
+    return np.array([count(token) for token in range(tokenizer.vocab_size)], dtype=np.int64)
 
 
 @contextlib.contextmanager

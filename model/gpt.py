@@ -532,17 +532,42 @@ class GPT(nn.Module):
             first: the row of the cache that the first row of idx is; the others follow it.
             every: logits after each new token, (batch, time, vocab); those after a row's count mean nothing.
         """
-        if cache is None:
-            x = self._hidden(idx, counts)
-        else:
-            x, rope = self._start(idx, cache.place(idx.shape[1], counts, idx.device, first))
-            for layer, block in enumerate(self.transformer["h"]):
-                x = block.extend(x, rope, cache, layer)
+        x = self._extended(idx, counts, cache, first)
         if every:
             return self._head(x)
         if x.shape[1] > 1:
             x = x[torch.arange(len(x), device=idx.device), torch.tensor(counts, device=idx.device) - 1]
         return self._head(x.flatten(1))
+
+    def score(self, idx: Tensor, counts: Sequence[int], targets: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """How likely given tokens are: log-probabilities in nats, and whether no token is likelier, each (targets,).
+
+        Args:
+            idx, counts, cache: as `extend` has them.
+            targets: the token that follows each of idx, same shape; -1 where none is asked for. The results are those
+                of the others, row by row.
+        """
+        asked = targets != -1
+        x, wanted = self._extended(idx, counts, cache)[asked], targets[asked]
+        found = []
+        for part, tokens in zip(x.split(_SCORED), wanted.split(_SCORED), strict=True):
+            logits = self._head(part).float()
+            given = logits.gather(1, tokens[:, None])[:, 0]
+            found.append((given - logits.logsumexp(-1), logits.argmax(-1) == tokens))
+        return torch.cat([value for value, _ in found]), torch.cat([likeliest for _, likeliest in found])
+
+    def _extended(self, idx: Tensor, counts: Sequence[int], cache: Cache | None, first: int = 0) -> Tensor:
+        """The residual stream after the last block, of tokens that follow those of the cache."""
+        if cache is None:
+            return self._hidden(idx, counts)
+        x, rope = self._start(idx, cache.place(idx.shape[1], counts, idx.device, first))
+        for layer, block in enumerate(self.transformer["h"]):
+            x = block.extend(x, rope, cache, layer)
+        return x
+
+
+_SCORED = 1024
+"""Positions whose logits are in memory together."""
 
 
 def _embed(model: GPT, idx: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -24,6 +24,7 @@ EXAMPLES = {
     "set_eval_interval": 3,
     "set_eval_interval_tokens": 200,
     "set_eval_iters": 2,
+    "set_eval_tasks": ["adder"],
     "set_log_interval": 2,
     "set_data_mixture": {"first": 1, "second": 3},
     "set_dataset": "second",

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "train a model while a schedule changes the run",
     "plan": "check a configuration and its schedule, print the stages, train nothing",
     "sample": "generate text from a run folder, a Hugging Face model or a nanoGPT ckpt.pt",
+    "evaluate": "score models by the tasks of lm-eval",
     "chat": "talk to a model in the terminal",
     "serve": "OpenAI's API and a page to chat on, with the checkpoints of a run",
     "export": "a model for programs that read Hugging Face folders, for peft, or for nanoGPT",

@@ -224,7 +224,7 @@ def _rows(asked: Asked, loaded: Loaded) -> tuple[list[Row], Answer]:
             else:
                 text = Text(talk.tokenizer, prompt, asked.stop)
             text.take()  # an answer does not repeat its prompt
-            rows.append(Row(loaded, prompt, asked.choice, (asked.seed, i), room, text))
+            rows.append(Row(loaded, prompt, asked.choice, (asked.seed, i), room, text, not asked.stream))
     return rows, Answer(asked, loaded.offer.name, sum(map(len, prompts)), dropped)
 
 

@@ -41,6 +41,7 @@ class Row:
         seed: of its random numbers.
         room: how many tokens it may have at most, 1 or more.
         text: what has been written; it is empty at first.
+        whole: tell it in one piece, when it has ended: what is told wakes the other thread, which costs both time.
     """
 
     loaded: Loaded
@@ -49,6 +50,7 @@ class Row:
     seed: Sequence[int]
     room: int
     text: Text
+    whole: bool = False
     tokens: int = 0
     dropped: bool = field(default=False, init=False)
 
@@ -189,6 +191,6 @@ class Engine:
             if end:
                 going.end(number)
                 del rows[number]
-            new = row.text.take()
+            new = row.text.take() if end or not row.whole else ""
             if new or end:
                 told.append((row, Piece(new, row.tokens, end)))

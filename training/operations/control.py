@@ -43,6 +43,17 @@ class SetEvalIters(Operation):
         return replace(settings, eval_iters=self.value)
 
 
+@operation("set_eval_tasks")
+class SetEvalTasks(Operation):
+    """Set the tasks that evaluations score, each NAME or NAME:FOLDER as eval_tasks has them; []: none."""
+
+    touches: ClassVar = ("eval_tasks",)
+    value: list[str]
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, eval_tasks=tuple(self.value))
+
+
 @operation("set_log_interval")
 class SetLogInterval(Operation):
     """Set the iterations between lines of metrics."""

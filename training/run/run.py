@@ -7,7 +7,7 @@ whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,6 +34,7 @@ from orchestrate.training.run.optimizers import Optimizer
 from orchestrate.training.run.sickness import Diagnosis
 from orchestrate.training.run.step import StepResult
 from orchestrate.training.run.stopwatch import Stopwatch
+from orchestrate.training.run.text_bytes import TextBytes
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import RanksDisagree
 from orchestrate.training.settings.records import Progress, Settings
@@ -79,6 +80,7 @@ class Run:
         self.diagnosis = Diagnosis(ranks, progress, late=device.type == "cuda")
         self.injector = Injector(config.inject, ranks.rank, config.out_dir)
         self.eval_batch_size = config.eval_batch_size or config.batch_size
+        self.text_bytes = TextBytes()
         self.stopwatch = Stopwatch()
         self.consistent = True
 
@@ -148,6 +150,17 @@ class Run:
                     return None
                 losses[name] = loss
         return losses
+
+    def bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Of validation losses by data set; without those whose tokenizer is not at hand."""
+        s = self.settings
+        windows = s.eval_iters * self.eval_batch_size
+        found = {
+            name: self.text_bytes.bits_per_byte(self.batches.opened[name], loss, windows, s.model.block_size)
+            for name, loss in losses.items()
+            if name in self.batches.opened
+        }
+        return {name: bits for name, bits in found.items() if bits is not None}
 
     def has_words_of(self, data: DataSet) -> bool:
         """Whether the model has all tokens of a data set: one of several may wait for the vocabulary to grow."""

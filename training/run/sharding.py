@@ -41,6 +41,7 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> G
     fully_shard(model, mesh=mesh)
     for module in (*model.transformer["h"], model):
         register_fsdp_forward_method(module, "extend")  # generating gathers weights as a forward pass does
+    register_fsdp_forward_method(model, "score")
     return model
 
 

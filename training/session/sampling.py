@@ -14,14 +14,13 @@ import torch
 
 from orchestrate.data.keeping import kept_with_run, of_data
 from orchestrate.data.stream import Meta
-from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_of
+from orchestrate.data.tokenizer import HuggingFaceTokenizer, Tokenizer, remapped, tokenizer_of
 from orchestrate.model import hugging_face, nanogpt, peft_folder
 from orchestrate.model.generate import lay_out
 from orchestrate.model.gpt import GPT, from_weights
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.session.resume import latest_good, reading
 from orchestrate.training.session.start import is_run_folder, named_checkpoint, speaker
-from orchestrate.training.session.texts import remapped
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.values import shown
 from orchestrate.training.store.checkpoint import Checkpoint

@@ -20,10 +20,15 @@ def check_tasks(config: TrainConfig, meta: Meta, stages: Sequence[Stage]) -> Non
     Args:
         meta: what the tokens of the training data are.
     """
-    tasks = make(config.eval_tasks)
-    block_size = min(stage.settings.model.block_size for stage in stages)
-    problems = [f"eval_tasks: {task.name}: {why}" for task in tasks if (why := task.check(meta, block_size))]
-    known = [name for task in tasks for name in task.metrics]
+    known: list[str] = []
+    problems: list[str] = []
+    lists = {stage.settings.eval_tasks: stage for stage in reversed(stages)}
+    for given, stage in reversed(lists.items()):
+        place = "eval_tasks" if stage.entry is None else f"entry {stage.entry.number}: {stage.entry}"
+        tasks = make(given, place)
+        block_size = min(stage.settings.model.block_size for stage in stages if stage.settings.eval_tasks == given)
+        problems += [f"{place}: {task.name}: {why}" for task in tasks if (why := task.check(meta, block_size))]
+        known += [name for task in tasks for name in task.metrics if name not in known]
     asked = [
         (f"entry {s.entry.number}: {s.entry}", name) for s in stages if s.entry for name in sorted(s.entry.metrics)
     ]

@@ -29,6 +29,7 @@ from orchestrate.training.settings.metrics import (
     LOGGED,
     ON_FIRST_RANK,
     PARTS,
+    VAL_BPB,
     VAL_LOSS,
     comes_with,
     falling,
@@ -40,6 +41,7 @@ from orchestrate.training.settings.records import moved
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Silent, machine, memory_percent
 from orchestrate.training.store.state import ScheduleText, State, UserFile
+from orchestrate.training.tasks import Task
 from orchestrate.training.tasks import make as tasks_of
 
 
@@ -68,7 +70,7 @@ class Session:
         self.signals = signals
         self.wandb_id = wandb_id
         self.operations = operations
-        self.tasks = tasks_of(config.eval_tasks)
+        self._tasks: dict[tuple[str, ...], Sequence[Task]] = {}
         self.orchestrator = orchestrator
         orchestrator.host = self
         self.began_at = run.progress.iter
@@ -231,6 +233,14 @@ class Session:
         on_time = p.tokens // every > p.last_eval_tokens // every if every else p.iter % s.eval_interval == 0
         return ends or on_time
 
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """Those of eval_tasks as it is now."""
+        names = self.run.settings.eval_tasks
+        if names not in self._tasks:
+            self._tasks = {names: tasks_of(names)}
+        return self._tasks[names]
+
     def must_save(self) -> bool:
         """Whether save_interval or save_interval_tokens asks for a checkpoint at this boundary. Once for each."""
         p, config = self.run.progress, self.config
@@ -255,16 +265,19 @@ class Session:
             p.best_val_loss, p.best_iter = loss, p.iter
         if self.config.early_stopping_metric == VAL_LOSS:
             self._look_for_gain(VAL_LOSS, loss)
-        by_name = {**of_sources, **scored}
+        bits = self._bits(losses)
+        by_name = {**of_sources, **bits, **scored}
         if (metric := self.config.early_stopping_metric) in by_name:
             self._look_for_gain(metric, by_name[metric])
         self.metrics("eval", val_loss=loss, **by_name, best_val_loss=p.best_val_loss)
         each = f" ({', '.join(f'{name} {value:.4f}' for name, value in losses.items())})" if of_sources else ""
-        self.reporter.say(f"step {p.iter}: val loss {loss:.4f}{each}" + (" (best)" if p.best_iter == p.iter else ""))
+        best = " (best)" if p.best_iter == p.iter else ""
+        bytewise = f", {bits[VAL_BPB]:.4f} bits per byte" if VAL_BPB in bits else ""
+        self.reporter.say(f"step {p.iter}: val loss {loss:.4f}{each}{best}{bytewise}")
         if scored:
             self.reporter.say(f"step {p.iter}: " + ", ".join(f"{name} {value:.4f}" for name, value in scored.items()))
-        if by_name:
-            self.orchestrator.observe(by_name)
+        if noted := {name: value for name, value in by_name.items() if name in self.orchestrator.asked}:
+            self.orchestrator.observe(noted)
         if recorded is not None:  # with eval_only
             same = "equals" if loss == recorded else f"differs by {loss - recorded:.3g} from"
             self.reporter.say(f"val loss {loss!r} {same} what the checkpoint recorded")
@@ -280,6 +293,18 @@ class Session:
         """The validation losses of several data sets by the names of their metrics; of one there is val_loss alone."""
         several = len(self.run.batches.data) > 1
         return {of_source(VAL_LOSS, name): loss for name, loss in losses.items()} if several else {}
+
+    def _bits(self, losses: dict[str, float]) -> dict[str, float]:
+        """Bits per byte by the names of their metrics: together as the losses are, where all that count have them."""
+        run = self.run
+        before = set(run.text_bytes.missing)
+        found = run.bits_per_byte(losses)
+        for name in run.text_bytes.missing.keys() - before:
+            self.reporter.say(f"{VAL_BPB} is not measured of {name or 'the data'}: {run.text_bytes.missing[name]}")
+        several = len(run.batches.data) > 1
+        counting = {name for name in losses if not several or run.config.evaluated.get(name)}
+        bits = {VAL_BPB: run.together(found)} if counting <= found.keys() else {}
+        return bits | ({of_source(VAL_BPB, name): value for name, value in found.items()} if several else {})
 
     def _look_for_gain(self, metric: str, value: float) -> None:
         """Count one more value of the metric that early stopping looks at."""
@@ -302,7 +327,8 @@ class Session:
             return None
         self.tick()
         loss, best = self.run.together(losses), self.run.progress.best_val_loss
-        self.metrics("eval", val_loss=loss, **self._losses(losses), best_val_loss=best, why=why)
+        by_name = {**self._losses(losses), **self._bits(losses)}
+        self.metrics("eval", val_loss=loss, **by_name, best_val_loss=best, why=why)
         return loss
 
     def watch_memory(self) -> None:

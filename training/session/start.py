@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from orchestrate.data.keeping import check_kept, differs, kept_with_data, named
+from orchestrate.data.keeping import at_hand, check_kept, differs, kept_with_data, named
 from orchestrate.data.mixture import Sources, extends
 from orchestrate.data.stream import DataSet, Meta, find_folder, open_data, read_meta, read_remap, within
 from orchestrate.data.tokenizer import has_tokenizer, tells_apart
@@ -35,7 +35,7 @@ from orchestrate.training.session.scores import check_tasks
 from orchestrate.training.session.texts import check_prompts
 from orchestrate.training.settings.config import TrainConfig, keys_of, model_values, stands_for_more
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.metrics import source_of
+from orchestrate.training.settings.metrics import is_of_bytes, source_of
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.settings.values import shown
 from orchestrate.training.store import checkpoint
@@ -50,7 +50,7 @@ IN_SETTINGS = {
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
             "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_interval_tokens "
             "eval_iters log_interval use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype "
-            "curriculum_alpha"
+            "curriculum_alpha eval_tasks"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
@@ -329,6 +329,12 @@ def check_data(data: Sources, config: TrainConfig, stages: list[Stage], foreign:
     asked += [(f"entry {entry.number}: {entry}", name) for entry in entries for name in sorted(entry.metrics)]
     there = ", ".join(data) if len(data) > 1 else f"{next(iter(data))} alone, and its metrics have no name behind them"
     for place, name in asked:
+        if is_of_bytes(name):
+            for one in data.values():
+                try:
+                    at_hand(one)
+                except ValueError as error:
+                    raise Refused(f"{place}: {name} cannot be measured: {error}") from None
         if source_of(name) and (len(data) == 1 or source_of(name) not in data):
             raise Refused(f"{place}: {name} is of no data set that the run reads: there is {there}")
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
-
-from orchestrate.data.keeping import kept_with_data
+from orchestrate.data.keeping import spoken
 from orchestrate.data.stream import DataSet
-from orchestrate.data.tokenizer import Pieces, RemappedTokenizer, Tokenizer, tokenizer_of
+from orchestrate.data.tokenizer import Pieces, Tokenizer
 from orchestrate.model.generate import Choice, Continuation, evaluating
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.run import Run
@@ -177,25 +174,12 @@ class Text:
         return any(stop.startswith(text) for stop in self._stop)
 
 
-def remapped(tokenizer: Tokenizer, vocabulary_map: Sequence[int]) -> Tokenizer:
-    """A data set's tokenizer as a run speaks it, through the map in force."""
-    return RemappedTokenizer(tokenizer, np.array(vocabulary_map)) if vocabulary_map else tokenizer
-
-
-def _of_run(data: DataSet, settings: Settings) -> Tokenizer:
-    """That of the data set, through the map of the run. Raises ValueError."""
-    return remapped(_opened(data.meta, kept_with_data(data.folder)), settings.vocabulary_map)
-
-
-_opened = lru_cache(maxsize=1)(tokenizer_of)  # large vocabularies take seconds
-
-
 def check_prompts(config: TrainConfig, data: DataSet, settings: Settings) -> None:
     """Raises Refused where the texts of sample_prompts cannot be read by the run's tokenizer, or by its model."""
     if not config.sample_prompts:
         return
     try:
-        tokenizer = _of_run(data, settings)
+        tokenizer = spoken(data, settings.vocabulary_map)
         encoded(tokenizer, config.sample_prompts, settings.model.vocab_size)
     except ValueError as error:
         problems = error.problems if isinstance(error, Refused) else [str(error)]
@@ -211,7 +195,7 @@ def continue_prompts(run: Run) -> list[dict[str, str]]:
     config, prompts = run.config, run.config.sample_prompts
     if not prompts or not (run.ranks.is_first or run.ranks.sharded):
         return []
-    tokenizer = _of_run(run.batches.opened.speaks, run.settings)
+    tokenizer = spoken(run.batches.opened.speaks, run.settings.vocabulary_map)
     texts = [{"prompt": prompt, "text": ""} for prompt in prompts]
     try:
         with run.stopwatch.part("eval"):

@@ -96,11 +96,12 @@ class _RunKeys(BaseModel):
     sample_prompts: Texts = _key((), "prompts that are continued at every evaluation, a list of texts; (): none")
     sample_tokens: PositiveInt = _key(64, "tokens of each continuation of sample_prompts")
     eval_tasks: Texts = _key(
-        (), "tasks that evaluations score, a list of NAME or NAME:FOLDER (adder, multiplier); (): none"
+        (), "tasks that evaluations score, a list of NAME or NAME:FOLDER (adder, multiplier, lm-eval's); (): none"
     )
     eval_tasks_interval: NonNegativeInt = _key(
         0, "iterations between scores of eval_tasks, each at the first evaluation from there on; 0: at every evaluation"
     )
+    eval_tasks_limit: NonNegativeInt = _key(0, "documents of each task of lm-eval that are asked at most; 0: all")
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
     save_interval: NonNegativeInt = _key(0, "iterations between checkpoints beside those of evaluations; 0: none")

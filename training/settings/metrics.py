@@ -16,11 +16,12 @@ from pydantic import AfterValidator, WithJsonSchema
 from orchestrate.training.settings.values import nearest
 
 VAL_LOSS = "val_loss"
+VAL_BPB = "val_bpb"
 PARTS = ("data", "forward_backward", "optimizer", "eval", "operation", "checkpoint")
 """Of the loop, as `seconds_by_part` has them."""
 
-EVALUATED = (VAL_LOSS,)
-"""Values come with the evaluations at eval_interval."""
+EVALUATED = (VAL_LOSS, VAL_BPB)
+"""Values come with the evaluations at eval_interval; bits per byte where the tokenizer of the data is at hand."""
 ON_FIRST_RANK = (
     "tokens_per_second",
     *(f"seconds_by_part.{part}" for part in PARTS),
@@ -34,7 +35,7 @@ LOGGED = (
 )  # fmt: skip
 """Values come with the lines of every log_interval."""
 NAMES = (*EVALUATED, *LOGGED)
-_OF_SOURCES = (VAL_LOSS, "passes", "coverage")
+_OF_SOURCES = (VAL_LOSS, VAL_BPB, "passes", "coverage")
 """What a run with several data sets measures of each, as val_loss/NAME and so on."""
 _OF_TASK = "eval/"
 
@@ -58,6 +59,11 @@ def of_task(what: str) -> str:
 def is_of_task(name: str) -> bool:
     """Whether a task may give this; of tasks that are not the run's nobody does."""
     return re.fullmatch(r"eval/[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
+
+
+def is_of_bytes(name: str) -> bool:
+    """Whether a metric needs the tokenizer of the data."""
+    return name.partition("/")[0] == VAL_BPB
 
 
 def comes_with(name: str, kinds: Container[str]) -> bool:

@@ -79,6 +79,8 @@ class Settings:
     lora_dropout: Fraction = 0.0
     """Of what the adapters of Linear layers read."""
     dropout: Fraction = 0.0
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks that evaluations score, each NAME or NAME:FOLDER."""
     eval_interval_tokens: NonNegativeInt = 0
     """An evaluation at the first boundary at or after each multiple of so many tokens; 0: eval_interval counts."""
     activation_checkpointing: bool = False
@@ -152,7 +154,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        lists = {"frozen": list(self.frozen), "vocabulary_map": list(self.vocabulary_map)}
+        lists = {name: list(values[name]) for name in ("frozen", "vocabulary_map", "eval_tasks")}
         fading = {layer: dataclasses.asdict(fade) for layer, fade in self.fading.items()}
         return {**values, "model": self.model.to_json(), **lists, "fading": fading}
 

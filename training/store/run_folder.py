@@ -91,6 +91,8 @@ class Eval(_Metrics):
     kind: Literal["eval"]
     val_loss: _Number
     """Mean loss of the validation windows in nats per token."""
+    val_bpb: NotRequired[_Number]
+    """The same loss in bits per byte of the text, where the tokenizer of the data is at hand."""
     best_val_loss: NotRequired[_Number]
     """The lowest so far."""
     # Scores of eval_tasks stand beside these under their own names, such as eval/adder_accuracy.

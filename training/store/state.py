@@ -122,7 +122,10 @@ class State:
         """What `to_json` of this or an earlier version made. Raises ValueError, a line for each problem."""
         readers = {
             "config": TrainConfig.model_validate,
-            "settings": Settings.from_json,
+            # Older versions knew eval_tasks as a key of the configuration alone.
+            "settings": lambda values: Settings.from_json(
+                {"eval_tasks": parts["config"].eval_tasks, **values} if isinstance(values, dict) else values
+            ),
             "progress": lambda values: Progress.from_json(values, parts["settings"]),
             "tokenizer": Meta.from_json,
             "orchestrator": TypeAdapter(_Orchestrator).validate_python,

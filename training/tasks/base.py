@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 from orchestrate.data.stream import Meta
 from orchestrate.training.run.run import Run
-from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.metrics import of_task
-from orchestrate.training.settings.values import nearest, registered, shown
+from orchestrate.training.settings.values import registered
 
 
 class Task(ABC):
@@ -25,7 +23,7 @@ class Task(ABC):
         source: what it reads, as eval_tasks gives it: a folder under data/, or a path. Raises ValueError.
     """
 
-    name: ClassVar[str]
+    name: str
 
     @abstractmethod
     def __init__(self, source: str) -> None: ...
@@ -57,27 +55,3 @@ TASKS: dict[str, type[Task]] = {}
 def task(name: str) -> Callable[[type[Task]], type[Task]]:
     """Class decorator: make a task known to eval_tasks. Raises ValueError for a name that is taken."""
     return registered(TASKS, name, "name", "a task")
-
-
-def make(given: Sequence[str]) -> tuple[Task, ...]:
-    """The tasks that eval_tasks names, NAME or NAME:FOLDER. Raises Refused."""
-    found: dict[str, Task] = {}
-    problems = []
-    for text in given:
-        name, _, source = text.partition(":")
-        if name not in TASKS:
-            problems.append(f"eval_tasks: there is no task {shown(name)}{nearest(name, TASKS)}; there are {_listed()}")
-        elif name in found:
-            problems.append(f"eval_tasks: {name} is there twice")
-        else:
-            try:
-                found[name] = TASKS[name](source or name)
-            except ValueError as error:
-                problems.append(f"eval_tasks: {name}: {error}")
-    if problems:
-        raise Refused(problems)
-    return tuple(found.values())
-
-
-def _listed() -> str:
-    return ", ".join(TASKS)
