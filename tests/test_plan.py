@@ -312,6 +312,10 @@ def test_the_table_fits_100_columns_and_says_all_of_each_entry(data, tmp_path, c
         "set_grad_accum 8: at once; over 10 iterations (power 0.5) grad_accum 2 -> 8",
     ):
         assert part in said, part
+    assert said.startswith(
+        "start MFLOP/token 0.0; model 54.8 KB; optimizer 54.8 KB; activations* 165.1 KB 1 stack_layers"
+    )
+    assert "iterations (power 0.5) grad_accum 2 -> 8 4 (round 1 of 2)" in said, "costs as before are left out"
     assert "on_error stop" not in said and "reshapes_asked" not in said
     _, wide = planned(tmp_path, data, SAID, capsys, "--plan", "--wide")
     rows = wide.splitlines()

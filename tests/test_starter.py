@@ -50,6 +50,7 @@ def test_without_keys_it_is_a_small_run_of_shakespeare(tmp_path):
     assert tools.run("plan", ["--init", str(tmp_path)]) == 0
     values = written(tmp_path)
     assert (values["dataset"], values["max_iters"], values["warmup_iters"]) == ("shakespeare_char", 2000, 100)
+    assert (values["eval_interval"], values["log_interval"], values["lr_decay_iters"]) == (100, 20, 2000)
     assert (values["out_dir"], values["schedule"]) == (f"{tmp_path}/run", f"{tmp_path}/schedule.yaml")
     text = (tmp_path / "config.py").read_text()
     for key, value in values.items():
