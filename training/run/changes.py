@@ -189,6 +189,8 @@ def _wrap(run: Run, change: Change) -> nn.Module:
     if settings.fading != model.fading:
         model.set_fading(settings.fading)
     model.checkpointing = settings.activation_checkpointing
+    opened = change.batches.opened
+    model.document_end = opened.document_end(settings.vocabulary_map) if settings.document_mask else None
     return run.ranks.wrap(model, run.device) if change.rewraps else run.wrapped
 
 

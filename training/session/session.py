@@ -53,7 +53,6 @@ class Session:
 
     Args:
         orchestrator: at the place in the schedule from which this start goes on.
-        wandb_id: id of the W&B run, kept in every checkpoint so that a resume continues it.
         operations: files of the user's own operations, kept in every checkpoint so that a resume asks for them.
     """
 
@@ -64,14 +63,12 @@ class Session:
         orchestrator: Orchestrator,
         reporter: Silent,
         signals: SignalWatch | NoSignals,
-        wandb_id: str | None = None,
         operations: Sequence[OwnFile] = (),
     ) -> None:
         self.config = config
         self.run = run
         self.reporter = reporter
         self.signals = signals
-        self.wandb_id = wandb_id
         self.operations = operations
         self._tasks: dict[tuple[str, ...], Sequence[Task]] = {}
         self.orchestrator = orchestrator
@@ -409,7 +406,7 @@ class Session:
             orchestrator=self.orchestrator.state(),
             schedule=ScheduleText(schedule.source, schedule.text),
             scaler=run.scaler.state_dict(),
-            wandb_id=self.wandb_id,
+            wandb_id=self.reporter.wandb_id,
             log_sizes=self.reporter.sizes(),
             data=run.batches.opened.fingerprint(),
             tokenizer=run.batches.opened.meta.of_tokens(),
@@ -443,7 +440,7 @@ class Session:
         run.restore(settings, state.progress, model, moments, state.scaler)
         self.stops_seen = run.settings.stops_asked
         self._logged_tokens = run.progress.tokens
-        self.reporter.void_since(state.log_sizes)
+        self.reporter.void_since(state.log_sizes, run.progress.iter)
         return state.orchestrator
 
     def keep(self, why: str) -> None:

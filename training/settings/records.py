@@ -90,6 +90,8 @@ class Settings:
     """Tasks that evaluations score, each NAME or NAME:FOLDER."""
     eval_interval_tokens: NonNegativeInt = 0
     """An evaluation at the first boundary at or after each multiple of so many tokens; 0: eval_interval counts."""
+    document_mask: bool = False
+    """Whether no token of training and validation sees another document of its row (model/gpt.py)."""
     activation_checkpointing: bool = False
     """Whether the backward pass computes the inside of each block again instead of keeping it."""
     weights_dtype: WeightsDtype = "float32"
@@ -148,7 +150,7 @@ class Settings:
 
         def facts(s: Settings) -> tuple[Any, ...]:
             rounded = () if s.weights_dtype == "float32" else (s.weights_dtype, s.frozen)
-            return s.model, s.reshapes_asked, s.fading, s.vocabulary_map, s.eval_iters, rounded
+            return s.model, s.reshapes_asked, s.fading, s.vocabulary_map, s.eval_iters, s.document_mask, rounded
 
         return facts(self) == facts(other)
 
