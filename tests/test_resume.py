@@ -105,8 +105,8 @@ def stop_at(monkeypatch, iteration: int, polls: int = 0) -> None:
                 self._agreed = int(signal.SIGUSR1)
         return self._agreed
 
-    def step(run):
-        result = original(run)
+    def step(run, near=False):
+        result = original(run, near)
         SignalWatch.at = run.progress.iter
         return result
 
@@ -281,10 +281,10 @@ def test_killed_between_two_entries_of_a_chain(uninterrupted, tiny, resume, monk
 def test_killed_at_an_older_checkpoint_takes_back_what_came_after(uninterrupted, tiny, resume, monkeypatch, tmp_path):
     original = Run.step
 
-    def die(run):
+    def die(run, near=False):
         if run.progress.iter == 7:
             raise KeyboardInterrupt
-        return original(run)
+        return original(run, near)
 
     with monkeypatch.context() as patched:
         patched.setattr(Run, "step", die)
@@ -311,10 +311,10 @@ def test_longer_runs_go_on_from_their_end(tiny, resume):
 def test_an_exception_leaves_an_emergency_checkpoint(tiny, resume, monkeypatch, tmp_path):
     original = Run.step
 
-    def fail(run):
+    def fail(run, near=False):
         if run.progress.iter == 5:
             raise RuntimeError("the cable")
-        return original(run)
+        return original(run, near)
 
     with monkeypatch.context() as patched:
         patched.setattr(Run, "step", fail)
@@ -461,10 +461,10 @@ def test_signals_are_handled_by_name(tiny):
     """A real signal to this process, in the middle of the run."""
     original = Run.step
 
-    def step(run):
+    def step(run, near=False):
         if run.progress.iter == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run)
+        return original(run, near)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Run, "step", step)

@@ -34,10 +34,10 @@ def saved_at(out) -> list[int]:
 def killed_at(iteration: int, patched: pytest.MonkeyPatch) -> None:
     original = Run.step
 
-    def step(run):
+    def step(run, near=False):
         if run.progress.iter == iteration:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run)
+        return original(run, near)
 
     patched.setattr(Run, "step", step)
 

@@ -64,9 +64,9 @@ def test_the_loss_is_read_after_the_next_step(data, late, tmp_path, monkeypatch)
     order = []
     real_step, real_write = Run.step, Session._write_step
 
-    def step(run):
+    def step(run, near=False):
         order.append(("step", run.progress.iter))
-        return real_step(run)
+        return real_step(run, near)
 
     def write(session):
         if session._unwritten:
@@ -180,8 +180,8 @@ def test_an_early_stop_on_a_logged_metric_knows_of_the_last_step(tiny, late, fau
 def test_an_exception_with_an_answer_pending_saves_the_state_before_the_sick_step(tiny, resume, late, monkeypatch):
     real = Run.step
 
-    def fails(run):
-        result = real(run)
+    def fails(run, near=False):
+        result = real(run, near)
         if run.progress.iter == 6:
             raise RuntimeError("the cable")
         return result
