@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from orchestrate.training.operations import OPERATIONS, Operation  # noqa: E402
 from orchestrate.training.schedule.file import Guard  # noqa: E402
 from orchestrate.training.schedule.triggers import TRIGGERS  # noqa: E402
-from orchestrate.training.settings.metrics import EVALUATED, LOGGED  # noqa: E402
+from orchestrate.training.settings.metrics import ANALYSED, LOGGED, VAL_BPB, VAL_LOSS  # noqa: E402
 
 HEAD = """# Operations
 
@@ -74,6 +74,7 @@ METRICS = """## Metrics
 `trigger`, `guard` and `early_stopping_metric` name a number of metrics.jsonl, with a dot where it is inside a mapping.
 
 - with every evaluation at eval_interval: {}
+- with the evaluations at which the model is analysed (`analyze_interval`, docs/analysis.md): {}
 - with every line of log_interval: {}
 - with several data sets, of each: `val_loss/NAME` with evaluations, `passes/NAME` and `coverage/NAME` with the lines
 - with the evaluations that score `eval_tasks`: the numbers of those tasks, such as `eval/adder_accuracy`, of which more
@@ -167,7 +168,9 @@ def page() -> str:
     argument = kind({"$ref": "#/$defs/Guard"}, {"Guard": Guard.model_json_schema()})
     parts.append(f"\n## Guard\n\n`guard`: {argument}.\n{inspect.cleandoc(Guard.__doc__ or '')}\n")
     parts.append(LANGUAGE + re.sub(r"\n  +", " ", RULES))
-    parts.append(METRICS.format(*(", ".join(f"`{n}`" for n in names) for names in (EVALUATED, LOGGED))))
+    parts.append(
+        METRICS.format(*(", ".join(f"`{n}`" for n in names) for names in ((VAL_LOSS, VAL_BPB), ANALYSED, LOGGED)))
+    )
     return "\n".join(wrapped(line) for line in "\n".join(parts).splitlines()) + "\n"
 
 

@@ -29,6 +29,7 @@ EXAMPLES = {
     "set_data_mixture": {"first": 1, "second": 3},
     "set_dataset": "second",
     "set_curriculum_alpha": 0.5,
+    "set_document_mask": True,
     "set_activation_checkpointing": True,
     "set_weights_dtype": "bfloat16",
     "freeze_layer": ["attn.0", "wte"],

@@ -61,7 +61,8 @@ def test_runs_to_its_end(path, style, tiny, data):
         for n in (1, 2, 3):
             named = named.replace(f"adder/{n}", f"{data}{'/.' * n}")
         schedule = [{key: entry[key] for key in entry if key != "trigger"} for entry in json.loads(named)]
-    code, out = tiny(schedule, **SMALL, **STYLES[style])
+    analyses = {"analyze_interval": 1} if path.name == "adaptive_batch.yaml" else {}
+    code, out = tiny(schedule, **SMALL, **STYLES[style], **analyses)
     assert code == 0
     steps = parse_schedule(json.dumps(schedule), "s.json").tracks
     for name, track in steps.items():

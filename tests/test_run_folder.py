@@ -38,7 +38,9 @@ def test_a_run_that_went_back(tiny):
     run = read_run(out)
     train = [[m["iter"] for m in record.metrics if m["kind"] == "train"] for record in (run, run.valid)]
     assert train == [[*range(1, 9), *range(6, 13)], [*range(1, 13)]]
-    assert [e["kind"] for e in run.events if e.get("void")] == ["decision", "operation"], "it went back to before the decision"
+    assert [e["kind"] for e in run.events if e.get("void")] == ["decision", "operation"], (
+        "it went back to before the decision"
+    )
     assert [e["entry"] for e in run.valid.events if e["kind"] == "rollback"] == [1]
     assert run.config["max_iters"] == 12 and run.foreign == {"metrics.jsonl": 0, "events.jsonl": 0}
     assert run.checkpoints[0] == SavedCheckpoint(

@@ -19,7 +19,7 @@ from functools import partial
 from orchestrate.tools.main import called
 from orchestrate.training import plan
 from orchestrate.training.loop import train
-from orchestrate.training.schedule.own import registered
+from orchestrate.training.schedule.own import OwnFile, registered
 from orchestrate.training.session.launch import launch
 from orchestrate.training.session.seeds import train_seeds
 from orchestrate.training.session.stopping import SignalWatch
@@ -90,8 +90,17 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
             watch = watch or stack.enter_context(SignalWatch().installed())
             if config.seeds:
                 return train_seeds(config, given, arguments, watch, partial(print, flush=True))
-            return launch(config, given, watch, train, own)
+            return launch(config, given, watch, train, own, partial(_planned, config, given, own))
         with refusing():
             planned = plan.make(config, given, int(os.environ.get("WORLD_SIZE", 1)), options.against, own)
         print(planned.to_json() if options.plan == "json" else planned.table())
         return 0
+
+
+def _planned(config: TrainConfig, given: dict[str, str], own: Sequence[OwnFile]) -> str:
+    """What --plan prints, for trackers; of a plan that cannot be made, why."""
+    try:
+        with refusing():
+            return plan.make(config, given, int(os.environ.get("WORLD_SIZE", 1)), "", own).table()
+    except Refused as error:
+        return "\n".join(error.problems)

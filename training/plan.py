@@ -294,7 +294,7 @@ def _graphs(s: Settings) -> set[str]:
         frozen = [name in s.frozen for name in layers]
         return repr((shape, more, specs, drops, frozen, s.weights_dtype if adapters or any(frozen) else ""))
 
-    blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n]) for n in range(c.n_layer)}
+    blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n], s.document_mask) for n in range(c.n_layer)}
     before = graph(["wte", "wpe"], "before", c.vocab_size, c.block_size if c.position == "learned" else 0)
     after = graph(["wte", "ln_f"] if c.tie_weights else ["ln_f", "lm_head"], "after", c.vocab_size, c.tie_weights)
     return {*blocks, before, after}
@@ -314,15 +314,18 @@ def activation_bytes(s: Settings, width: int) -> int:
 
     Per block and token: input and output of both norms, queries, keys and values (queries and keys twice where they
     are normed), the heads' output twice, the inner MLP tensors (two, with a gate four); then the logits with their
-    softmax and its gradient. With activation checkpointing only the input of each block, and the inside of one.
+    softmax and its gradient. With activation checkpointing only the input of each block, and the inside of one. With
+    the mask between documents also that mask, once, and keys and values of a head for each head of queries.
     """
     c, tokens = s.model, s.batch_size * s.sequence_length
     heads = (c.n_head + 2 * c.n_kv_head) * c.head_size + 2 * c.n_head * c.head_size
     heads += (c.n_head + c.n_kv_head) * c.head_size if c.qk_norm else 0
+    heads += 2 * (c.n_head - c.n_kv_head) * c.head_size if s.document_mask else 0
+    mask = tokens * s.sequence_length if s.document_mask else 0
     inner = 4 if c.activation == "swiglu" else 2
     inside = [4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden]
     blocks = c.n_layer * c.n_embd + max(inside) if s.activation_checkpointing else sum(inside)
-    return tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)
+    return width * mask + tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)
 
 
 # ---------------------------------------------------------------------------------------------- cells

@@ -20,7 +20,12 @@ VAL_BPB = "val_bpb"
 PARTS = ("data", "forward_backward", "optimizer", "eval", "operation", "checkpoint")
 """Of the loop, as `seconds_by_part` has them."""
 
-EVALUATED = (VAL_LOSS, VAL_BPB)
+ANALYSED = (
+    "rank/attn", "rank/mlp", "embedding/cosine", "embedding/norm", "embedding/isotropy", "attention_entropy", "drift",
+    "update_ratio", "grad_noise_scale", "grad_noise_ratio",
+)  # fmt: skip
+"""Values come with the evaluations at which the model is analysed (analyze_interval)."""
+EVALUATED = (VAL_LOSS, VAL_BPB, *ANALYSED)
 """Values come with the evaluations at eval_interval; bits per byte where the tokenizer of the data is at hand."""
 ON_FIRST_RANK = (
     "tokens_per_second",
