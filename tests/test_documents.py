@@ -147,7 +147,7 @@ def _script_parses(words: Sequence[str]) -> None:
 
 def _as_script(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sys, "argv", list(words))
-    patch.setattr(sys, "path", list(sys.path))
+    patch.setattr(sys, "path", [str((ROOT / words[0]).parent), *sys.path])
     runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
