@@ -69,6 +69,10 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         ["training/schedule/file.py", "training/schedule/stages.py", "training/schedule/ramps.py"],
         ["tracks", "schedule", "orchestrator", "hostile"],
     ),
+    "plan table": (["tools/plan_table.py"], ["plan"]),
+    "schema": (["training/schedule/file_schema.py"], ["schemas"]),
+    "starter": (["training/session/starter.py"], ["starter"]),
+    "ending": (["training/session/ending.py"], ["start"]),
     "session": (
         [
             "training/loop.py",

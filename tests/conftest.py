@@ -26,6 +26,9 @@ from orchestrate.training.store.run_folder import EVENTS, METRICS, read_run
 from orchestrate.training.store.state import ScheduleText, State
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted({*(ROOT / "schedules").glob("*.yaml"), *(ROOT / "schedules").glob("*.json")})
+SHIPPED.remove(ROOT / "schedules" / "schema.json")
+"""The schedules that come with the project."""
 # Models this small are fastest on one thread, and threads that wait for each other make a busy machine crawl.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -66,3 +66,8 @@ BEFORE = {
     "merge_lora_weights": [("set_attn_lora_rank", 2)],
     "relora": [("set_attn_lora_rank", 2)],
 }
+
+
+def written(name, value):
+    """An entry of a schedule; None is no value."""
+    return {"name": name} if value is None else {"name": name, "value": value}

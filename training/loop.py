@@ -12,7 +12,7 @@ def train(session: Session) -> int:
         return _train(session)
     except Exception as error:
         session.saver.emergency(error)
-        ending.tell(session, f"an error ({type(error).__name__})")
+        ending.by_error(session, error)
         raise
 
 

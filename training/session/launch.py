@@ -23,6 +23,7 @@ from orchestrate.training.run.distributed import Meeting, Ranks
 from orchestrate.training.run.run import Run
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
+from orchestrate.training.session import ending
 from orchestrate.training.session.code import code_version
 from orchestrate.training.session.lock import FolderLock
 from orchestrate.training.session.opening import open_run
@@ -232,6 +233,8 @@ def announce(
         for problem in resumed.passed_over:
             session.reporter.say(f"passed over: {problem}")
         session.reporter.say(f"resumed from {path} at iteration {run.progress.iter}")
+        if over := ending.finished(config, run.progress):
+            session.reporter.say(over)
         for override in resumed.overrides:
             session.event("override", **override)
             verb = "override" if override["applied"] else "not overridden"

@@ -39,8 +39,7 @@ from orchestrate.training.settings.metrics import (
     numbers,
     of_source,
 )
-from orchestrate.training.settings.records import Progress
-from orchestrate.training.settings.values import brief
+from orchestrate.training.settings.records import Progress, moved
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Silent, machine, memory_percent
 from orchestrate.training.store.state import ScheduleText, State, UserFile
@@ -93,11 +92,7 @@ class Session:
         """One line of events.jsonl, and one for the person at the console."""
         self.reporter.event(kind, iter=self.run.progress.iter, **fields)
         if kind == "operation":
-            moved = ", ".join(
-                f"{name} {brief(old)} -> {brief(fields['settings_after'][name])}"
-                for name, old in fields["settings_before"].items()
-                if name != "reshapes_asked"  # a counter that tells a person nothing
-            )
+            changes = moved(fields["settings_before"], fields["settings_after"])
             over = f" over {fields['over']} iterations" if fields["over"] else ""
             losses = ""
             if fields["val_loss_after"] is not None:
@@ -109,7 +104,7 @@ class Session:
             if "round" in fields:
                 number += f" {fields['round']}/{fields['rounds']}"
             self.reporter.say(
-                f"[{number}] {fields['name']}{desc}: {moved or 'no change'}{over} [{fields['reason']}]{losses}"
+                f"[{number}] {fields['name']}{desc}: {changes or 'no change'}{over} [{fields['reason']}]{losses}"
             )
         elif kind == "samples":
             for sample in fields["texts"]:

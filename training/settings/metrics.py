@@ -11,7 +11,7 @@ import re
 from collections.abc import Container, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 
 from orchestrate.training.settings.values import nearest
 
@@ -136,4 +136,5 @@ def _known(name: str) -> str:
     return name
 
 
-MetricName = Annotated[str, AfterValidator(_known)]
+_IN_A_SCHEMA = {"enum": list(NAMES)}, {"type": "string", "pattern": f"^({'|'.join(_OF_SOURCES)}|eval)/."}
+MetricName = Annotated[str, AfterValidator(_known), WithJsonSchema({"format": "metric", "anyOf": list(_IN_A_SCHEMA)})]

@@ -27,6 +27,7 @@ from orchestrate.training.settings.values import (
     PositiveFloat,
     PositiveInt,
     WeightsDtype,
+    changed,
 )
 
 SKETCH = 1021
@@ -229,6 +230,11 @@ def differences(before: Settings, after: Settings) -> tuple[dict[str, Any], dict
     old, new = flat(before), flat(after)
     names = [name for name in new if old.get(name) != new[name]]
     return {name: old.get(name) for name in names}, {name: new[name] for name in names}
+
+
+def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Differences on one line. That weights were asked to move, a counter, tells a person nothing."""
+    return ", ".join(changed(name, old, after[name]) for name, old in before.items() if name != "reshapes_asked")
 
 
 @dataclass(frozen=True)
