@@ -67,6 +67,8 @@ def test_a_large_matrix_is_projected(monkeypatch):
     monkeypatch.setattr(analysis, "LARGEST", 40)
     of_rank_3 = normal(60, 3) @ normal(3, 300, seed=1)
     small = effective_rank(of_rank_3)
+    assert 20 < effective_rank(normal(60, 300)) <= 40 == pytest.approx(effective_rank(torch.eye(40)))
+    assert effective_rank(normal(60, 300)) == effective_rank(normal(60, 300))
     monkeypatch.setattr(analysis, "LARGEST", 1024)
     assert 1 < small <= 3.001 and small == pytest.approx(effective_rank(of_rank_3), rel=0.15)
 
@@ -230,6 +232,27 @@ def test_a_sick_step_tells_nothing(data):
         run.model.transformer["ln_f"].weight[0] = math.nan
     run.step(near=True)
     assert run.noise.values() == before and not run.near.healthy
+
+
+@pytest.mark.parametrize("sums", [(0.0, 0.5, 0.1), (-0.1, 0.5, 0.1), (0.5, -0.1, 0.1), (0.0, 0.0, 0.0)])
+def test_there_is_no_noise_scale_while_an_estimate_is_not_positive(data, sums):
+    run = run_of(data)
+    run.noise = NoiseScale(run.device, sums)
+    found = analysis.Analysis()
+    analysis._of_noise(run, found)
+    assert not found.values and ("no step" if not any(sums) else "hides") in found.absent["grad_noise_scale"]
+    run.noise = NoiseScale(run.device, (0.5, 192.0, 0.1))
+    analysis._of_noise(run, found)
+    assert found.values == {"grad_noise_scale": 384.0, "grad_noise_ratio": 2.0}, "3 sequences of 16 tokens, 4 times"
+
+
+def test_a_scaled_loss_makes_no_difference(data):
+    run = run_of(data)
+    wanted = by_hand(run, 1)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run.step()
+    squared, trace, weight = run.noise.values()
+    assert (squared / weight, trace / weight) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_why_there_is_no_noise_scale():

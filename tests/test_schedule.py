@@ -123,7 +123,7 @@ def test_empty_schedules():
         ("- {name: set_lr, value: 1, trigger_plateau: {evals: '3'}}", "trigger_plateau.evals must be a valid integer, got '3'"),
         ("- {name: set_lr, value: 1, trigger_plateau: {evals: 0}}", "trigger_plateau.evals must be greater than 0, got 0"),
         ("- {name: set_lr, value: 1, trigger: {metric: gradnorm, below: 1}}", "trigger.metric must be the name of a metric (did you mean grad_norm?), got 'gradnorm'"),
-        ("- {name: set_lr, value: 1, trigger: {metric: zzz, below: 1}}", "trigger.metric must be the name of a metric (val_loss, loss, "),
+        ("- {name: set_lr, value: 1, trigger: {metric: zzz, below: 1}}", "trigger.metric must be the name of a metric (val_loss, val_bpb, rank/attn, "),
         ("- {name: set_lr, value: 1, trigger: {metric: val_los/wiki, below: 1}}", "(did you mean val_loss?), got 'val_los/wiki'"),
         ("- {name: set_lr, value: 1, trigger: {metric: host_memory, above: 1}}", "did you mean machine.host_memory?"),
         ("- {name: set_lr, value: 1, trigger: {below: 1}}", "trigger.metric is missing"),
