@@ -32,7 +32,7 @@ demo: .venv/.stamp data/python_docs/meta.json ## data, two minutes of a run that
 	rm -rf out-demo
 	$(VENV)/python train_orchestrated.py config/python_docs.py --schedule schedules/demo.yaml --out_dir=out-demo
 	$(VENV)/python sample.py --out_dir=out-demo --start="The " --num_samples=1 --max_new_tokens=300
-	@echo "Look into out-demo: events.jsonl says what the schedule did and why, metrics.jsonl how the loss went,"
+	@echo "Look into out-demo: report.html shows how it went, events.jsonl says what the schedule did and why,"
 	@echo "checkpoints/latest is where --init_from=resume --out_dir=out-demo --max_iters=1200 goes on."
 
 test: .venv/.stamp-dev ## formatting, lint and the whole test suite
