@@ -126,6 +126,15 @@ def by_hand(model, prompt, count, choice, random):
     return text
 
 
+def test_nothing_is_kept_of_a_sequence_that_ended():
+    """A server adds and ends them for weeks."""
+    rows = joined(Continuation(trained(GPT2), 2, 8), [[7], [3, 4]], SAMPLED)
+    rows.step()
+    kept = {name: value for name, value in vars(rows).items() if isinstance(value, dict)}
+    assert rows.tokens in kept.values() and all(set(value) == {0, 1} for value in kept.values()), kept
+    assert [len(rows.end(number)) for number in (0, 1)] == [2, 3] and not any(kept.values())
+
+
 MIXED = [[7], list(range(5)), list(range(3, 19)), list(range(40)), [11, 2, 40], list(range(20, 35))]
 NTK = replace(LLAMA, rotary_dynamic_factor=2.0, rotary_original_length=9)
 ADAPTED = replace(LLAMA, lora={"attn.0": LoraSpec(4, 8.0), "mlp.1": LoraSpec(2, 8.0)})

@@ -274,6 +274,15 @@ def test_what_cannot_be_held_is_refused_by_name(base, tmp_path, changes, said):
     assert str(tmp_path / "adapter") in str(refused.value)
 
 
+@on("llama")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\udc80"], ids=["torn", "deep", "no text"])
+def test_a_configuration_that_cannot_be_read_is_named(base, tmp_path, text):
+    adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    (tmp_path / "adapter" / "adapter_config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="adapter_config.json cannot be read"):
+        peft_folder.describe(str(tmp_path / "adapter"))
+
+
 @on("llama tied")
 def test_tied_matrices_and_their_copies(base, tmp_path):
     folder = tmp_path / "adapter"
