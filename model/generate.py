@@ -18,6 +18,9 @@ from torch import Tensor
 from orchestrate.model.gpt import GPT, Cache
 from orchestrate.model.narrow import Linear
 
+_COLDEST, _MILDEST, _HARSHEST = 1e-20, 1e-8, 1e8
+"""Where temperatures and penalties begin or end to differ no more: beyond them finite logits would become infinite."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -47,11 +50,11 @@ class Choice:
         logits = logits.float()
         if self.repetition_penalty != 1.0:
             assert seen is not None
-            penalty = self.repetition_penalty
+            penalty = min(max(self.repetition_penalty, _MILDEST), _HARSHEST)
             logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
         if self.temperature == 0:
             return logits
-        logits = logits / self.temperature
+        logits = logits / max(self.temperature, _COLDEST)
         if 0 < self.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < torch.topk(logits, self.top_k).values[:, -1:], -torch.inf)
         if self.top_p < 1.0:

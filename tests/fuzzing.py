@@ -51,11 +51,14 @@ from orchestrate.training.report.data import read_story
 from orchestrate.training.report.live import Watcher
 from orchestrate.training.report.page import page, plotly_js
 from orchestrate.training.schedule.file import entry_fields
+from orchestrate.training.session import evaluating
 from orchestrate.training.session.talking import Talk, chat_format
 from orchestrate.training.settings.config import KEYS, TrainConfig
 from orchestrate.training.settings.errors import OperationFailed, Refused, ScheduleError
 from orchestrate.training.store.manifest import checksum
 from orchestrate.training.store.run_folder import EVENT_KINDS, EVENTS, METRICS, METRICS_KINDS
+from orchestrate.training.tasks.harness import Result, local_data
+from orchestrate.training.tasks.suites import Member
 
 SECONDS, BYTES = 10, 2**30
 """What a case may take, beyond the memory that is in use before it."""
@@ -901,6 +904,37 @@ def talk_files(data: st.DataObject, workspace: Workspace) -> str:
         return "accepted"
 
 
+def evaluations(data: st.DataObject, workspace: Workspace) -> str:
+    """A file of local data of evaluate, or of a known result, with wrong parts or noise in it."""
+    import datasets  # noqa: F401  (takes seconds, which are no case's)
+
+    with workspace.case() as folder, in_bounds():
+        facts = {"format": 1, "limit": None}
+        result = Result("copa", "1.0", 0, 4, {"acc": (0.5, 0.25), "acc_norm": (0.25, None)}).to_json()
+        row = {"question": "to be", "choices": {"text": ["or", "not"], "label": ["A", "B"]}, "answer": 1}
+        local = data.draw(st.booleans())
+        whole = [row] * data.draw(st.integers(1, 3)) if local else [{"facts": facts, "result": result}]
+        made = [mutated(data, one) if data.draw(st.booleans()) else one for one in whole]
+        content = "\n".join(map(json.dumps, made)).encode()
+        path = folder / "o" / "n" / "test.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(noisy(data, content) if data.draw(st.booleans()) else content)
+        if not local:
+            if (known := evaluating._read(path, facts)) is None:
+                return "refused"
+            again = Result.from_json(known)
+            assert Result.from_json(again.to_json()) == again
+            assert "nan" not in evaluating.told(Member("a", "a", "", 0, 0.0, ""), again)
+            return "accepted"
+        try:
+            found = local_data(folder, "o/n")["test"]
+        except Refused:
+            return "refused"
+        lines = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+        assert len(found) == len(lines) and all(set(line) == set(found.column_names) for line in lines)
+        return "accepted"
+
+
 def foreign_checkpoints(data: st.DataObject, workspace: Workspace) -> str:
     """A nanoGPT ckpt.pt with wrong parts, or with noise in it, or with something to run."""
     with workspace.case() as folder, in_bounds():
@@ -974,7 +1008,7 @@ TARGETS: dict[str, Callable[[st.DataObject, Workspace], str]] = {
     f.__name__: f
     for f in (schedule_entries, schedule_text, large_schedules, schedule_runs, config_values, config_file,
               growing_configs, forged_state, forged_tensors, damaged_files, jsonl, reports, metas, token_folders,
-              tokenizer_folders, documents, conversations, chat_templates, talk_files, foreign_checkpoints,
+              tokenizer_folders, documents, conversations, chat_templates, talk_files, evaluations, foreign_checkpoints,
               exported_shapes)
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from orchestrate.model import export as forms
 from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.distributed import Ranks
-from orchestrate.training.tasks.adapter import Adapter, CannotDo, Interrupted
+from orchestrate.training.tasks.adapter import Adapter, CannotDo, Interrupted, NotFinite
 
 pytest.importorskip("lm_eval")
 
@@ -188,6 +188,41 @@ def test_what_cannot_be_done_is_said():
         small.loglikelihood([request("to", " be")])
     with pytest.raises(Interrupted):
         Adapter(model_of(tokenizer), tokenizer, poll=lambda: 15).loglikelihood([request("to", " be")])
+
+
+def _diverged() -> Adapter:
+    """Of a model whose logits are not finite where its prompt has a q."""
+    tokenizer = CharTokenizer.of(TEXT)
+    model = model_of(tokenizer, LLAMA_STYLE)
+    with torch.no_grad():
+        model.transformer["wte"].weight[tokenizer.stoi["q"]] = torch.nan
+    return Adapter(model, tokenizer, batch_size=1)
+
+
+def _told(ours: Adapter) -> list:
+    """What is said of requests without a q, when those with one have been refused."""
+    pairs = [request("to be", " or"), request("or be", " q to"), request("be", " be")]
+    texts = [request(context, {"until": ["@"], "max_gen_toks": 4}) for context in ("q to", "to be", "be to")]
+    found = []
+    for ask, asked in ((ours.loglikelihood, pairs), (ours.generate_until, texts)):
+        with pytest.raises(NotFinite, match="not finite"):
+            ask(asked)
+        found.append(ask([one for one in asked if "q" not in "".join(map(str, one.args))]))
+    return found
+
+
+def _told_on_ranks(rank: int) -> list:
+    ours = _diverged()
+    ours.ranks = Ranks("cpu")
+    found = _told(ours)
+    ours.ranks.close()
+    return found
+
+
+def test_logits_that_are_not_finite_are_no_score():
+    """Also where one rank alone has met them: no other waits for it."""
+    found = on_ranks(_told_on_ranks)
+    assert found[0] == found[1] == _told(_diverged()) and len(found[0][0]) == len(found[0][1]) == 2
 
 
 def test_a_drawn_answer_is_the_same_again_and_another_with_another_temperature():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import miniature
 import numpy as np
@@ -24,6 +25,8 @@ from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.records import Settings
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.state import State
+from orchestrate.training.tasks.adapter import NotFinite
+from orchestrate.training.tasks.harness import Loaded
 
 pytest.importorskip("lm_eval")
 
@@ -76,6 +79,23 @@ def test_a_task_of_lm_eval_is_a_metric(train, data, capsys):
     assert_same_tensors(tensors(out), tensors(other))
 
 
+def test_a_metric_without_a_value_ends_no_run(train, data, monkeypatch):
+    """As a correlation where all answers are alike; nor do logits that are not finite."""
+    real, calls = Loaded.score, []
+
+    def some(self, *args):
+        calls.append(self.name)
+        if len(calls) == 2:
+            raise NotFinite
+        found = real(self, *args)
+        return replace(found, scores={name: pair for name, pair in found.scores.items() if name != "acc"})
+
+    monkeypatch.setattr(Loaded, "score", some)
+    code, out = train(eval_tasks=f"arc_easy:{data}", eval_tasks_limit=4)
+    assert code == 0 and len(calls) == 4 and not scores(out, "eval/arc_easy")
+    assert list(scores(out, "eval/arc_easy/acc_norm")) == [0, 4, 6] and not scores(out, "eval/arc_easy/stderr")
+
+
 def test_which_tasks_are_scored_changes_in_a_run(train, data, resume):
     schedule = [
         {"name": "set_eval_tasks", "value": [f"copa:{data}"], "at_iter": 3},
@@ -118,16 +138,18 @@ def test_an_older_checkpoint_has_its_tasks_in_the_configuration(train, data):
 
 
 def _on_ranks(rank: int, letters, data, out) -> list:
-    keys = dict(eval_tasks=f"copa:{data}", gradient_accumulation_steps=2, **KEYS)
+    keys = dict(eval_tasks=f"copa:{data}", gradient_accumulation_steps=2, **KEYS | {"eval_iters": 3})
     assert train_orchestrated.main(arguments(letters, out, **keys)) == 0
-    return [] if rank else list(scores(out, "eval/copa").items())
+    return [] if rank else [list(scores(out, name).items()) for name in ("eval/copa", "val_bpb")]
 
 
 def test_ranks_share_a_task(letters, data, tmp_path, train):
-    """Two processes have the scores of one."""
+    """Two processes have the scores of one, and its bits per byte."""
     found, _ = on_ranks(_on_ranks, letters, data, tmp_path / "two")
-    _, out = train(eval_tasks=f"copa:{data}", gradient_accumulation_steps=2)
-    assert found == list(scores(out, "eval/copa").items()) and len(found) == 4
+    _, out = train(eval_tasks=f"copa:{data}", gradient_accumulation_steps=2, eval_iters=3)
+    (copa, bits), expected = found, scores(out, "val_bpb")
+    assert copa == list(scores(out, "eval/copa").items()) and len(copa) == 4
+    assert dict(bits) == pytest.approx(expected, rel=1e-6) and len(set(expected.values())) == 4
 
 
 # ---------------------------------------------------------------------------------------------- bits per byte

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,13 @@ import miniature
 import numpy as np
 import pytest
 import torch
-from conftest import arguments
+from conftest import arguments, on_ranks
 from test_export import LLAMA_STYLE, shaken
 from test_tokenizers import EOT, byte_level, saved
 
 import train_orchestrated
 from orchestrate.data.keeping import save
+from orchestrate.data.tokenizer import CharTokenizer, RemappedTokenizer
 from orchestrate.model import export as forms
 from orchestrate.tools.main import run as orchestrate
 from orchestrate.training.session import evaluating
@@ -85,7 +88,8 @@ def test_a_suite_is_the_mean_of_its_categories():
     assert found["small"].value == pytest.approx(0.4)
     assert found["small"].error == pytest.approx((0.0360555**2 + 0.02**2) ** 0.5 / 2)
     one = SMALL._replace(members=tuple(member._replace(category="all") for member in SMALL.members))
-    assert summed_up(one, results)["small"].value == pytest.approx((0.4 + 0.2 + 0.5) / 3), "of one category: its tasks"
+    sums = summed_up(one, results)
+    assert sums["small"].value == pytest.approx((0.4 + 0.2 + 0.5) / 3) and len(sums) == 1, "of one category: its tasks"
 
 
 def test_a_task_without_a_result_is_no_zero():
@@ -131,6 +135,7 @@ def test_both_suites_run_whole_on_local_files(data, exported, tmp_path, monkeypa
         for member in suite.members:
             assert member.metric in model["results"][member.name]["scores"], member
         assert all(name in said for name in suite.missing), "what lm-eval lacks is named"
+        assert "±: one standard error; the last rows are rescaled: 0 % is what guessing gets, 100 % no mistake" in said
         assert model["suite"][suite.name]["stderr"] > 0
         if suite is GAUNTLET:
             values = [model["suite"][name]["value"] for name in suite.categories]
@@ -223,7 +228,15 @@ def test_local_data_of_other_shapes(tmp_path):
     (tmp_path / "o/n/c").mkdir(parents=True)
     (tmp_path / "o/n/c/test.jsonl").write_text('{"a": "x\\u2028y"}\n\n{"a": "z"}\n')
     assert harness.local_data(tmp_path, "o/n", "c", split="test")["a"] == ["x\u2028y", "z"]
-    for text in ('{"a": 1', "[1]", '{"a": 1}\n{"a": "x"}'):
+    for text in (
+        '{"a": 1',
+        "[1]",
+        '{"a": 1}\n{"a": "x"}',
+        "",
+        '{"a": 1}\n{}',
+        "{}\n" + '{"a": 1}',
+        f'{{"a": {10**30}}}',
+    ):
         (tmp_path / "o/n/c/test.jsonl").write_text(text)
         with pytest.raises(Refused, match="test.jsonl: not JSON lines of one shape"):
             harness.local_data(tmp_path, "o/n", "c")
@@ -345,6 +358,10 @@ def test_a_task_that_fails_is_an_error_and_not_a_zero(trained, data, tmp_path, c
         (["RUN", "--tasks", "copas,copa,copa"], "--tasks: there is no task 'copas' in lm-eval"),
         (["RUN", "--tasks", "copa,copa"], "--tasks: copa is there twice"),
         (["RUN", "--tasks", "adder"], "adder is a task of eval_tasks"),
+        (["RUN", "--tasks", "copa", "--checkpoint", ".."], "there is no checkpoint '..'; there are iter"),
+        (["RUN", "--tasks", "copa", "--checkpoint", ""], "there is no checkpoint ''; there are iter"),
+        (["RUN", "--tasks", "copa", "--checkpoint", "/etc"], "there is no checkpoint '/etc'; there are iter"),
+        (["RUN", "--tasks", "copa", "--out", "/"], "--out /: is a folder"),
         (["RUN", "--tasks", "copa", "--checkpoint", "iter_99"], "there is no checkpoint 'iter_99'; there are iter"),
         (["nowhere", "--tasks", "copa"], "nowhere"),
         (["nowhere", "--tasks", "copa", "--checkpoint", "iter_4"], "nowhere is no run folder and has none"),
@@ -365,11 +382,63 @@ def test_the_tasks_of_a_suite_are_listed(capsys):
     assert {"hellaswag", "mmlu", "wikitext"} <= set(capsys.readouterr().out.split())
 
 
+def _on_ranks(rank: int, given: list[str]) -> int:
+    return orchestrate("evaluate", given)
+
+
+def test_two_processes_have_the_scores_of_one(trained, data, tmp_path, capsys):
+    given = [str(trained), "--tasks", "copa,piqa", "--data", str(data), "--again", "--checkpoint", "all", "--out"]
+    assert on_ranks(_on_ranks, [*given, str(tmp_path / "two.json")]) == [0, 0]
+    assert orchestrate("evaluate", [*given, str(tmp_path / "one.json")]) == 0
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(trained, data, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    older, newest = sorted(path for path in (run / "checkpoints").iterdir() if not path.is_symlink())
+    (newest / "model.safetensors").write_bytes(b"")
+    given = [str(run), "--tasks", "copa", "--data", str(data)]
+    assert orchestrate("evaluate", given) == 0
+    said = capsys.readouterr()
+    assert f"run/{older.name}" in said.out and f"passed over: checkpoint {newest}" in said.err
+    assert orchestrate("evaluate", [*given, "--checkpoint", "all"]) == 1
+    said = capsys.readouterr()
+    assert "copa  acc" in said.out and newest.name not in said.out and f"error: checkpoint {newest}" in said.err
+    assert orchestrate("evaluate", [*given, "--checkpoint", newest.name]) == 2
+    (run / "checkpoints" / "best").unlink()
+    (run / "checkpoints" / "best").symlink_to(tmp_path)
+    assert orchestrate("evaluate", [*given, "--checkpoint", "best"]) == 2
+    assert "there is no checkpoint 'best'" in capsys.readouterr().err
+
+
+def test_tokenizers_with_the_same_tokens_are_told_apart():
+    inner, other = CharTokenizer(["a", "b", EOT]), CharTokenizer(["b", "a", EOT])
+    prints = {evaluating._tokenizer_print(t) for t in (inner, other)}
+    for remap in ([0, 1, 2], [1, 0, 2]):
+        prints |= {evaluating._tokenizer_print(RemappedTokenizer(t, np.array(remap))) for t in (inner, other)}
+    assert len(prints) == 6
+    inner.end_of_text = None
+    assert evaluating._tokenizer_print(inner) not in prints
+
+
+def test_a_known_result_that_cannot_be_is_made_again(tmp_path):
+    path, whole = tmp_path / "r.json", result("a", 0.5).to_json()
+    for wrong in ({"scores": {}}, {"scores": {"acc": [math.nan, None]}}, {"scores": {"acc": [0.5, -1]}},
+                  {"few_shot": math.inf}, {"documents": "x"}):  # fmt: skip
+        path.write_text(json.dumps({"facts": {}, "result": whole | wrong}))
+        assert evaluating._read(path, {}) is None, wrong
+    path.write_text(json.dumps({"facts": {}, "result": whole}))
+    assert evaluating._read(path, {}) == whole and evaluating._read(path, {"limit": 1}) is None
+
+
 @pytest.mark.parametrize("module, extra", [("lm_eval", "evaluate"), ("plotly", "report")])
 def test_a_missing_extra_is_named(module, extra, trained, data, monkeypatch, tmp_path, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     given = [str(trained), "--tasks", "copa", "--data", str(data), "--limit", "1", "--plot", str(tmp_path / "p.html")]
+    monkeypatch.setattr(evaluating, "opened", lambda *args: pytest.fail("it is said first"))
+    monkeypatch.setattr("orchestrate.tools.evaluate.opened", evaluating.opened)
     assert orchestrate("evaluate", given) == 2
     assert f"pip install 'orchestrate[{extra}]'" in capsys.readouterr().err

@@ -70,6 +70,17 @@ def test_filters_by_hand():
     assert Choice(top_k=2).filtered(tied, None).isfinite().tolist() == [[True, True, False, True]]
 
 
+def test_extreme_numbers_leave_finite_logits_finite():
+    """They are a person's input: what comes of them is no sign of a model that has diverged."""
+    logits, seen = torch.tensor([[-9.0, 0.0, 900.0, 3.0]]), torch.ones(1, 4, dtype=torch.bool)
+    for temperature in (1e-300, 5e-324, 1e-40, 1e300):
+        for penalty in (1.0, 1e-300, 5e-324, 1e-30, 1e30, 1e300):
+            choice = Choice(repetition_penalty=penalty, temperature=temperature)
+            assert draw(choice.filtered(logits, seen), [0.5]).item() >= 0, choice
+            assert Choice(repetition_penalty=penalty, temperature=0).filtered(logits, seen).isfinite().all()
+    assert draw(Choice(temperature=1e-300).filtered(logits, None), [0.999]).item() == 2
+
+
 def test_a_token_is_drawn_by_the_distribution_function():
     scores = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).log()
     for uniform, token in [(0.0, 0), (0.2499, 0), (0.2501, 2), (0.7499, 2), (0.7501, 3), (math.nextafter(1, 0), 3)]:

@@ -12,6 +12,7 @@ it was. A task that fails is named, and the exit code is 1. Under torchrun all p
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ import torch
 from orchestrate.tools.main import called, script
 from orchestrate.training.run.device import DTYPES, pick_device, pick_dtype
 from orchestrate.training.run.distributed import Ranks
-from orchestrate.training.session.evaluating import evaluate, members_of, opened, plot, subjects, table
+from orchestrate.training.session.evaluating import NO_PLOTLY, evaluate, members_of, opened, plot, subjects, table
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.errors import Refused, refusing
 from orchestrate.training.tasks.adapter import Adapter
@@ -72,8 +73,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.data is not None and not Path(options.data).is_dir():
         problems.append(f"--data {options.data}: there is no such folder")
     for name in ("out", "plot"):
-        if (given := getattr(options, name)) is not None and not Path(given).absolute().parent.is_dir():
+        given = getattr(options, name)
+        if given is not None and not Path(given).absolute().parent.is_dir():
             problems.append(f"--{name} {given}: there is no folder {Path(given).parent}")
+        elif given is not None and Path(given).is_dir():
+            problems.append(f"--{name} {given}: is a folder")
     if problems:
         raise Refused(problems)
     return options
@@ -96,6 +100,8 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
     suite = SUITES.get(options.suite)
     with refusing():
         require()
+        if options.plot and importlib.util.find_spec("plotly") is None:  # before hours of work
+            raise Refused(NO_PLOTLY)
         if options.list:
             _list(suite)
             return 0
@@ -106,10 +112,26 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
         device = pick_device(options.device, int(os.environ.get("LOCAL_RANK", 0)))
         dtype = pick_dtype(options.dtype, device)
         ranks = Ranks(device.type)
-        say = print if ranks.is_first else lambda text: None
-        scored = []
+        # A run that trains meanwhile may save between one rank's look and another's.
+        chosen = ranks.broadcast(chosen)
+
+        def say(text: str) -> None:
+            if ranks.is_first:
+                print(text, flush=True)
+
+        scored, unread = [], []
         for one in dict.fromkeys(chosen):
-            model, tokenizer = opened(one, options.dataset)
+            why = ""
+            try:
+                model, tokenizer = opened(one, options.dataset)
+            except (OSError, ValueError) as error:
+                why = str(error)
+            # All ranks or none: the run may remove a checkpoint that one of them has read already.
+            if problem := next(filter(None, ranks.gather(why)), ""):
+                unread.append(problem)
+                continue
+            for problem in one.passed_over if ranks.is_first else ():
+                print(f"passed over: {problem}", file=sys.stderr, flush=True)
             model = model.to(device)
             model.reset_buffers(device)
             say(f"{one.name}{f' ({one.checkpoint})' if one.checkpoint else ''}")
@@ -130,11 +152,15 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
                     limit=options.limit,
                     data=data,
                     again=options.again,
-                    say=lambda text: say(f"  {text}", flush=True),
+                    say=lambda text: say(f"  {text}"),
                 )  # fmt: skip
             )
+        if not scored:
+            raise Refused(unread)
         if ranks.is_first:
             print(table(scored, members, suite))
+            scale = "; the last rows are rescaled: 0 % is what guessing gets, 100 % no mistake" if suite else ""
+            print(f"±: one standard error{scale}")
             for name, why in (suite.missing if suite else {}).items():
                 print(f"not in {options.suite}: {name} ({why})")
             if options.out:
@@ -145,13 +171,20 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
                     "missing": suite.missing if suite else {},
                     "models": [one.to_json(suite) for one in scored],
                 }
-                Path(options.out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+                try:
+                    Path(options.out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+                except OSError as error:
+                    raise Refused(f"--out {options.out}: cannot be written ({error.strerror})") from None
             if options.plot:
                 plot(scored, members, suite, Path(options.plot))
         ranks.close()
-    failed = {name: why for one in scored for name, why in one.failed.items()}
-    for name, why in failed.items() if ranks.is_first else ():
-        print(f"error: {name}: {why}", file=sys.stderr)
+    failed = [
+        f"{f'{one.label}: ' if len(chosen) > 1 else ''}{name}: {why}"
+        for one in scored
+        for name, why in one.failed.items()
+    ] + unread
+    for problem in failed if ranks.is_first else ():
+        print(f"error: {problem}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,20 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from orchestrate.data.tokenizer import Tokenizer
+from orchestrate.data.tokenizer import RemappedTokenizer, Tokenizer
 from orchestrate.model.gpt import GPT
 from orchestrate.training.run.distributed import Ranks
+from orchestrate.training.session.resume import newest_whole
 from orchestrate.training.session.sampling import open_foreign, open_run_folder
 from orchestrate.training.session.start import is_run_folder
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.store import checkpoint
-from orchestrate.training.tasks.adapter import Adapter
+from orchestrate.training.store import checkpoint, manifest
+from orchestrate.training.tasks.adapter import Adapter, NotFinite
 from orchestrate.training.tasks.base import TASKS
 from orchestrate.training.tasks.harness import Loaded, Result, every_name, require, version_of
 from orchestrate.training.tasks.suites import Member, Number, Suite, summed_up
 
 FORMAT = 1
 """Of the files of results."""
+NO_PLOTLY = "--plot needs the extra report: pip install 'orchestrate[report]'"
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class Subject:
         name: of the run folder, or of the model.
         checkpoint, iter: of a run only.
         kept: where its results are.
+        passed_over: what is wrong with newer checkpoints.
     """
 
     name: str
     checkpoint: str
     iter: int | None
     kept: Path
+    passed_over: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass
@@ -59,6 +64,12 @@ class Scored:
     fingerprint: str
     results: dict[str, Result] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """For a person."""
+        name = Path(self.subject.name).name or self.subject.name
+        return f"{name}/{self.subject.checkpoint}" if self.subject.checkpoint else name
 
     def sums(self, suite: Suite | None) -> dict[str, Number]:
         """Those of the suite; nothing where a task of it has no result."""
@@ -93,17 +104,18 @@ def subjects(source: str, which: str) -> list[Subject]:
     given = Path(which)
     if len(given.parts) > 1 and given.resolve().parent == folder.resolve():
         which = given.name
-    paths = there if which == "all" else [folder / which]
-    if not paths or not all(path.is_dir() for path in paths):
-        names = ", ".join(path.name for path in there) or "none"
-        raise Refused(f"{source}: there is no checkpoint {which!r}; there are {names}")
+    problems: tuple[str, ...] = ()
+    if which == "latest" and there:
+        newest = newest_whole(source)
+        names, problems = [newest.path.name], tuple(newest.problems)
+    else:
+        names = [path.name for path in there] if which == "all" else [(folder / which).resolve().name]
+    if not names or not all(re.fullmatch(manifest.NAME, name) and (folder / name).is_dir() for name in names):
+        known = ", ".join(path.name for path in there) or "none"
+        raise Refused(f"{source}: there is no checkpoint {which!r}; there are {known}")
+    found = sorted((int(name.split("_")[1]), name) for name in names)
     kept = Path(source) / "evaluations"
-    found = {path.resolve().name: path for path in paths}
-    iters = {name: int(digits) if (digits := name.split("_")[1]).isdecimal() else None for name in found}
-    return [
-        Subject(source.rstrip("/"), name, iters[name], kept)
-        for name in sorted(found, key=lambda name: (iters[name] is None, iters[name] or 0, name))
-    ]
+    return [Subject(source.rstrip("/"), name, iteration, kept, problems) for iteration, name in found]
 
 
 def opened(subject: Subject, dataset: str = "") -> tuple[GPT, Tokenizer]:
@@ -140,12 +152,21 @@ def weights_fingerprint(model: GPT) -> str:
     return digest.hexdigest()
 
 
+def _tokenizer_print(tokenizer: Tokenizer) -> str:
+    """What tells a tokenizer from others, also those with the same tokens (its fingerprint does not cover all)."""
+    inner, remap = tokenizer, []
+    if isinstance(tokenizer, RemappedTokenizer):
+        inner, remap = tokenizer.inner, tokenizer.remap.tolist()
+    facts = inner.fingerprint, remap, tokenizer.end_of_text, tokenizer.start_of_text, tokenizer.encode("")
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
 def _data_print(data: Path | None) -> str:
     """What tells local data from other local data: names, sizes and times of its files."""
     if data is None:
         return ""
     facts = sorted((str(path.relative_to(data)), path.stat().st_size, path.stat().st_mtime_ns)
-                   for path in data.rglob("*.jsonl"))  # fmt: skip
+                   for path in data.rglob("*") if path.is_file())  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -170,10 +191,10 @@ def evaluate(
     """
     ranks: Ranks | None = adapter.ranks
     print_ = weights_fingerprint(adapter.model)
-    scored, local = Scored(subject, print_), _data_print(data)
+    scored, local, tokenizer = Scored(subject, print_), _data_print(data), _tokenizer_print(adapter.tokenizer)
     for member in members:
         facts = {
-            "format": FORMAT, "weights": print_, "tokenizer": adapter.tokenizer.fingerprint, "dtype": dtype,
+            "format": FORMAT, "weights": print_, "tokenizer": tokenizer, "dtype": dtype,
             "task": member.task, "version": version_of(member.task), "few_shot": member.few_shot, "limit": limit,
             "data": local,
         }  # fmt: skip
@@ -185,8 +206,8 @@ def evaluate(
         if result is None:
             try:
                 result = Loaded(member.task, data, member.few_shot).score(adapter, limit)
-            except Refused as error:
-                scored.failed[member.name] = "; ".join(error.problems)
+            except (Refused, NotFinite) as error:
+                scored.failed[member.name] = "; ".join(error.problems) if isinstance(error, Refused) else str(error)
                 say(f"{member.name}: failed: {scored.failed[member.name]}")
                 continue
             if ranks is None or ranks.is_first:
@@ -219,7 +240,7 @@ def _read(path: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
         if values["facts"] != facts:
             return None
         return Result.from_json(values["result"]).to_json()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -239,13 +260,13 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
 
 def table(scored: Sequence[Scored], members: Sequence[Member], suite: Suite | None) -> str:
     """Tasks down, models across; for a person."""
-    heads = [_label(one) for one in scored]
+    heads = [one.label for one in scored]
     rows: list[list[str]] = []
     for member in members:
         cells = [told(member, one.results[member.name]) if member.name in one.results else "failed" for one in scored]
         rows.append([member.name, *cells])
     sums = [one.sums(suite) for one in scored]
-    for name in [*(suite.categories if suite and len(suite.categories) > 1 else ()), *([suite.name] if suite else [])]:
+    for name in suite.sums if suite else ():
         rows.append([name.upper(), *(_percent(found[name]) if name in found else "none" for found in sums)])
     lines = [["task", *heads], *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads) + 1)]
@@ -257,11 +278,6 @@ def _percent(number: Number) -> str:
     return f"{100 * number.value:.2f} %" + (f" ± {100 * number.error:.2f}" if number.error is not None else "")
 
 
-def _label(one: Scored) -> str:
-    name = Path(one.subject.name).name or one.subject.name
-    return f"{name}/{one.subject.checkpoint}" if one.subject.checkpoint else name
-
-
 def plot(scored: Sequence[Scored], members: Sequence[Member], suite: Suite | None, target: Path) -> None:
     """A page with a picture for each task, and for the suite's sums: over iterations, a line for each run.
 
@@ -271,7 +287,7 @@ def plot(scored: Sequence[Scored], members: Sequence[Member], suite: Suite | Non
         from plotly.graph_objects import Figure, Scatter
         from plotly.subplots import make_subplots
     except ImportError:
-        raise Refused("--plot needs the extra report: pip install 'orchestrate[report]'") from None
+        raise Refused(NO_PLOTLY) from None
     series: dict[str, dict[str, list[tuple[float, Number]]]] = {}
 
     def add(title: str, one: Scored, number: Number) -> None:
@@ -311,7 +327,11 @@ def plot(scored: Sequence[Scored], members: Sequence[Member], suite: Suite | Non
                 row=place // columns + 1,
                 col=place % columns + 1,
             )
-    figure.update_layout(title="Evaluations", height=120 + 260 * lines, template="plotly_white")
+    figure.update_layout(
+        title="Evaluations<br><sub>bars: one standard error; rescaled: 0 is guessing, 1 no mistake</sub>",
+        height=120 + 260 * lines,
+        template="plotly_white",
+    )
     figure.update_xaxes(title_text="iteration")
     try:
         figure.write_html(target, include_plotlyjs=True, full_html=True)

@@ -33,6 +33,13 @@ class CannotDo(ValueError):
     """A task asks for what this model or this tokenizer cannot do."""
 
 
+class NotFinite(CannotDo):
+    """The model's logits are not finite. Raised on every rank, whichever has met them."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are not finite: its weights have diverged")
+
+
 class Interrupted(Exception):
     """The caller's poll said stop."""
 
@@ -78,7 +85,10 @@ class Adapter:
     # ------------------------------------------------------------------------------------------ what lm-eval calls
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of each continuation after its context: log-probability in nats, and whether no token of it is unlikely."""
+        """Of each continuation after its context: log-probability in nats, and whether no token of it is unlikely.
+
+        Raises CannotDo, as the others do.
+        """
         self._contexts = {}
         return self._score([self._pair(*request.args) for request in requests])
 
@@ -113,7 +123,7 @@ class Adapter:
             prompts.append(self._encode(context, starts_itself=False)[-(self.max_length - room) :])
             stops = tuple(dict.fromkeys([*until, *([end] if end else [])]))
             alike.setdefault((choice, room, stops), []).append(number)
-        texts: dict[int, str] = {}
+        texts: dict[int, str | None] = {}
         for (choice, room, stops), numbers in alike.items():
             numbers.sort(key=lambda number: (-len(prompts[number]), number))
             size = max(1, self._room // max(1, len(prompts[numbers[0]]) + room))
@@ -122,11 +132,13 @@ class Adapter:
                 said = self._continued([prompts[number] for number in chunk], choice, room, stops, chunk)
                 if mine:
                     texts |= {
-                        number: postprocess_generated_text(text, list(stops), None)
+                        number: None if text is None else postprocess_generated_text(text, list(stops), None)
                         for number, text in zip(chunk, said, strict=True)
                     }
         for others in self.ranks.gather(texts) if self.ranks else []:
             texts |= others
+        if None in texts.values():
+            raise NotFinite
         return [texts[number] for number in range(len(requests))]
 
     # ------------------------------------------------------------------------------------------ texts to tokens
@@ -214,6 +226,8 @@ class Adapter:
         self._kept = None
         if self.ranks:
             found = self.ranks.sum(found)
+        if not np.isfinite(found).all():  # or the first answer would be the likeliest everywhere
+            raise NotFinite
         return [(float(found[0, place]), bool(found[1, place])) for place in places]
 
     def _plain(self, chunk: Sequence[Asked]) -> list[tuple[float, bool]]:
@@ -286,8 +300,11 @@ class Adapter:
 
     def _continued(
         self, prompts: Sequence[list[int]], choice: Choice, room: int, stops: Sequence[str], numbers: Sequence[int]
-    ) -> list[str]:
-        """What the prompts are continued with; each ends with the first stop string, or the token that ends a text."""
+    ) -> list[str | None]:
+        """What the prompts are continued with; each ends with the first stop string, or the token that ends a text.
+
+        None where logits were not finite.
+        """
         rows = Continuation(self.model, len(prompts), max(map(len, prompts)) + room)
         texts = [_Said(self.tokenizer, stops) for _ in prompts]
         for number, prompt in zip(numbers, prompts, strict=True):
@@ -297,12 +314,11 @@ class Adapter:
             if not (self.ranks.sum(np.array([len(live)])).any() if self._sharded and self.ranks else live):
                 break
             for row, token in rows.step().items():
-                if token < 0:
-                    raise CannotDo("the model's logits are not finite: its weights have diverged")
                 texts[row].add(token)
                 if texts[row].ended and not self._sharded:  # sharded ranks make each pass together
                     rows.end(row)
-        return [self.tokenizer.decode([i for i in text.ids if i not in self.tokenizer.unspoken]) for text in texts]
+        unspoken = self.tokenizer.unspoken
+        return [None if t.broken else self.tokenizer.decode([i for i in t.ids if i not in unspoken]) for t in texts]
 
 
 def _longest(chunk: Sequence[Asked]) -> int:
@@ -320,7 +336,7 @@ class _Said:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self.ids: list[int] = []
-        self.ended = False
+        self.ended = self.broken = False
         self._pieces, self._end, self._stops, self._text = Pieces(tokenizer), tokenizer.end_of_text, stops, ""
         self._longest = max(map(len, stops), default=0)
 
@@ -328,8 +344,8 @@ class _Said:
         """One more token; nothing once it has ended."""
         if self.ended:
             return
-        if token == self._end:
-            self.ended = True
+        if token == self._end or token < 0:
+            self.ended, self.broken = True, token < 0
             return
         self.ids.append(token)
         new = self._pieces.push(token)

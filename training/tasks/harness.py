@@ -33,7 +33,7 @@ import torch
 
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.values import nearest, shown
-from orchestrate.training.tasks.adapter import Adapter, CannotDo, Interrupted
+from orchestrate.training.tasks.adapter import Adapter, CannotDo, Interrupted, NotFinite
 
 _LARGEST = 2**30
 """Bytes of a file of local data."""
@@ -63,8 +63,10 @@ class Result:
 
     @classmethod
     def from_json(cls, values: Any) -> Result:
-        """Raises KeyError, TypeError or ValueError for what `to_json` cannot have made."""
+        """Raises KeyError, TypeError, ArithmeticError or ValueError for what `to_json` cannot have made."""
         scores = {str(name): (float(v), None if e is None else float(e)) for name, (v, e) in values["scores"].items()}
+        if not scores or not all(math.isfinite(v) and 0 <= (e or 0) < math.inf for v, e in scores.values()):
+            raise ValueError("a result has scores, and they are finite")
         return cls(
             str(values["task"]), str(values["version"]), int(values["few_shot"]), int(values["documents"]), scores
         )
@@ -115,7 +117,7 @@ class Loaded:
         """Those of which more is better."""
 
     def score(self, adapter: Adapter, limit: int | None = None) -> Result:
-        """Ask the model. The same on every rank of the adapter. Raises Refused; what `poll` raises passes through."""
+        """Ask the model. The same on every rank of the adapter. Raises Refused, NotFinite and Interrupted."""
         import lm_eval
 
         with _reading(self.name, self.data), _same_chance():
@@ -126,6 +128,8 @@ class Loaded:
                 found = lm_eval.evaluate(
                     adapter, self._found, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False
                 )
+            except NotFinite:
+                raise
             except CannotDo as error:
                 raise Refused(f"{self.name}: {error}") from None
         values = found["results"].get(self.name, {})
@@ -326,10 +330,14 @@ def local_data(
                 raise Refused(f"{file}: longer than {_LARGEST:,} bytes")
             # Lines end with \n alone: texts may hold other ends of lines.
             rows = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line.strip()]
+            if not rows or not all(row.keys() == rows[0].keys() for row in rows):  # a hole would become a null
+                raise ValueError("each line must have the columns of the first" if rows else "there is no line")
             found[one] = Dataset.from_list(rows)
+        except Refused:
+            raise
         except OSError as error:
             raise Refused(f"{file}: cannot be read ({error.strerror})") from None
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise Refused(f"{file}: not JSON lines of one shape ({error})") from None
     return found[split] if split else found
 

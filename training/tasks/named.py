@@ -12,7 +12,7 @@ from orchestrate.training.run.run import Run
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.metrics import of_task
 from orchestrate.training.settings.values import nearest, shown
-from orchestrate.training.tasks.adapter import Adapter, Interrupted
+from orchestrate.training.tasks.adapter import Adapter, Interrupted, NotFinite
 from orchestrate.training.tasks.base import TASKS, Task
 from orchestrate.training.tasks.harness import Loaded
 
@@ -58,9 +58,13 @@ class HarnessTask(Task):
                 result = self.loaded.score(adapter, run.config.eval_tasks_limit or None)
         except Interrupted:
             return None
-        first, error = result.scores[self.loaded.metrics[0]]
-        found = {self._called(): first}
-        found |= {self._called(metric): result.scores[metric][0] for metric in self.loaded.metrics}
+        except NotFinite:  # what becomes of such a run is decided elsewhere
+            return {}
+        # A metric may have no value, as a correlation where all answers are alike.
+        given = {metric: result.scores[metric] for metric in self.loaded.metrics if metric in result.scores}
+        found = {self._called(metric): value for metric, (value, _) in given.items()}
+        first, error = given.get(self.loaded.metrics[0], (None, None))
+        found |= {self._called(): first} if first is not None else {}
         return found if error is None else {**found, self._called("stderr"): error}
 
 

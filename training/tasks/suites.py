@@ -44,6 +44,11 @@ class Suite(NamedTuple):
     def categories(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(member.category for member in self.members))
 
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The names of all that it is summed up by: its categories, where there are several, and its own."""
+        return (*(self.categories if len(self.categories) > 1 else ()), self.name)
+
 
 class Number(NamedTuple):
     """A mean of rescaled scores, and its standard error where all that it is made of have one."""
@@ -72,7 +77,7 @@ def of_member(member: Member, result: Result) -> Number:
 
 
 def summed_up(suite: Suite, results: Mapping[str, Result]) -> dict[str, Number]:
-    """Category -> its mean, and the suite's name -> that of the whole.
+    """Each of `Suite.sums` -> its mean.
 
     The gauntlet is the mean of its categories, CORE that of its tasks. Raises KeyError where a result is missing: it
     counts for nothing less.
@@ -86,7 +91,8 @@ def summed_up(suite: Suite, results: Mapping[str, Result]) -> dict[str, Number]:
         for category in suite.categories
     }
     whole = found.values() if len(found) > 1 else numbers.values()
-    return {**found, suite.name: mean(list(whole))}
+    found[suite.name] = mean(list(whole))
+    return {name: found[name] for name in suite.sums}
 
 
 def _members(
