@@ -413,6 +413,14 @@ def test_what_comes_after_an_entry_that_never_fires_is_told():
     assert len(stages) == 1
 
 
+def test_a_label_that_a_resume_gives_to_another_entry_is_reached_when_that_fires():
+    run = Driven([clip(at_iter=1, label="x"), decay(at_iter=9)])
+    run.boundary()
+    tracks = {"operations": [clip(at_iter=1), decay(at_iter=9, label="x")], "tracks": {"b": [halve(after="x")]}}
+    position = run.orchestrator.position.fitted(parse_schedule(json.dumps(tracks), "s.json"))
+    assert position.marks == {} and position.fired == {"": 1, "b": 0}
+
+
 def test_an_entry_that_is_taken_back_has_not_fired():
     guard = {"max_increase": 0.1, "within_iters": 2, "then": "revert"}
     run = Driven(
