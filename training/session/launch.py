@@ -118,7 +118,7 @@ def prepare(
     orchestrator = Orchestrator(schedule, run)
     if resumed is not None:
         try:
-            orchestrator.load_state(resumed.loaded.state.orchestrator)
+            orchestrator.load_state(resumed.orchestrator)
         except ValueError as error:
             raise Refused(f"checkpoint {resumed.loaded.path}: state.json: orchestrator: {error}") from None
     problem = check_wandb() if config.wandb_log and ranks.is_first and not config.eval_only else ""
