@@ -530,6 +530,18 @@ def test_a_stop_ends_the_boundary_for_all(data):
     assert fired(one) == [1, 2]
 
 
+def test_a_guard_that_stops_ends_the_boundary_for_all():
+    """What follows belongs to whoever goes on; the loss counts for its plateau."""
+    guard = {"max_increase": 0.1, "within_iters": 2, "then": "stop"}
+    plateau = decay(trigger_plateau={"evals": 1, "min_delta": 0.5})
+    run = Driven({"tracks": {"a": [clip(at_iter=1, guard=guard), clip(0.7, max_wait_iters=1)], "b": [plateau]}})
+    run.boundary(val_loss=3.0)
+    assert run.boundary(val_loss=3.4) == [] and run.settings.stops_asked == 1
+    assert not run.orchestrator.position.round_open and run.orchestrator.position.round_loss is None
+    assert [entry for entry, _ in run.boundary()] == [2]
+    assert [entry for entry, _ in run.boundary(val_loss=3.0)] == [3]
+
+
 def test_going_back_restores_all_tracks_as_they_were():
     guard = {"max_increase": 0.1, "within_iters": 3, "then": "revert"}
     run = Driven(
