@@ -54,7 +54,9 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         ["tracks", "orchestrator", "schedule", "own_operations", "metrics"],
     ),
     "stream": (["data/stream.py"], ["stream"]),
+    "trackers": (["training/store/trackers.py"], ["trackers"]),
     "evaluation": (["training/run/evaluation.py"], ["evaluation", "data_and_model"]),
+    "analysis": (["training/run/analysis.py"], ["analysis"]),
     "bits per byte": (["training/run/text_bytes.py"], ["eval_in_training"]),
     "adapter": (["training/tasks/adapter.py"], ["adapter"]),
     "suites": (["training/tasks/suites.py", "training/tasks/harness.py"], ["evaluate"]),
@@ -67,6 +69,10 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         ["training/schedule/file.py", "training/schedule/stages.py", "training/schedule/ramps.py"],
         ["tracks", "schedule", "orchestrator", "hostile"],
     ),
+    "plan table": (["tools/plan_table.py"], ["plan"]),
+    "schema": (["training/schedule/file_schema.py"], ["schemas"]),
+    "starter": (["training/session/starter.py"], ["starter"]),
+    "ending": (["training/session/ending.py"], ["start"]),
     "session": (
         [
             "training/loop.py",
@@ -102,10 +108,12 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "texts": (["model/generate.py", "training/session/texts.py"], ["generate", "sample_prompts"]),
     "talking": (["data/chat_template.py", "training/session/talking.py", "tools/chat.py"], ["chat"]),
     "memory": (["model/narrow.py", "training/run/casting.py"], ["memory"]),
+    "attention": (["model/gpt.py"], ["document_mask", "model", "generate"]),
     "data files": (
         [f"data/{name}.py" for name in ("files", "corpus", "conversations", "packing")],
         ["data_files", "data_sets", "text_prepare"],
     ),
+    "watch": (["training/report/live.py", "tools/watch.py"], ["watch"]),
     "report": ([f"training/report/{name}.py" for name in ("data", "drawing", "page", "write")], ["report"]),
     "mixture": (["data/mixture.py", "data/proportions.py", "data/curriculum.py"], ["mixture", "curriculum"]),
     "serving": ([f"tools/serving/{name}.py" for name in ("engine", "api", "guard", "models", "app")], ["serve"]),

@@ -40,6 +40,7 @@ import torch.distributed.checkpoint  # noqa: E402, F401
 import torch.distributed.fsdp  # noqa: E402, F401
 
 import train_orchestrated  # noqa: E402
+from orchestrate.data.tokenizer import END_OF_TEXT  # noqa: E402
 from orchestrate.training.store import checkpoint  # noqa: E402
 from orchestrate.training.store.manifest import survey  # noqa: E402
 from orchestrate.training.store.run_folder import read_run  # noqa: E402
@@ -62,6 +63,7 @@ GROWTH = [
     {"name": "set_lora_dropout", "value": 0.2, "over": 2},
     {"name": "merge_lora_weights", "max_wait_iters": 2},
     {"name": "set_activation_checkpointing", "value": True, "max_wait_iters": 1},
+    {"name": "set_document_mask", "value": True},
     {"name": "set_grad_accum", "value": 4, "max_wait_iters": 2},
     {"name": "widen_mlp", "value": {"times": 2, "how": "random"}, "max_wait_iters": 1, "over": 3},
     {"name": "stack_layers", "value": {"times": 1.5, "how": "identity_copy", "where": "interleave"},
@@ -92,7 +94,7 @@ KEYS = dict(
     n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=40,
     lr_decay_iters=40, warmup_iters=2, learning_rate=1e-2, eval_interval=5, eval_iters=2, log_interval=1, dropout=0.1,
     device="cpu", compile=False, qk_norm=True, head_size=6, attn_bias="qkv", sample_prompts="The", sample_tokens=9,
-    save_interval_tokens=900, keep_every=16, eval_tasks_interval=7, report=False,
+    save_interval_tokens=900, keep_every=16, eval_tasks_interval=7, analyze_interval=4, report=False,
 )  # fmt: skip
 
 
@@ -107,8 +109,8 @@ class Torture:
         texts = {"data": "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 60}
         # Sums that are soon learnt, and 3 of 10 held back that are not.
         texts["other"] = "1+2=30\n" * 578 + "2+2=40\n1+9=01\n3+2=50\n"
+        texts["sums"] = texts["other"]  # for the task: of characters alone
         characters = sorted(set("".join(texts.values())))
-        meta = {"format": 1, "vocab_size": len(characters), "tokenizer": "char", "itos": characters}
         tracks = dict(TRACKS)
         if optimizer == "sgd":  # which has no betas
             tracks["notes"] = tracks["notes"][1:]
@@ -116,6 +118,9 @@ class Torture:
         for name, text in texts.items():
             (folder / name).mkdir(parents=True)
             ids = np.array([characters.index(c) for c in text], dtype=np.uint16)
+            ids[ids == characters.index(".")] = len(characters)  # the end of a document
+            itos = characters if name == "sums" else [*characters, END_OF_TEXT]
+            meta = {"format": 1, "vocab_size": len(itos), "tokenizer": "char", "itos": itos}
             ids[:3997].tofile(folder / name / "train.bin")
             ids[3997:].tofile(folder / name / "val.bin")
             (folder / name / "meta.json").write_text(json.dumps({**meta, "arithmetic": {"kind": "adder"}}))
@@ -127,7 +132,7 @@ class Torture:
         if checkpoint.find(out_dir):
             return ["--init_from=resume", f"--out_dir={out_dir}"]
         keys = {**KEYS, "dataset": self.folder / "other", "schedule": self.folder / "schedule.json", "out_dir": out_dir}
-        keys |= {"parallel": self.parallel, "optimizer": self.optimizer, "eval_tasks": f"adder:{self.folder / 'other'}"}
+        keys |= {"parallel": self.parallel, "optimizer": self.optimizer, "eval_tasks": f"adder:{self.folder / 'sums'}"}
         return [f"--{key}={value}" for key, value in keys.items()]
 
     def start(self, out_dir: Path) -> list[int]:

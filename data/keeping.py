@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrate.data import conversations
-from orchestrate.data.stream import DataSet, Meta, find_folder, read_meta
+from orchestrate.data.stream import GPT2_TOKENS, DataSet, Meta, find_folder, read_meta
 from orchestrate.data.tokenizer import (
     END_OF_TEXT,
     BpeTokenizer,
@@ -206,6 +206,16 @@ def at_hand(data: DataSet) -> Tokenizer:
     if (data.meta.tokenizer != "char" or not data.meta.itos) and not has_tokenizer(kept):
         raise ValueError(f"{kept}: no tokenizer is kept with the data set")
     return _opened(data.meta, kept)
+
+
+def end_of_text_of(meta: Meta, folder: str | Path) -> int | None:
+    """The id that ends a document, as the tokenizer that a meta names has it; None where the data cannot have it.
+
+    GPT-2's is known without its vocabulary, which is not at hand everywhere. Raises ValueError as `tokenizer_of`.
+    """
+    plain = meta.tokenizer == "gpt2" and not has_tokenizer(folder)
+    end = GPT2_TOKENS - 1 if plain else _opened(meta, folder).end_of_text
+    return None if end is None or 0 < meta.tokens <= end else end
 
 
 def check_kept(meta: Meta, folder: Path) -> None:

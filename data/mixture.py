@@ -7,13 +7,14 @@ Each source has an order of its own, keyed by the seed and its name, and a place
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from orchestrate.data.curriculum import Curriculum
-from orchestrate.data.keeping import kept_with_data, named
+from orchestrate.data.keeping import end_of_text_of, kept_with_data, named
 from orchestrate.data.stream import Cursor, DataSet, Meta, Stream, windows_per_pass
 from orchestrate.data.tokenizer import begins_with, tells_apart, tokenizer_of
 
@@ -54,6 +55,36 @@ class Sources(dict[str, DataSet]):
     def remapped(self, new_ids: np.ndarray | None) -> Sources:
         """The same files read through another map, from the ids that they are read as now to new ones."""
         return Sources((name, data.remapped(new_ids)) for name, data in self.items())
+
+    @cached_property
+    def _end_of_text(self) -> int:
+        """The id that ends a document in the files of all. Raises ValueError."""
+        ends = {name: end_of_text_of(data.meta, kept_with_data(data.folder)) for name, data in self.items()}
+        for name, end in ends.items():
+            if end is None:
+                raise ValueError(
+                    f"dataset {name} has no end-of-text token ({named(self[name].meta)}), so nothing says where a "
+                    "document ends"
+                )
+        if len({*ends.values()}) > 1:
+            told = ", ".join(f"{name} with token {end}" for name, end in ends.items())
+            raise ValueError(f"the data sets end their documents differently: {told}")
+        return next(iter(ends.values()))
+
+    def document_end(self, vocabulary_map: Sequence[int] = ()) -> int:
+        """The id that ends a document in all of them, read through a map of their ids.
+
+        Raises ValueError where one has no such token, or another one, or where the map gives other tokens the same id.
+        """
+        end = self._end_of_text
+        if not vocabulary_map:
+            return end
+        if end >= len(vocabulary_map) or vocabulary_map.count(vocabulary_map[end]) > 1:
+            raise ValueError(
+                f"the vocabulary map gives the end-of-text token {end} no id of its own, so nothing says where a "
+                "document ends"
+            )
+        return vocabulary_map[end]
 
     def fingerprint(self) -> dict[str, str]:
         """Of each token file: train and val of the first, NAME/train and NAME/val of the others."""

@@ -12,13 +12,17 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from operation_examples import BEFORE, EXAMPLES, written  # noqa: E402
 
 from orchestrate.training.operations import OPERATIONS, Operation  # noqa: E402
-from orchestrate.training.schedule.file import Guard  # noqa: E402
+from orchestrate.training.schedule.file import EntryFields, Guard  # noqa: E402
 from orchestrate.training.schedule.triggers import TRIGGERS  # noqa: E402
-from orchestrate.training.settings.metrics import EVALUATED, LOGGED  # noqa: E402
+from orchestrate.training.settings.metrics import ANALYSED, LOGGED, VAL_BPB, VAL_LOSS  # noqa: E402
 
 HEAD = """# Operations
 
@@ -27,6 +31,10 @@ Written by docs/generate_operations.py from the classes in training/operations/;
 An entry's `value` is the operation's argument. `over: N` moves a number there in N iterations
 (`style: linear | cosine | constant | power`) where it says *over: moves*, and fades new weights in where it says
 *over: fades*. `power` has an `exponent` (share of N to that power); `constant` holds the old value for N iterations.
+"""
+FIELDS = """Beside these an entry has any number of [triggers](#triggers); each fires it, and one without fires at once.
+`schedules/schema.json` describes all of this for editors: with `# yaml-language-server: $schema=FILE` in a comment of
+a schedule, those that speak to the YAML language server complete and check it.
 """
 LANGUAGE = """## Repetitions, labels and tracks
 
@@ -75,11 +83,11 @@ METRICS = """## Metrics
 `trigger`, `guard` and `early_stopping_metric` name a number of metrics.jsonl, with a dot where it is inside a mapping.
 
 - with every evaluation at eval_interval: {}
+- with the evaluations at which the model is analysed (`analyze_interval`, docs/analysis.md): {}
 - with every line of log_interval: {}
 - with several data sets, of each: `val_loss/NAME` with evaluations, `passes/NAME` and `coverage/NAME` with the lines
-- with the evaluations that score `eval_tasks`: the numbers of those tasks, such as `eval/adder_accuracy`, of which
-  more is better: a plateau is one below the highest, and a guard gives `max_decrease`. Names that no task gives
-  are refused.
+- with the evaluations that score `eval_tasks`: the numbers of those tasks, such as `eval/adder_accuracy`, of which more
+  is better: a plateau is one below the highest, and a guard gives `max_decrease`. Names that no task gives are refused.
 
 Of clocks and machines (`tokens_per_second`, `seconds_by_part`, `machine`) rank 0's number counts.
 """
@@ -97,13 +105,17 @@ ROOMS = {
 
 def kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """A JSON schema in a few words."""
-    if "$ref" in schema:
-        body = definitions[schema["$ref"].rsplit("/", 1)[-1]]
+    body = definitions[schema["$ref"].rsplit("/", 1)[-1]] if "$ref" in schema else schema
+    if "properties" in body:
         fields = []
         for name, field in body["properties"].items():
             optional = "" if name in body.get("required", []) else f" = {default(field.get('default'))}"
             fields.append(f"{name}: {kind(field, definitions)}{optional}")
         return "{" + ", ".join(fields) + "}"
+    if body is not schema:
+        return kind(body, definitions)
+    if schema.get("format") == "metric":
+        return "metric"
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(kind(part, definitions) for part in schema["anyOf"]))
     if "enum" in schema:
@@ -152,15 +164,55 @@ def section(cls: type[Operation]) -> str:
     lines.append(f"- keeps: {cls.keeps}")
     if cls.source:
         lines.append(f"- source: {cls.source}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "```yaml", *example(cls.name), "```"])
+
+
+def example(name: str) -> list[str]:
+    """The entry that the tests have of an operation, behind those that it needs there."""
+    entries = [written(*one) for one in (*BEFORE.get(name, []), (name, EXAMPLES[name]))]
+    dumped = [yaml.safe_dump(one, default_flow_style=True, sort_keys=False, width=10**6) for one in entries]
+    return [f"- {text.strip()}" for text in dumped]
+
+
+def index() -> str:
+    """Every operation by its room, and the sections behind them, as links."""
+    lines = []
+    for room, title in ROOMS.items():
+        links = ", ".join(f"[`{name}`](#{name})" for name, cls in OPERATIONS.items() if of(cls, room))
+        lines.append(f"- [{title}](#{anchor(title)}): {links}")
+    more = ["Fields of an entry", "Triggers", "Guard", "Repetitions, labels and tracks", "Metrics"]
+    return "\n".join([*lines, "- " + ", ".join(f"[{title}](#{anchor(title)})" for title in more)]) + "\n"
+
+
+def anchor(title: str) -> str:
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def of(cls: type[Operation], room: str) -> bool:
+    return cls.__module__.endswith(f".{room}")
+
+
+def entry_fields() -> str:
+    """Every field of an entry but its triggers."""
+    schema, lines = EntryFields.model_json_schema(), []
+    for name, body in schema["properties"].items():
+        needed = "" if body.get("default") in (None, "") or name == "repeat" else f" = {default(body['default'])}"
+        needed = ", must be given" if name in schema["required"] else needed
+        what = "see [Guard](#guard)" if name == "guard" else kind(body, schema["$defs"]).removesuffix(" or nothing")
+        lines.append(f"- `{name}`: {what}{needed}. {' '.join(body['description'].split())}")
+        if name == "name":
+            lines.append("- `value`: the operation's argument, as it says above; left out where it takes none.")
+    return "\n".join(lines) + "\n"
 
 
 def page() -> str:
     """The whole of docs/operations.md."""
-    parts = [HEAD]
+    parts = [HEAD, index()]
     for room, title in ROOMS.items():
         parts.append(f"## {title}\n")
-        parts += [section(cls) + "\n" for cls in OPERATIONS.values() if cls.__module__.endswith(f".{room}")]
+        parts += [section(cls) + "\n" for cls in OPERATIONS.values() if of(cls, room)]
+    parts.append(f"## Fields of an entry\n\n{FIELDS}\n{entry_fields()}")
     parts.append("## Triggers\n")
     for name, trigger in TRIGGERS.items():
         schema = trigger.model_json_schema()
@@ -169,7 +221,11 @@ def page() -> str:
     argument = kind({"$ref": "#/$defs/Guard"}, {"Guard": Guard.model_json_schema()})
     parts.append(f"\n## Guard\n\n`guard`: {argument}.\n{inspect.cleandoc(Guard.__doc__ or '')}\n")
     parts.append(LANGUAGE + re.sub(r"\n  +", " ", RULES))
-    parts.append(METRICS.format(*(", ".join(f"`{n}`" for n in names) for names in (EVALUATED, LOGGED))))
+    parts.append(
+        re.sub(r"\n  +", " ", METRICS).format(
+            *(", ".join(f"`{n}`" for n in names) for names in ((VAL_LOSS, VAL_BPB), ANALYSED, LOGGED))
+        )
+    )
     return "\n".join(wrapped(line) for line in "\n".join(parts).splitlines()) + "\n"
 
 

@@ -25,6 +25,9 @@ training/store/run_folder.py, whose `read_run` is the reader in Python.
 | `metrics.jsonl` | what was measured: one JSON object a line |
 | `events.jsonl` | what happened: one JSON object a line |
 | `report.html` | how it went, for a browser ([docs/reports.md](reports.md)) |
+| `trackers.json` | which runs of W&B, TensorBoard and trackio its lines are in |
+| `plan.txt` | with a tracker: what `--plan` says at the latest start |
+| `tensorboard/`, `wandb/` | what these write |
 | `tokenizer/` | the tokenizers that the run has used, by fingerprint |
 | `checkpoints/` | one folder a checkpoint; `latest` and `best` are links to two of them |
 | `NAME.log` | the console's lines, with `file_logging` (NAME is the folder's; `log_dir` puts it elsewhere) |

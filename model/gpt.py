@@ -214,9 +214,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
-def _attention_with_dropout(attn: Attention, q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> Tensor:
+def document_mask(idx: Tensor, end: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of attention: 0 where a token sees another, else -inf, (batch, 1, time, time).
+
+    A token sees itself and those before it in its own document (Llama 3: Grattafiori et al. 2024, arXiv:2407.21783,
+    section 3.2). The token that ends a document belongs to it.
+
+    Args:
+        idx: token ids, (batch, time); what stands first in a row may be the rest of a document.
+        end: the id that ends a document.
+        dtype: that of queries and keys: a mask of bools would be turned into such numbers, and kept, in each block.
+    """
+    ends = idx == end
+    document = ends.cumsum(1) - ends.long()
+    seen = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+
+def _attention_with_dropout(attn: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool) -> Tensor:
     """Kept out of compiled graphs (compile_blocks): the probability is a constant of the fused kernels' signature."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=attn.dropout_p, is_causal=True, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, mask, attn.dropout_p, is_causal=mask is None, enable_gqa=gqa)
 
 
 class _Fading(nn.Module):
@@ -279,13 +296,16 @@ class Attention(_Fading):
         self.dropout_active = False
         self.attend_with_dropout = _attention_with_dropout
 
-    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
-        """(batch, time, n_embd) -> the same."""
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None = None) -> Tensor:
+        """(batch, time, n_embd) -> the same; mask: of `document_mask`, None where a token sees all before it."""
         q, k, v = self._heads(x, rope)
         gqa = self.n_head != self.n_kv_head
+        if gqa and mask is not None:  # no fused kernel of CUDA has both a mask and groups of heads
+            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))
+            gqa = False
         if self.training and self.dropout_active:
-            return self._out(self.attend_with_dropout(self, q, k, v, gqa))
-        return self._out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa))
+            return self._out(self.attend_with_dropout(self, q, k, v, mask, gqa))
+        return self._out(F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa))
 
     def extend(self, x: Tensor, rope: Rope | None, cache: Cache, layer: int) -> Tensor:
         """What `forward` makes of tokens that follow those of the cache, with them in it."""
@@ -382,8 +402,8 @@ class Block(nn.Module):
         self.ln_2 = _norm(config)
         self.mlp = MLP(config, n_hidden)
 
-    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, mask)
         return x + self.mlp(self.ln_2(x))
 
     def extend(self, x: Tensor, rope: Rope | None, cache: Cache, layer: int) -> Tensor:
@@ -398,7 +418,8 @@ class GPT(nn.Module):
     Attributes: `dropout`, `lora_dropout` and `fading`, numbers that may change at any time (set_dropout,
     set_lora_dropout, set_fading). A new model has no dropout and fades nothing in. With `checkpointing` a block keeps
     only its input for the backward pass and computes the rest again there, with the same dropout (activation
-    checkpointing, Chen et al. 2016, arXiv:1604.06174).
+    checkpointing, Chen et al. 2016, arXiv:1604.06174). With `document_end`, the id of a token that ends documents, no
+    token of a batch sees another document of its row; `extend` goes on with one document and sees all of it.
     """
 
     WEIGHTS: ClassVar = {
@@ -415,6 +436,7 @@ class GPT(nn.Module):
         self.dropout = self.lora_dropout = 0.0
         self.fading: dict[str, Fade] = {}
         self.checkpointing = False
+        self.document_end: int | None = None
         parts: dict[str, nn.Module] = {"wte": Embedding(config.vocab_size, config.n_embd)}
         if config.position == "learned":
             parts["wpe"] = Embedding(config.block_size, config.n_embd)
@@ -488,13 +510,22 @@ class GPT(nn.Module):
         cos, sin = zip(*(rotary_tables(config, time, idx.device, count) for count in counts), strict=True)
         return x, (torch.stack(cos)[:, None], torch.stack(sin)[:, None])
 
-    def _hidden(self, idx: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+    def _hidden(self, idx: Tensor, counts: Sequence[int] | None = None, mask: Tensor | None = None) -> Tensor:
         """The residual stream (batch, time, n_embd) after the last block."""
         x, rope = self._start(idx, counts=counts)
         # Around a compiled block and not in it: switching recompiles nothing, and dropout breaks no more graphs.
         for block in self.transformer["h"]:
-            x = checkpoint(block, x, rope, use_reentrant=False) if self.checkpointing else block(x, rope)
+            x = checkpoint(block, x, rope, mask, use_reentrant=False) if self.checkpointing else block(x, rope, mask)
         return x
+
+    def _mask(self, idx: Tensor) -> Tensor | None:
+        """That of the documents of a batch, made once for all blocks."""
+        if self.document_end is None:
+            return None
+        kind = idx.device.type
+        lowered = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if lowered else self.transformer["ln_f"].weight.dtype
+        return document_mask(idx, self.document_end, dtype)
 
     def _head(self, x: Tensor) -> Tensor:
         """Logits of the residual stream after the last block."""
@@ -514,11 +545,11 @@ class GPT(nn.Module):
             idx: token ids, (batch, time), time at most block_size.
             targets: the token that follows each, same shape; -1 where none counts.
         """
-        return Loss(*self.measure(self, self._hidden(idx), targets))
+        return Loss(*self.measure(self, self._hidden(idx, mask=self._mask(idx)), targets))
 
     def logits(self, idx: Tensor) -> Tensor:
         """Logits of every position, (batch, time, vocab)."""
-        return self._head(self._hidden(idx))
+        return self._head(self._hidden(idx, mask=self._mask(idx)))
 
     def extend(
         self, idx: Tensor, counts: Sequence[int], cache: Cache | None = None, first: int = 0, every: bool = False

@@ -17,6 +17,7 @@ import torch
 import train_orchestrated
 from orchestrate.data.mixture import Sources
 from orchestrate.data.stream import Meta, open_data
+from orchestrate.data.tokenizer import END_OF_TEXT
 from orchestrate.training.run.run import Run
 from orchestrate.training.session.start import model_config_from, settings_from
 from orchestrate.training.settings.config import TrainConfig
@@ -25,6 +26,9 @@ from orchestrate.training.store.run_folder import EVENTS, METRICS, read_run
 from orchestrate.training.store.state import ScheduleText, State
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted({*(ROOT / "schedules").glob("*.yaml"), *(ROOT / "schedules").glob("*.json")})
+SHIPPED.remove(ROOT / "schedules" / "schema.json")
+"""The schedules that come with the project."""
 # Models this small are fastest on one thread, and threads that wait for each other make a busy machine crawl.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,21 +56,24 @@ TINY = {
 }
 
 
-def write_data(folder: Path) -> Path:
-    """A character-level data set of the tests' own text."""
+def write_data(folder: Path, documents: bool = False) -> Path:
+    """A character-level data set of the tests' own text; with `documents` what ends a line ends a document."""
     folder.mkdir(parents=True, exist_ok=True)
     characters = sorted(set(TEXT))
     ids = np.array([characters.index(c) for c in TEXT], dtype=np.uint16)
     ids[: len(ids) * 9 // 10].tofile(folder / "train.bin")
     ids[len(ids) * 9 // 10 :].tofile(folder / "val.bin")
-    meta = {"format": 1, "vocab_size": len(characters), "dtype": "uint16", "tokenizer": "char", "itos": characters}
+    itos = [END_OF_TEXT if documents and c == "\n" else c for c in characters]
+    meta = {"format": 1, "vocab_size": len(characters), "dtype": "uint16", "tokenizer": "char", "itos": itos}
     (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
     return folder
 
 
 def sources(data: Path) -> Sources:
-    """That data set twice, under the names that the examples of operations have."""
-    return Sources({name: replace(open_data(str(data), 16), name=name) for name in ("first", "second")})
+    """That data set twice, under the names that the examples of operations have; its lines are documents."""
+    one = open_data(str(data), 16)
+    meta = replace(one.meta, itos=(END_OF_TEXT, *one.meta.itos[1:]))
+    return Sources({name: replace(one, name=name, meta=meta) for name in ("first", "second")})
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,9 @@ from orchestrate.model import hugging_face, nanogpt
 from orchestrate.model.config import Fade, LoraSpec, ModelConfig
 from orchestrate.model.export import NoForm, form_of, nanogpt_form_of, write_hugging_face, write_nanogpt
 from orchestrate.model.gpt import GPT, init_weights
+from orchestrate.tools.watch import view
 from orchestrate.training.report.data import read_story
+from orchestrate.training.report.live import Watcher
 from orchestrate.training.report.page import page, plotly_js
 from orchestrate.training.schedule.file import entry_fields
 from orchestrate.training.session.talking import Talk, chat_format
@@ -105,6 +107,7 @@ MODELS = [
         "activation": "swiglu",
         "norm": "rmsnorm",
         "activation_checkpointing": True,
+        "document_mask": True,
         "weights_dtype": "bfloat16",
     },
     {"lora_targets": "q_proj,v_proj,down_proj,wte", "lora_rank": 2, "use_rslora": True, "lora_dropout": 0.1},
@@ -230,7 +233,7 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.data = write_data(folder / "data")
+        self.data = write_data(folder / "data", documents=True)
         schedule = [
             {"name": "set_attn_lora_rank", "value": 2, "at_iter": 2},
             {"name": "set_lr", "value": 1e-3, "over": 9},
@@ -512,10 +515,10 @@ def forged_state(data: st.DataObject, workspace: Workspace) -> str:
     """state.json with other values, and a manifest that fits it."""
     with a_copy(workspace) as (out, folder):
         state = json.loads((folder / "state.json").read_text())
-        state["config"].update(wandb_log=False)
+        state["config"].update(wandb_log=False, tracker=[])
         changed = mutated(data, state)
         if isinstance(changed, dict) and isinstance(changed.get("config"), dict):
-            changed["config"].update({"wandb_log": False, "file_logging": False, "log_dir": ""})
+            changed["config"].update({"wandb_log": False, "tracker": [], "file_logging": False, "log_dir": ""})
         (folder / "state.json").write_text(json.dumps(changed))
         seal(folder)
         return resumed(out)
@@ -587,7 +590,10 @@ def jsonl(data: st.DataObject, workspace: Workspace) -> str:
 
 
 def reports(data: st.DataObject, workspace: Workspace) -> str:
-    """Forged lines of metrics and events with the right fields: a report is made of them, and it holds no markup."""
+    """Forged lines of metrics and events with the right fields: a report and a terminal's view are made of them.
+
+    The one holds no markup, the other nothing that drives a terminal.
+    """
     with workspace.case() as folder:
         for name, kinds in ((METRICS, METRICS_KINDS), (EVENTS, EVENT_KINDS)):
             lines = []
@@ -602,6 +608,8 @@ def reports(data: st.DataObject, workspace: Workspace) -> str:
         if data.draw(st.booleans()):
             (folder / "schedule.yaml").write_text(json.dumps(entries(data)), "utf-8", "replace")
         with in_bounds():
+            seen = view(Watcher(folder).look(), 60)
+            assert max(map(len, seen.split("\n"))) <= 60 and not re.search("[\x00-\x09\x0b-\x1f\u2028]", seen)
             try:
                 story = read_story(folder)
                 text = page([story, story]).replace(plotly_js(), "")

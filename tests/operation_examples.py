@@ -29,6 +29,7 @@ EXAMPLES = {
     "set_data_mixture": {"first": 1, "second": 3},
     "set_dataset": "second",
     "set_curriculum_alpha": 0.5,
+    "set_document_mask": True,
     "set_activation_checkpointing": True,
     "set_weights_dtype": "bfloat16",
     "freeze_layer": ["attn.0", "wte"],
@@ -65,3 +66,8 @@ BEFORE = {
     "merge_lora_weights": [("set_attn_lora_rank", 2)],
     "relora": [("set_attn_lora_rank", 2)],
 }
+
+
+def written(name, value):
+    """An entry of a schedule; None is no value."""
+    return {"name": name} if value is None else {"name": name, "value": value}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from conftest import ROOT
 
@@ -144,3 +146,18 @@ def test_help_lists_every_key_with_default_and_meaning(capsys):
 def test_shipped_configs_resolve_and_say_why_they_exist(path):
     resolve([path], [])
     assert path.read_text("utf-8").startswith('"""')
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--operation=ops.py", "--operation: unknown option; did you mean --operations?"),
+        ("--plans", "--plans: unknown option; did you mean --plan?"),
+        ("--aganst=out", "--aganst: unknown option; did you mean --against?"),
+        ("--learnin_rate=1", "unknown key learnin_rate; did you mean learning_rate?"),
+        ("--scaling_schedule=[]", "write the entries into a file"),
+    ],
+)
+def test_a_misspelt_option_is_told_apart_from_a_misspelt_key(given, said):
+    with pytest.raises(Refused, match=re.escape(said)):
+        train_orchestrated.parse([given])

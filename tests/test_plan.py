@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -291,6 +293,136 @@ def test_a_plan_of_tracks_and_rounds(data, tmp_path, capsys):
     assert lines[3].startswith("5 (round 2 of 3)") and "8 entries, no errors" in table
     _, plain = planned(tmp_path, data, [{"name": "stop"}], capsys, "--plan")
     assert "track" not in plain
+
+
+SAID = {
+    "tracks": {
+        "a track with quite a long name": [
+            {"name": "stack_layers", "value": {"n_layer": 4, "how": "cycle", "where": "interleave"}, "label": "deeper",
+             "trigger_loss": 2.5, "max_wait_iters": 500, "reevaluate": True, "on_error": "skip",
+             "guard": {"max_increase": 0.1, "within_iters": 60, "then": "keep"}},
+            {"name": "freeze_layer", "value": ["block.0", "block.1"], "after": "deeper", "max_wait_iters": 20},
+            {"name": "set_grad_accum", "value": 8, "over": 10, "style": "power", "exponent": 0.5},
+        ],
+        "rate": [{"name": "change_lr", "value": 0.5, "trigger_plateau": {"evals": 3}, "repeat": 2}],
+    }
+}  # fmt: skip
+
+
+def test_the_table_fits_100_columns_and_says_all_of_each_entry(data, tmp_path, capsys, tiny):
+    _, text = planned(tmp_path, data, SAID, capsys, "--plan")
+    lines = text.splitlines()
+    stages, details = lines[: lines.index("")], lines[lines.index("") + 1 :]
+    assert max(map(len, (line for line in lines if not line.startswith(("note: ", "warning: "))))) == 100
+    assert stages[0].split() == "entry track operation layers width parameters trainable tokens/iter".split()
+    assert [line.split()[-1] for line in stages[1:5]] == ["128", "13,056", "6,848", "512"]
+    assert stages[2].split()[-3:] == ["4", "13,056", "13,056"], "what is as in the stage before is left out"
+    assert stages[5].startswith("4 (round 1 of 2)") and stages[5].endswith("change_lr 0.5"), "nothing else differs"
+    said = " ".join(" ".join(details).split())
+    for part in (
+        'stack_layers {"n_layer": 4, "how": "cycle", "where": "interleave"}: trigger_loss 2.5 or max_wait_iters 500; '
+        "guard val_loss +0.1 within 60 iterations, else keep; reevaluate; on_error skip; label deeper model.n_layer "
+        "2 -> 4, model.n_hidden [64, 64] -> [4 x 64]",
+        "function CHANGES 2 freeze_layer",
+        "after deeper: max_wait_iters 20 block.0-1 frozen",
+        "set_grad_accum 8: at once; over 10 iterations (power 0.5) grad_accum 2 -> 8",
+    ):
+        assert part in said, part
+    assert said.startswith(
+        "start MFLOP/token 0.0; model 54.8 KB; optimizer 54.8 KB; activations* 165.1 KB 1 stack_layers"
+    )
+    assert "iterations (power 0.5) grad_accum 2 -> 8 4 (round 1 of 2)" in said, "costs as before are left out"
+    assert "on_error stop" not in said and "reshapes_asked" not in said
+    _, wide = planned(tmp_path, data, SAID, capsys, "--plan", "--wide")
+    rows = wide.splitlines()
+    assert rows[0].split("activations*")[1].split() == "re-wraps recompiles* function entry says changes".split()
+    assert rows[5].endswith("learning_rate 0.01 -> 0.005, min_lr 0.001 -> 0.0005") and " 6,848 " in rows[5]
+    assert len(wide.splitlines()) == 1 + 6 + 2 + sum(line.startswith(("note: ", "warning: ")) for line in rows)
+    code, out = tiny(SAID, max_iters=6)
+    assert code == 0
+    _, text = planned(tmp_path, data, SAID, capsys, "--plan", f"--against={out}")
+    assert "label deeper; fires at* not by iteration 6" in " ".join(text.split())
+    _, wide = planned(tmp_path, data, SAID, capsys, "--plan", "--wide", f"--against={out}")
+    assert wide.split("layers")[0].split()[-1] == "at*" and "fires at* not by" not in wide
+
+
+def test_colour_is_for_terminals_and_marks_what_differs(data, tmp_path, capsys, monkeypatch):
+    _, plain = planned(tmp_path, data, SAID, capsys, "--plan")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, coloured = planned(tmp_path, data, SAID, capsys, "--plan")
+    assert "\x1b" not in plain and "\x1b[1m    13,056\x1b[0m" in coloured and "\x1b[1mblock.0-1 frozen" in coloured
+    assert "\x1b[1;33mwarning: " in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split() == plain.split()
+    _, wide = planned(tmp_path, data, SAID, capsys, "--plan", "--wide")
+    assert "\x1b[2m    13,056\x1b[0m" in wide, "dim where it is as before"
+
+
+def test_a_long_value_is_cut_in_tables_and_whole_in_json(data, tmp_path, capsys):
+    shrinks = {"name": "resize_vocabulary", "value": {"size": 2, "map": [0, 1] * 200}}
+    schedule = [{"name": "resize_vocabulary", "value": 400}, shrinks]
+    _, text = planned(tmp_path, data, schedule, capsys, "--plan", "--wide")
+    assert "0, 1, 0, 1" in text and "..." in text and max(map(len, text.splitlines())) < 900
+    _, text = planned(tmp_path, data, schedule, capsys, "--plan=json")
+    assert text.count("0, 1, 0, 1") > 50
+
+
+def test_wide_is_a_form_of_the_table(data, tmp_path, capsys):
+    for options in (["--wide"], ["--wide", "--plan=json"]):
+        with pytest.raises(Refused, match="--wide is a form of the table"):
+            planned(tmp_path, data, [], capsys, *options)
+
+
+def copy_of(data, tmp_path, **meta):
+    shutil.copytree(data, tmp_path / "copy")
+    path = tmp_path / "copy" / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **meta}))
+    return tmp_path / "copy"
+
+
+def without_tokens(data, tmp_path):
+    folder = copy_of(data, tmp_path)
+    (folder / "val.bin").unlink()
+    return folder
+
+
+def with_broken_meta(data, tmp_path):
+    folder = copy_of(data, tmp_path)
+    (folder / "meta.json").write_text('{"vocab_size": ')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("made", "keys", "expected"),
+    [
+        (lambda data, tmp_path: tmp_path / "nothere", {}, "dataset .*nothere: no train.bin and val.bin"),
+        (without_tokens, {}, "dataset .*copy: no train.bin and val.bin"),
+        (with_broken_meta, {}, "meta.json: not JSON"),
+        (lambda data, tmp_path: copy_of(data, tmp_path, vocab_size="many"), {}, "meta.json: vocab_size must be"),
+        (lambda data, tmp_path: copy_of(data, tmp_path, vocab_size=5), {}, "token id 22 is beyond .* vocabulary of 5"),
+        (lambda data, tmp_path: data, {"device": "cuda"}, "device: got 'cuda', but .* sees no CUDA device here"),
+        (lambda data, tmp_path: data, {"device": "tpu"}, "device: got 'tpu', allowed: auto, cpu"),
+        (lambda data, tmp_path: data, {"eval_mixture": "{'other': 1}"}, "other"),
+    ],
+)
+def test_what_cannot_start_is_an_error_of_the_plan(data, tmp_path, capsys, monkeypatch, made, keys, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Refused, match=expected):
+        train_orchestrated.main([*arguments(made(data, tmp_path), tmp_path / "none", **keys), "--plan"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_data_set_that_an_entry_asks_for_is_there(data, tmp_path, capsys):
+    with pytest.raises(Refused, match="entry 1: set_dataset .*nothere.*no train.bin"):
+        planned(tmp_path, data, [{"name": "set_dataset", "value": str(tmp_path / "nothere")}], capsys, "--plan")
+
+
+def test_a_plan_says_that_its_out_dir_is_taken(data, tmp_path, capsys, tiny):
+    _, out = tiny([], max_iters=1)
+    capsys.readouterr()
+    assert train_orchestrated.main([*arguments(data, out), "--plan"]) == 0
+    assert "note: a start is refused as it is: out_dir" in capsys.readouterr().out
+    assert train_orchestrated.main(["--init_from=resume", f"--out_dir={out}", "--plan"]) == 0
+    assert "refused" not in capsys.readouterr().out
 
 
 def test_against_a_run_says_when_each_round_of_each_track_fired(data, tmp_path, capsys, tiny):

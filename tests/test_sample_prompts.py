@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ import train_orchestrated
 from orchestrate.training.settings.config import TrainConfig, resolve
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
-from orchestrate.training.store.reporting import Reporter
 
 PROMPTS = ["To be", "q", "that is the question: whether"]
 SCHEDULE = [
@@ -124,17 +121,6 @@ def test_the_key_is_a_text_or_a_list_of_texts(tmp_path):
         else:
             with pytest.raises(Refused, match=message):
                 given(source=source)
-
-
-def test_wandb_gets_a_table(tmp_path, monkeypatch):
-    logged = []
-    fake = types.SimpleNamespace(Table=lambda columns, rows: (columns, rows))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    tracker = types.SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda exit_code: 0)
-    reporter = Reporter(tmp_path, 9, 0, None, tracker)
-    reporter.event("samples", iter=4, texts=[{"prompt": "a", "text": "ab"}, {"prompt": "c", "text": "cd"}])
-    reporter.close()
-    assert logged == [({"samples": (["iter", "prompt", "text"], [[4, "a", "ab"], [4, "c", "cd"]])}, 4)]
 
 
 def test_numbers_that_are_none_are_told_and_the_run_goes_on(tiny, capsys, monkeypatch):

@@ -64,9 +64,9 @@ def test_the_loss_is_read_after_the_next_step(data, late, tmp_path, monkeypatch)
     order = []
     real_step, real_write = Run.step, Session._write_step
 
-    def step(run):
+    def step(run, *given):
         order.append(("step", run.progress.iter))
-        return real_step(run)
+        return real_step(run, *given)
 
     def write(session):
         if session._unwritten:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from orchestrate.tools import main as tools
 from orchestrate.training.session import ending, launch
 from orchestrate.training.session.lock import FolderLock
 from orchestrate.training.session.session import Session
-from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.errors import Refused, Stopped
 from orchestrate.training.store import checkpoint
 
 SCRIPT = str(ROOT / "train_orchestrated.py")
@@ -207,13 +208,42 @@ def test_the_end_says_why_where_and_how_to_go_on(tiny, resume, capsys):
         f"{saved}12; {goes_on} --max_iters=N (N above 12)",
     ]
     assert resume(out) == 0
+    over = "the run has finished: it is at iteration 12, and max_iters is 12; --max_iters=N (N above 12) goes on"
+    text = capsys.readouterr().out
+    assert over in text.splitlines()[:-2] and events(out, "end")[-1]["not_fired"] == [2, 3, 4]
+    assert train_orchestrated.main(["--init_from=resume", f"--out_dir={out}", "--plan"]) == 0
+    assert f"note: {over}\n" in capsys.readouterr().out
+    assert resume(out) == 0
     nothing = "ended at iteration 12: nothing was left to train, because max_iters {} was reached before"
     assert last_lines(capsys)[0].startswith(nothing.format(12))
     assert resume(out, max_iters=10) == 0
     assert last_lines(capsys)[0].startswith(nothing.format(10))
     assert resume(out, max_iters=14) == 0
-    assert last_lines(capsys)[0].startswith("ended at iteration 14: max_iters 14 is reached; ")
-    assert [e["reason"] for e in events(out, "end")] == ["max_iters"] * 4
+    text = capsys.readouterr().out
+    assert text.splitlines()[-2].startswith("ended at iteration 14: max_iters 14 is reached; ")
+    assert "has finished" not in text and [e["reason"] for e in events(out, "end")] == ["max_iters"] * 5
+
+
+def test_a_run_that_stopped_early_says_so_when_it_is_gone_on_with(tiny, resume, capsys):
+    _, out = tiny(early_stopping_patience=1, early_stopping_min_delta=9.0, max_iters=30)
+    assert events(out, "end")[-1]["iter"] == 4
+    capsys.readouterr()
+    assert resume(out) == 0
+    early = (
+        "the run was stopped early, after 1 values of val_loss without a gain, and will be at the next one; "
+        "--early_stopping_patience=N (N above 1; 0: never stop early) goes on"
+    )
+    assert early in capsys.readouterr().out.splitlines() and events(out, "end")[-1]["iter"] == 8
+    assert resume(out, early_stopping_patience=0, max_iters=12) == 0
+    assert "stopped early" not in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_go_on_says_why_at_its_end(tiny, capsys):
+    with pytest.raises(Stopped):
+        tiny(inject="nan@6", on_sick_step="stop")
+    first, second = last_lines(capsys)
+    assert re.match(r"ended at iteration \d: .*; on_sick_step stop, sick_step_limit 10; best validation", first)
+    assert "to go on: " in second
 
 
 def test_other_ends_say_why_too(tiny, monkeypatch, capsys, tmp_path):
@@ -236,9 +266,10 @@ def test_other_ends_say_why_too(tiny, monkeypatch, capsys, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Session, "tick", tick)
-    assert tiny(out="signalled")[0] == 143
+    assert tiny([{"name": "stop", "at_iter": 99}], out="signalled")[0] == 143
     first, second = last_lines(capsys)
-    assert first == f"ended at iteration 3: SIGTERM; {best(tmp_path / 'signalled')}"
+    assert first == f"ended at iteration 3: SIGTERM; {best(tmp_path / 'signalled')}; entry 1 never fired"
+    assert events(tmp_path / "signalled", "end")[-1]["not_fired"] == [1]
     assert "iter_000000003; to go on: orchestrate train" in second
     monkeypatch.undo()
 

@@ -22,7 +22,7 @@ from orchestrate.training.run.stopwatch import Stopwatch
 from orchestrate.training.schedule.file import parse_schedule
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.store import checkpoint
-from orchestrate.training.store.reporting import Reporter
+from orchestrate.training.store.trackers import About, Branch, Tracker
 from orchestrate.training.tasks import TASKS, make
 from orchestrate.training.tasks.base import task
 from orchestrate.training.tasks.exact_match import wilson
@@ -305,11 +305,14 @@ def test_what_is_refused(easy, tmp_path, more, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_names_them_as_they_are(tmp_path):
+def test_trackers_name_them_as_they_are(tmp_path):
     logged = []
-    run = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
-    reporter = Reporter(tmp_path, 10, 0, None, run)
-    reporter.metrics("eval", iter=3, val_loss=1.5, **{ACCURACY: 0.5, f"{ACCURACY}/1": 0.25})
+
+    class Here(Tracker):
+        begin, log = (lambda self, goes_on: None), (lambda self, iteration, values: logged.append((values, iteration)))
+
+    tracker = Here(About.of(str(tmp_path), "", "", {}, ""), Branch("a"), False)
+    tracker.take({"kind": "eval", "iter": 3, "val_loss": 1.5, ACCURACY: 0.5, f"{ACCURACY}/1": 0.25})
     assert logged == [({"eval/val_loss": 1.5, ACCURACY: 0.5, f"{ACCURACY}/1": 0.25}, 3)]
 
 

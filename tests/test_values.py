@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrate.model.config import BLOCK_LAYERS
-from orchestrate.training.settings.values import brief, layer_ranges, problems_of
+from orchestrate.training.settings.values import brief, changed, cut, layer_ranges, problems_of
 
 
 def blocks(*numbers: int) -> list[str]:
@@ -69,4 +69,29 @@ def test_values_of_settings():
     assert brief([64, 64, 64]) == "[3 x 64]" and brief([64, 32]) == "[64, 32]"
     assert brief(0.1 + 0.2) == "0.3" and brief("x" * 200) == "x" * 200 and len(brief(list(range(99)))) == 60
     assert brief([{"name": "set_lr", "value": 1}, {"name": "stop"}]) == "2 entries (set_lr, stop)"
+    assert cut("abcdef", 6) == "abcdef" and cut("abcdefg", 6) == "abc..."
     assert brief([{"name": "stop"}] * 5) == "5 entries (stop, stop, stop, stop, ...)"
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "expected"),
+    [
+        ("frozen", [], blocks(0, 1, 2, 3), "block.0-3 frozen"),
+        ("frozen", ["wte", *blocks(0, 1), "ln_f"], ["wte", *blocks(1, 2)],
+         "block.2 frozen, block.0, ln_f no longer frozen"),
+        ("frozen", ["wte", "wpe"], ["wpe", "wte"], "frozen [wte, wpe] -> [wpe, wte]"),
+        ("model.lora", {}, {"attn.0": {"rank": 4}, "attn.1": {"rank": 4}, "wte": {"rank": 2}},
+         "model.lora attn.0-1: none -> 4; wte: none -> 2"),
+        ("model.lora", {"attn.0": {"rank": 4}, "mlp.0": {"rank": 4}}, {"attn.0": {"rank": 16}, "mlp.0": {"rank": 4}},
+         "model.lora attn.0: 4 -> 16"),
+        ("model.lora", {"attn.0": {"rank": 4, "alpha": 8.0}}, {"attn.0": {"rank": 4, "alpha": 2.5}},
+         "model.lora attn.0: alpha 8 -> 2.5"),
+        ("model.lora", {"attn.0": {"rank": 4}}, {}, "model.lora attn.0: 4 -> none"),
+        ("mixture", {"a": 0.25, "b": 0.75}, {"a": 0.5, "b": 0.5}, "mixture a: 0.25 -> 0.5; b: 0.75 -> 0.5"),
+        ("fading", {"mlp.3": {"known": 4, "share": 0.0}}, {}, "fading mlp.3: 0 -> none"),
+        ("vocabulary_map", [], [3, 1, 3], "vocabulary_map [] -> [3, 1, 3]"),
+        ("learning_rate", 1e-3, 5e-4, "learning_rate 0.001 -> 0.0005"),
+    ],
+)  # fmt: skip
+def test_a_change_says_what_is_other_than_before(name, before, after, expected):
+    assert changed(name, before, after) == expected

@@ -25,9 +25,17 @@ COMMANDS = {
     "evaluate": "score models by the tasks of lm-eval",
     "chat": "talk to a model in the terminal",
     "serve": "OpenAI's API and a page to chat on, with the checkpoints of a run",
+    "watch": "how runs stand, in the terminal, while they train",
     "export": "a model for programs that read Hugging Face folders, for peft, or for nanoGPT",
     "report": "how a run went, or how several compare, as one HTML file",
 }
+
+
+class Alone:
+    """A process that has no ranks to agree with."""
+
+    def exchange_later(self, flag: int) -> int:
+        return flag
 
 
 def called(name: str) -> str:

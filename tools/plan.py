@@ -1,6 +1,7 @@
 """Check a configuration and its schedule, print the stages of the run, train nothing.
 
-    orchestrate plan [CONFIG.py ...] --schedule FILE [--json] [--against RUN] [--operations FILE.py] [--KEY=VALUE]
+    orchestrate plan [CONFIG.py ...] --schedule FILE [--json | --wide] [--against RUN] [--KEY=VALUE]
+    orchestrate plan --init FOLDER [--KEY=VALUE]          # a configuration and a schedule to start from
 
 The same as train_orchestrated.py with --plan, or with --plan=json.
 """

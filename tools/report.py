@@ -14,19 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrate.tools.main import called, script
+from orchestrate.tools.main import Alone, called, script
 from orchestrate.training.report.data import Story, read_story
 from orchestrate.training.report.write import REPORT, follow, picture, write
 from orchestrate.training.schedule.own import registered
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.errors import Refused
-
-
-class _Alone:
-    """A process that has no ranks to agree with."""
-
-    def exchange_later(self, flag: int) -> int:
-        return flag
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -66,7 +59,7 @@ def main(arguments: Sequence[str], watch: SignalWatch | None = None) -> int:
         stack.enter_context(registered(options.operations))
         if options.follow:
             watch = watch or stack.enter_context(SignalWatch().installed())
-            watch.begin(_Alone())
+            watch.begin(Alone())
             number = follow(read, path, options.every, lambda: watch.received, print)
             if number:
                 return 128 + number

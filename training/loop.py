@@ -12,7 +12,7 @@ def train(session: Session) -> int:
         return _train(session)
     except Exception as error:
         session.saver.emergency(error)
-        ending.tell(session, f"an error ({type(error).__name__})")
+        ending.by_error(session, error)
         raise
 
 
@@ -57,7 +57,7 @@ def _train(session: Session) -> int:
             session.save_unless_saved("save_interval", required=False)
 
         # A step that came out sick is made again, passed over or taken back, as configured.
-        result = session.heal(run.step())
+        result = session.heal(run.step(near=session.looks_near()))
         session.tick()
         if result is not None and p.iter % s.log_interval == 0:
             session.log_step(result)

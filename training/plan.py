@@ -10,10 +10,12 @@ import json
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict  # pydantic wants it until Python 3.12
 
 from orchestrate.model.config import BLOCK_LAYERS, OPTIONS, ModelConfig, layer_of_adapter
 from orchestrate.model.lineage import Lineage
@@ -29,6 +31,7 @@ from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.schedule.position import Mark, Position, Queue
 from orchestrate.training.schedule.stages import Stage, model_on_meta, plan_stages
+from orchestrate.training.session.ending import finished
 from orchestrate.training.session.resume import check_fingerprint, resume
 from orchestrate.training.session.start import (
     check_data,
@@ -45,6 +48,7 @@ from orchestrate.training.settings.errors import OperationFailed, Refused
 from orchestrate.training.settings.metrics import EVALUATED, LOGGED, VAL_LOSS, comes_with, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
 from orchestrate.training.settings.values import brief
+from orchestrate.training.store.manifest import refuse_to_overwrite
 from orchestrate.training.store.run_folder import METRICS, METRICS_KINDS, read_lines
 
 _SHAPE = "n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "n_hidden", "block_size", "vocab_size"
@@ -56,12 +60,34 @@ _LONGEST = 10**7
 class Row:
     """One stage of the run: the settings in force after an entry, and what they cost."""
 
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
+
     entry: int | None
+    """Its number in the file; null at the start."""
     track: str
+    """Empty for the track without a name."""
     round: int
     rounds: int
     operation: str
+    """Name and value, as given."""
     when: str
+    """Its triggers in words."""
+    label: str
+    after: str
+    """The label from whose firing its waits count."""
+    over: int | None
+    """Iterations in which it moves a number, or fades in what is new."""
+    style: str | None
+    """How it moves there; null where it does not."""
+    exponent: float | None
+    guard: dict[str, Any] | None
+    """What takes it back where it hurts: every field of the guard, defaults too."""
+    reevaluate: bool
+    on_error: str
+    desc: str
+    n_layer: int
+    n_embd: int
+    tokens_per_iter: int
     settings: Settings
     parameters: int
     trainable: int
@@ -73,12 +99,13 @@ class Row:
     activation_bytes: int
     """Estimate for one micro-step of eager training."""
     rewraps: int
+    """How often the model is wrapped anew for several processes."""
     recompiles: int
     """Estimate: graphs of a kind not compiled before, and first changes of batch or length."""
     keeps_function: bool | None
-    """None at the start."""
+    """Whether the model computes the same right after; null at the start."""
     changes: dict[str, list[Any]]
-    """Field of Settings: [before, after]."""
+    """Field of the settings: [before, after]."""
 
     @property
     def title(self) -> str:
@@ -86,9 +113,24 @@ class Row:
         return "start" if self.entry is None else title(self.entry, self.round, self.rounds)
 
     def to_json(self) -> dict[str, Any]:
-        values = {**self.__dict__, "settings": self.settings.to_json()}
-        s = self.settings
-        return {**values, "n_layer": s.model.n_layer, "n_embd": s.model.n_embd, "tokens_per_iter": s.tokens_per_iter}
+        return {**self.__dict__, "settings": self.settings.to_json()}
+
+
+class Written(TypedDict):
+    """What `orchestrate plan --json` writes: the stages of a run, and what is to be said about them."""
+
+    stages: list[Row]
+    warnings: Annotated[list[str], Field(description="what can hardly be meant")]
+    notes: list[str]
+    against: Annotated[
+        dict[str, str] | None,
+        Field(description="with --against: an entry's number, and its round -> when it would have fired"),
+    ]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of `Written`; docs/plan.schema.json is made of it."""
+    return TypeAdapter(Written).json_schema(mode="serialization")
 
 
 @dataclass(frozen=True)
@@ -103,28 +145,13 @@ class Plan:
     """What is possible and can hardly be meant."""
 
     def to_json(self) -> str:
-        facts = {"stages": [row.to_json() for row in self.rows], "notes": self.notes, "against": self.fires}
-        facts["warnings"] = list(self.warnings)
-        return json.dumps(facts, indent=1)
-
-    def table(self) -> str:
-        head = ["entry", "operation", "when", "layers", "width", "parameters", "trainable", "tokens/iter"]
-        head += ["MFLOP/token", "model", "optimizer", "activations*", "re-wraps", "recompiles*", "function", "changes"]
-        rows = [head] + [_cells(row) for row in self.rows]
-        if self.fires is not None:
-            rows[0].insert(3, "fires at*")
-            for cells, row in zip(rows[1:], self.rows, strict=True):
-                cells.insert(3, "" if row.entry is None else self.fires[row.title])
-        if any(row.track for row in self.rows):
-            for cells, track in zip(rows, ["track", *(row.track for row in self.rows)], strict=True):
-                cells.insert(1, track)
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        total = sum(row.rewraps for row in self.rows), sum(row.recompiles for row in self.rows)
-        lines.append(f"{len(self.rows) - 1} entries, no errors; {total[0]} re-wraps, {total[1]} recompiles*")
-        lines.append("* estimated before the run: take it as a guess")
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        written = {
+            "stages": [row.to_json() for row in self.rows],
+            "warnings": list(self.warnings),
+            "notes": self.notes,
+            "against": self.fires,
+        }
+        return json.dumps(written, indent=1)
 
 
 def make(
@@ -148,6 +175,7 @@ def make(
         position, fired = resumed.position, sum(resumed.position.fired.values())
         schedule, settings, config = resumed.schedule, resumed.settings, resumed.config
         notes.append(f"{fired} entries have fired; the rest is planned from {resumed.loaded.path.name}")
+        notes += filter(None, [finished(config, resumed.loaded.state.progress)])
     else:
         schedule, (config, foreign) = the_schedule(config), opened(config)
         model, notes = planned_model_config(config, foreign)
@@ -176,6 +204,11 @@ def make(
         names = ", ".join(sorted({entry.operation.name for entry in later}))
         numbered = sorted({entry.number for entry in later})
         notes.append(f"entries {numbered}: {names} is decided on the machine; shown unchanged")
+    if config.init_from != "resume":
+        try:
+            refuse_to_overwrite(config.out_dir)
+        except Refused as refused:  # a plan is made beside a run, too; what it is of must be elsewhere
+            notes.append(f"a start is refused as it is: {refused}")
     fires = None
     if against:
         fires, missing = _replay(schedule, settings, Path(against), position)
@@ -244,12 +277,10 @@ def _rows(stages: list[Stage], config: TrainConfig, schedule: Schedule, share: i
         old, now = differences(before, s) if before is not None else ({}, {})
         rows.append(
             Row(
-                entry=stage.entry.number if stage.entry else None,
-                track=stage.entry.track if stage.entry else "",
-                round=stage.entry.round if stage.entry else 1,
-                rounds=stage.entry.rounds if stage.entry else 1,
-                operation=str(stage.entry) if stage.entry else "start",
-                when=when(stage.entry) if stage.entry else "",
+                **_said(stage.entry),
+                n_layer=s.model.n_layer,
+                n_embd=s.model.n_embd,
+                tokens_per_iter=s.tokens_per_iter,
                 settings=s,
                 parameters=sum(sizes.values()),
                 trainable=sum(sizes[name] for name in trainable),
@@ -264,6 +295,24 @@ def _rows(stages: list[Stage], config: TrainConfig, schedule: Schedule, share: i
             )
         )
     return rows
+
+
+def _said(entry: Entry | None) -> dict[str, Any]:
+    """What an entry says of itself, as fields of a Row."""
+    if entry is None:
+        said: dict[str, Any] = dict.fromkeys(("track", "when", "label", "after", "desc"), "")
+        said |= dict.fromkeys(("entry", "over", "style", "exponent", "guard"))
+        return {**said, "round": 1, "rounds": 1, "operation": "start", "reevaluate": False, "on_error": "stop"}
+    same = "track", "round", "rounds", "label", "after", "over", "reevaluate", "on_error", "desc"
+    return {
+        **{name: getattr(entry, name) for name in same},
+        "entry": entry.number,
+        "operation": str(entry),
+        "when": when(entry),
+        "style": entry.style if entry.over else None,
+        "exponent": entry.exponent if entry.over and entry.style == "power" else None,
+        "guard": entry.guard.model_dump() if entry.guard else None,
+    }
 
 
 def _with_moments(lineage: Lineage, trained: set[str]) -> set[str]:
@@ -294,7 +343,7 @@ def _graphs(s: Settings) -> set[str]:
         frozen = [name in s.frozen for name in layers]
         return repr((shape, more, specs, drops, frozen, s.weights_dtype if adapters or any(frozen) else ""))
 
-    blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n]) for n in range(c.n_layer)}
+    blocks = {graph([f"{kind}.{n}" for kind in BLOCK_LAYERS], c.n_hidden[n], s.document_mask) for n in range(c.n_layer)}
     before = graph(["wte", "wpe"], "before", c.vocab_size, c.block_size if c.position == "learned" else 0)
     after = graph(["wte", "ln_f"] if c.tie_weights else ["ln_f", "lm_head"], "after", c.vocab_size, c.tie_weights)
     return {*blocks, before, after}
@@ -314,18 +363,21 @@ def activation_bytes(s: Settings, width: int) -> int:
 
     Per block and token: input and output of both norms, queries, keys and values (queries and keys twice where they
     are normed), the heads' output twice, the inner MLP tensors (two, with a gate four); then the logits with their
-    softmax and its gradient. With activation checkpointing only the input of each block, and the inside of one.
+    softmax and its gradient. With activation checkpointing only the input of each block, and the inside of one. With
+    the mask between documents also that mask, once, and keys and values of a head for each head of queries.
     """
     c, tokens = s.model, s.batch_size * s.sequence_length
     heads = (c.n_head + 2 * c.n_kv_head) * c.head_size + 2 * c.n_head * c.head_size
     heads += (c.n_head + c.n_kv_head) * c.head_size if c.qk_norm else 0
+    heads += 2 * (c.n_head - c.n_kv_head) * c.head_size if s.document_mask else 0
+    mask = tokens * s.sequence_length if s.document_mask else 0
     inner = 4 if c.activation == "swiglu" else 2
     inside = [4 * c.n_embd + heads + inner * hidden for hidden in c.n_hidden]
     blocks = c.n_layer * c.n_embd + max(inside) if s.activation_checkpointing else sum(inside)
-    return tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)
+    return width * mask + tokens * (width * (blocks + 2 * c.n_embd) + 4 * 3 * c.vocab_size)
 
 
-# ---------------------------------------------------------------------------------------------- cells
+# ---------------------------------------------------------------------------------------------- an entry in words
 
 
 def when(entry: Entry) -> str:
@@ -333,37 +385,6 @@ def when(entry: Entry) -> str:
     waits = " or ".join(map(str, entry.triggers)) or "at once"
     after = f"after {entry.after}: {waits}" if entry.after else waits
     return f"{after}, not once {entry.until.condition}" if entry.until else after
-
-
-def _bytes(count: int) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def _cells(row: Row) -> list[str]:
-    s = row.settings
-    changes = ", ".join(f"{name} {brief(old)} -> {brief(new)}" for name, (old, new) in row.changes.items())
-    return [
-        row.title,
-        "" if row.entry is None else row.operation,
-        row.when,
-        str(s.model.n_layer),
-        str(s.model.n_embd),
-        f"{row.parameters:,}",
-        f"{row.trainable:,}",
-        f"{s.tokens_per_iter:,}",
-        f"{row.flops_per_token / 1e6:,.1f}",
-        _bytes(row.model_bytes),
-        _bytes(row.optimizer_bytes),
-        _bytes(row.activation_bytes),
-        str(row.rewraps),
-        str(row.recompiles),
-        {None: "", True: "kept", False: "CHANGES"}[row.keeps_function],
-        changes,
-    ]
 
 
 # ---------------------------------------------------------------------------------------------- against a run

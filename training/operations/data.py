@@ -1,4 +1,4 @@
-"""Operations on what is read: the shares of the data sets, and how far rare tokens are preferred."""
+"""Operations on what is read: the shares of the data sets, how far rare tokens are preferred, documents' borders."""
 
 from __future__ import annotations
 
@@ -72,3 +72,24 @@ class SetCurriculumAlpha(Operation):
 
     def plan(self, settings: Settings) -> Settings:
         return replace(settings, curriculum_alpha=self.value)
+
+
+@operation("set_document_mask")
+class SetDocumentMask(Operation):
+    """Keep attention within a document where a row has several, in training and validation; or stop doing so.
+
+    A document ends with its tokenizer's end-of-text; a data set whose tokenizer has none is refused. Positions stay
+    those of the row.
+    """
+
+    touches: ClassVar = ("document_mask",)
+    keeps: ClassVar = "every parameter and its moments; the function of a row that holds one document"
+    source: ClassVar = "Grattafiori et al. 2024 (Llama 3, arXiv:2407.21783, section 3.2)"
+    value: bool
+
+    @property
+    def keeps_function(self) -> bool:
+        return False
+
+    def plan(self, settings: Settings) -> Settings:
+        return replace(settings, document_mask=self.value)

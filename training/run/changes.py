@@ -16,6 +16,7 @@ from orchestrate.model.config import ModelConfig
 from orchestrate.model.gpt import GPT, compile_blocks, set_dropout, set_lora_dropout
 from orchestrate.model.lineage import Lineage, State, carry
 from orchestrate.model.lora import trainable_parameters
+from orchestrate.training.run.analysis import NoiseScale
 from orchestrate.training.run.batches import Batches
 from orchestrate.training.run.casting import Cast, is_kept, kept, types_of
 from orchestrate.training.run.optimizers import OPTIMIZERS, Optimizer, make_optimizer
@@ -56,6 +57,8 @@ def adopt(run: Run, target: Settings, reshape: Reshape | None = None) -> Cast:
     p, before = run.progress, run.settings
     _carry_out(run, change)
     # From here on nothing can fail.
+    if change.rewraps:
+        run.noise.forget()
     if target.lr_restarts != before.lr_restarts:
         p.lr_start_iter = p.iter
     if target.rewarms != before.rewarms:
@@ -86,6 +89,7 @@ def restore(
     cursor = settings.followed(run.progress.cursor, before)
     run.progress.__dict__.update(progress.__dict__, cursor=cursor, seconds=run.progress.seconds)
     run.diagnosis.drop()
+    run.noise, run.near = NoiseScale(run.device, progress.noise), None
     if scaler_state:
         run.scaler.load_state_dict(scaler_state)
 
@@ -185,6 +189,8 @@ def _wrap(run: Run, change: Change) -> nn.Module:
     if settings.fading != model.fading:
         model.set_fading(settings.fading)
     model.checkpointing = settings.activation_checkpointing
+    opened = change.batches.opened
+    model.document_end = opened.document_end(settings.vocabulary_map) if settings.document_mask else None
     return run.ranks.wrap(model, run.device) if change.rewraps else run.wrapped
 
 

@@ -20,6 +20,7 @@ from orchestrate.data.stream import DataSet, Stream
 from orchestrate.model.gpt import GPT
 from orchestrate.model.lineage import State
 from orchestrate.training.run import changes, step
+from orchestrate.training.run.analysis import NearStep, NoiseScale
 from orchestrate.training.run.batch_memory import largest_batch_that_fits
 from orchestrate.training.run.batches import Batches
 from orchestrate.training.run.casting import Cast
@@ -51,6 +52,8 @@ class Run:
     Attributes:
         cast: what was rounded at the start.
         wrapped: the model as a step calls it: in DDP on several ranks.
+        noise: the gradient noise scale, kept up where analyze_interval asks for analyses.
+        near: what an analysis at this boundary says of the last step, if it was asked for.
         consistent: False only while parameters are being written: nothing saved then would be a state of the run.
     """
 
@@ -82,6 +85,8 @@ class Run:
         self.eval_batch_size = config.eval_batch_size or config.batch_size
         self.text_bytes = TextBytes()
         self.stopwatch = Stopwatch()
+        self.noise = NoiseScale(device, progress.noise)
+        self.near: NearStep | None = None
         self.consistent = True
 
         dtype = DTYPES[pick_dtype(config.dtype, device)]
@@ -104,9 +109,9 @@ class Run:
         """The order of the training samples."""
         return self.batches.stream
 
-    def step(self) -> StepResult:
+    def step(self, near: bool = False) -> StepResult:
         """One optimizer step on the next samples of the stream; see `step.step`."""
-        return step.step(self)
+        return step.step(self, near)
 
     def adopt(self, target: Settings, reshape: Reshape | None = None) -> Cast:
         """Make the run follow `target`; see `changes.adopt`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrate.training.run.analysis import NearStep
 from orchestrate.training.run.out_of_memory import is_out_of_memory
 from orchestrate.training.run.sharding import gradient_norm
 from orchestrate.training.run.sickness import NOT_FINITE, OUT_OF_MEMORY, OVERFLOW, SPIKE, Sick, is_spike
@@ -30,8 +32,11 @@ class StepResult:
     """What was wrong with this step, or, on a GPU, with the one before; that step updated nothing."""
 
 
-def step(run: Run) -> StepResult:
+def step(run: Run, near: bool = False) -> StepResult:
     """One optimizer step on the next samples of the stream.
+
+    Args:
+        near: whether to keep in `run.near` what an analysis at the next boundary says of this step.
 
     A step whose gradients are not finite, whose loss is a spike, or that ran out of memory on any rank leaves
     weights and moments as they were on every rank, and says so in the result.
@@ -39,22 +44,28 @@ def step(run: Run) -> StepResult:
     s, p = run.settings, run.progress
     place, lr = p.place, run.current_lr()
     total = torch.zeros((), device=run.device)
+    run.noise.begin()
     targets, fits = _backward(run, total)
     if not fits:  # outside the `except`: its traceback would keep the failed forward pass alive
         _poison(run)
     with run.stopwatch.part("optimizer"):
         run.scaler.unscale_(run.optimizer.inner)
+        counted = float(s.tokens_per_iter), float(run.noise.targets * run.ranks.world_size)
         if run.stream.masks:
-            _weigh(run, total, targets)
+            counted = _weigh(run, total, targets)
+        seen = NearStep(run) if near else None
         # The norm of the reduced gradients is the same number on every rank, and not finite if one of them is not.
         grad_norm = gradient_norm(run.optimizer.parameters, s.grad_clip)
         spike = bool(run.config.spike_sigma) and is_spike(_loss_of_all(run, total, fits), run.config.spike_sigma, p)
         healthy = torch.isfinite(grad_norm) & (not spike)
+        if run.config.analyze_interval:
+            run.noise.add(run, grad_norm, *counted, healthy)
         run.optimizer.set(lr, s)
         run.consistent = False
         run.optimizer.step(veto=(~healthy).to(torch.float32))
         run.scaler.update()
         run.optimizer.zero_grad()
+        run.near = seen and seen.finish(run, healthy)
         p.iter += 1
         p.cursor = p.cursor.skip(s.samples_per_iter)
         p.tokens += s.tokens_per_iter
@@ -94,7 +105,9 @@ def _backward(run: Run, total: Tensor) -> tuple[int, bool]:
                 if run.injector.faults and micro == micro_steps[0]:
                     loss = run.injector.strike(p.iter, loss)
                 exchanging = ranks.distributed and last
-                run.scaler.scale(loss).backward()
+                looks = run.config.analyze_interval and micro == micro_steps[0]
+                with run.noise.first(run, batch, len(micro_steps)) if looks else nullcontext():
+                    run.scaler.scale(loss).backward()
                 exchanging = False
                 total += loss.detach()
             if run.device.type == "cuda":
@@ -108,17 +121,20 @@ def _backward(run: Run, total: Tensor) -> tuple[int, bool]:
     return targets, True
 
 
-def _weigh(run: Run, total: Tensor, targets: int) -> None:
+def _weigh(run: Run, total: Tensor, targets: int) -> tuple[float, float]:
     """Make gradients and loss those of the mean over the targets that count, of all micro-steps on all ranks.
 
     However targets are spread, a split of the global batch over micro-steps and ranks then makes no difference. What
     was divided by the number of all targets is put right here, after the exchange, because the ranks need not wait for
     each other's counts before they compute. A batch without a target that counts has no gradient.
+
+    Returns how many count on all ranks: of the batch, and of the first micro-steps that `run.noise` has looked at.
     """
-    counted = float(run.ranks.sum(np.array([float(targets)]))[0])
+    counted, first = map(float, run.ranks.sum(np.array([targets, run.noise.targets], dtype=np.float64)))
     weight = run.settings.tokens_per_iter / max(counted, 1.0)
     torch._foreach_mul_([p.grad for p in run.optimizer.parameters if p.grad is not None], weight)
     total *= weight
+    return counted, first
 
 
 def _poison(run: Run) -> None:

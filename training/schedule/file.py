@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, ValidationError, model_validator
 
 from orchestrate.training.operations import Operation, make
 from orchestrate.training.schedule.triggers import TRIGGERS, OnMetric, Trigger, together
@@ -44,14 +44,17 @@ class Guard(BaseModel):
     looked at is the first one at or after the end of the window.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
     metric: MetricName = VAL_LOSS
+    """The metric that is compared."""
     max_increase: NonNegativeFloat = 0.05
     """How much higher the metric may be than right before the entry; must be given where it is not a loss, in nats."""
     max_decrease: NonNegativeFloat = 0.0
     """How much lower a task's score may be: more is better of it, so this is given in the place of max_increase."""
     within_iters: PositiveInt = 200
+    """Iterations in which its values count."""
     then: Literal["revert", "keep", "stop"] = "revert"
+    """Go back to the state before the entry | only log that it hurt | end the run."""
 
     @model_validator(mode="after")
     def _in_units_of_the_metric(self) -> Guard:
@@ -82,9 +85,11 @@ class Repeat(BaseModel):
     It is done once in any case. `until` is looked at while the next round has not begun.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
     times: PositiveInt
+    """Rounds, at most."""
     until: OnMetric | None = None
+    """No further round once this metric is there."""
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +99,10 @@ class Repeat(BaseModel):
         if not isinstance(given, dict | Repeat):
             raise ValueError("must be a number of rounds, or a mapping of times and until")
         return given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "integer", "minimum": 1}, handler(core)]}
 
 
 class _Block(BaseModel):
@@ -105,26 +114,37 @@ class _Block(BaseModel):
     label: Name = ""
 
 
-class _EntryFields(BaseModel):
+class EntryFields(BaseModel):
     """The fields of an entry that are neither the operation's argument nor a trigger."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
+    """The operation."""
     reevaluate: bool = False
+    """Measure val_loss right before (unless just done) and after, log both, and end this boundary for the track."""
     desc: str = ""
+    """A remark; it goes into the log."""
     over: PositiveInt | None = None
+    """Iterations in which the number moves there gradually, or in which new weights fade in."""
     style: RampStyle = "linear"
+    """How `over` moves a number: constant holds the old value for all of it, power has an `exponent`."""
     exponent: PositiveFloat | None = None
+    """Of style power: the share of `over` to this power."""
     on_error: Literal["stop", "skip"] = "stop"
+    """What follows where the entry cannot be carried out in the run: stop it, or go on without the entry."""
     guard: Guard | None = None
+    """What takes the entry back where it hurts."""
     label: Name = ""
+    """A name for this entry, for `after`; a repetition's is for its end."""
     after: Name = ""
+    """The label of an entry or a block: waits count from when that has fired, and until then this entry does not."""
     repeat: Repeat = Repeat(times=1)
+    """How often it is done: a number of rounds, or {times, until}."""
 
 
 # Fields of an entry that no trigger may be called by.
-RESERVED = ("name", "value", *[field for field in _EntryFields.model_fields if field != "name"])
+RESERVED = ("name", "value", *[field for field in EntryFields.model_fields if field != "name"])
 
 
 def entry_fields() -> tuple[str, ...]:
@@ -671,11 +691,11 @@ def _entry(number: int, line: int, given: Any) -> Entry:
     except ScheduleError as error:
         problems += error.problems
     try:
-        common = _EntryFields(**{key: fields[key] for key in _EntryFields.model_fields if key in fields})
+        common = EntryFields(**{key: fields[key] for key in EntryFields.model_fields if key in fields})
     except ValidationError as error:
         problems += [
             f"{title}{'.'.join(map(str, loc))} {message}"
-            for loc, message in problems_of(error, _EntryFields)
+            for loc, message in problems_of(error, EntryFields)
             if loc[0] != "name"
         ]
     triggers: list[Trigger] = []

@@ -307,6 +307,39 @@ class Orchestrator:
             seconds_waited=seconds,
         )
 
+    def outlook(self, seconds: float, latest: Mapping[str, float]) -> list[tuple[Entry, list[str]]]:
+        """The head of each track, and how near each of its triggers is; nothing is decided.
+
+        Args:
+            seconds: that the run has taken.
+            latest: the last value of every metric.
+        """
+        found = []
+        for queue, entry in self._heads():
+            since = self._since(queue, entry)
+            if since is None:
+                found.append((entry, [f"waits for {entry.after}"]))
+                continue
+            elapsed, measured = self._elapsed(since, seconds - since.seconds), Measured({}, queue.history, latest)
+            near = [trigger.near(elapsed, measured) or str(trigger) for trigger in entry.triggers] or ["at once"]
+            found.append((entry, near))
+        return found
+
+    def follow(self, event: Mapping[str, Any]) -> None:
+        """Go on behind what an event says is done with, without carrying it out: for those who only look on."""
+        name = event.get("track", "")
+        queue, track = self.position.queues.get(name), self.schedule.tracks.get(name, ())
+        if queue is None or queue.fired >= len(track):
+            return
+        head, place = track[queue.fired], event.get("step") or event["entry"]
+        if event["kind"] == "decision":
+            if head.until and head.number == event["entry"]:
+                self._advance(queue, head.until.steps, head.until.closes)
+        elif queue.fired < place <= len(track):
+            step = track[place - 1]
+            reached = [step.closes] if event["kind"] == "error" else [step.label, step.closes]
+            self._advance(queue, place - queue.fired, *reached)
+
     # ------------------------------------------------------------------------------------------ firing
 
     def _event(self, kind: str, entry: Entry, **fields: Any) -> None:

@@ -49,6 +49,10 @@ class Trigger(BaseModel):
         """The reason for firing now, or None."""
         raise NotImplementedError
 
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        """How far it is from holding, for a person; nothing where that cannot be said."""
+        return ""
+
     def at_latest(self, since: Moment, now: Moment) -> float:
         """The iteration by which it holds whatever is measured, for a plan made ahead; infinity where none is known.
 
@@ -104,6 +108,20 @@ def _at_or_above(metric: str, limit: float, measured: Measured) -> str | None:
     return f"{spoken(metric)} {told(metric, value)} >= {limit:g}"
 
 
+def _distance(metric: str, limit: float, measured: Measured) -> str:
+    value = measured.latest.get(metric)
+    if value is None:
+        return f"{spoken(metric)} is not measured yet"
+    return f"{spoken(metric)} {told(metric, value)}, {told(metric, abs(value - limit))} from {limit:g}"
+
+
+def _without_gain(metric: str, plateau: Plateau, measured: Measured) -> str:
+    values = [falling(metric, value) for value in measured.history.get(metric, ())]
+    counts = (n for n in range(min(plateau.evals, len(values) - 1), 0, -1))
+    without = next((n for n in counts if min(values[-n:]) > min(values[:-n]) - plateau.min_delta), 0)
+    return f"{without} of {plateau.evals} values of {spoken(metric)} without a gain of {plateau.min_delta:g}"
+
+
 def _no_gain(metric: str, plateau: Plateau, measured: Measured) -> str | None:
     evals, history = plateau.evals, measured.history.get(metric, ())
     if metric not in measured.now or len(history) <= evals:
@@ -139,6 +157,9 @@ class TriggerLoss(Trigger):
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         return _at_or_below(VAL_LOSS, self.value, measured)
 
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        return _distance(VAL_LOSS, self.value, measured)
+
 
 @trigger("max_wait_iters")
 class MaxWaitIters(Trigger):
@@ -150,6 +171,9 @@ class MaxWaitIters(Trigger):
         if elapsed.iters_waited >= self.value:
             return f"waited {elapsed.iters_waited} iterations (max_wait_iters {self.value})"
         return None
+
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        return f"waited {elapsed.iters_waited:,} of {self.value:,} iterations"
 
     def at_latest(self, since: Moment, now: Moment) -> float:
         return since.iter + self.value
@@ -165,6 +189,9 @@ class MaxWaitTokens(Trigger):
         if elapsed.tokens_waited >= self.value:
             return f"waited {elapsed.tokens_waited} tokens (max_wait_tokens {self.value})"
         return None
+
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        return f"waited {elapsed.tokens_waited:,} of {self.value:,} tokens"
 
     def at_latest(self, since: Moment, now: Moment) -> float:
         return now.iter_at(since.tokens + self.value)
@@ -182,6 +209,9 @@ class MaxWaitSeconds(Trigger):
             return f"waited {elapsed.seconds_waited:.1f} s (max_wait_seconds {self.value:g})"
         return None
 
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        return f"waited {elapsed.seconds_waited or 0.0:,.0f} of {self.value:,.0f} s"
+
 
 @trigger("at_iter")
 class AtIter(Trigger):
@@ -191,6 +221,9 @@ class AtIter(Trigger):
 
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         return f"iteration {elapsed.iter} (at_iter {self.value})" if elapsed.iter >= self.value else None
+
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        return f"iteration {elapsed.iter:,} of {self.value:,}"
 
     def at_latest(self, since: Moment, now: Moment) -> float:
         return self.value
@@ -204,6 +237,9 @@ class AtTokens(Trigger):
 
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         return f"{elapsed.tokens} tokens (at_tokens {self.value})" if elapsed.tokens >= self.value else None
+
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        return f"{elapsed.tokens:,} of {self.value:,} tokens"
 
     def at_latest(self, since: Moment, now: Moment) -> float:
         return now.iter_at(self.value)
@@ -221,6 +257,9 @@ class TriggerPlateau(Trigger):
 
     def fires(self, elapsed: Elapsed, measured: Measured) -> str | None:
         return _no_gain(VAL_LOSS, self.value, measured)
+
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        return _without_gain(VAL_LOSS, self.value, measured)
 
 
 class OnMetric(BaseModel):
@@ -266,6 +305,12 @@ class TriggerMetric(Trigger):
             return _at_or_above(value.metric, value.above, measured)
         assert value.plateau
         return _no_gain(value.metric, value.plateau, measured)
+
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        value = self.value
+        if value.plateau is not None:
+            return _without_gain(value.metric, value.plateau, measured)
+        return _distance(value.metric, value.above if value.below is None else value.below, measured)
 
 
 def _one_of_all(given: Any) -> Any:
@@ -317,6 +362,9 @@ class AllOf(Trigger):
         known = replace(measured, now={**measured.latest, **measured.now})
         reasons = [one.fires(elapsed, known) for one in self.value]
         return None if None in reasons else " and ".join(map(str, reasons))
+
+    def near(self, elapsed: Elapsed, measured: Measured) -> str:
+        return " and ".join(one.near(elapsed, measured) or str(one) for one in self.value)
 
     def at_latest(self, since: Moment, now: Moment) -> float:
         return max(one.at_latest(since, now) for one in self.value)

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrate.training.settings.config import TrainConfig
+from orchestrate.training.settings.errors import Stopped
+from orchestrate.training.settings.records import Progress
 from orchestrate.training.store import checkpoint
 
 if TYPE_CHECKING:
@@ -17,8 +20,31 @@ if TYPE_CHECKING:
 
 def by_signal(session: Session, number: int) -> None:
     """Record and tell the end by a signal; the state is saved."""
-    session.event("end", reason=f"signal {number}", best_val_loss=session.run.progress.best_val_loss)
+    best = session.run.progress.best_val_loss
+    session.event("end", reason=f"signal {number}", best_val_loss=best, not_fired=_not_fired(session))
     tell(session, signal.Signals(number).name)
+
+
+def by_error(session: Session, error: Exception) -> None:
+    """Tell the end by an exception; what could be saved is."""
+    why = str(error) if isinstance(error, Stopped) else f"an error ({type(error).__name__})"
+    tell(session, why)
+
+
+def finished(config: TrainConfig, progress: Progress) -> str:
+    """That a run which is gone on with has come to its end, and what to change; nothing where it has not."""
+    patience, seen = config.early_stopping_patience, progress.evals_without_gain
+    if progress.iter >= config.max_iters:
+        return (
+            f"the run has finished: it is at iteration {progress.iter}, and max_iters is {config.max_iters}; "
+            f"--max_iters=N (N above {progress.iter}) goes on"
+        )
+    if 0 < patience <= seen:
+        return (
+            f"the run was stopped early, after {seen} values of {progress.stopping_metric} without a gain, and will be "
+            f"at the next one; --early_stopping_patience=N (N above {seen}; 0: never stop early) goes on"
+        )
+    return ""
 
 
 def by_itself(session: Session, reason: str) -> None:

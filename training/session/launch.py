@@ -23,6 +23,7 @@ from orchestrate.training.run.distributed import Meeting, Ranks
 from orchestrate.training.run.run import Run
 from orchestrate.training.schedule.orchestrator import Orchestrator
 from orchestrate.training.schedule.own import OwnFile
+from orchestrate.training.session import ending
 from orchestrate.training.session.code import code_version
 from orchestrate.training.session.lock import FolderLock
 from orchestrate.training.session.opening import open_run
@@ -34,8 +35,9 @@ from orchestrate.training.settings.config import TrainConfig, depth_told, stands
 from orchestrate.training.settings.errors import Refused, Stopped, refusing
 from orchestrate.training.settings.values import brief
 from orchestrate.training.store.manifest import held, refuse_to_overwrite, set_aside
-from orchestrate.training.store.reporting import Reporter, Silent, check_wandb, start_wandb
+from orchestrate.training.store.reporting import Reporter, Silent
 from orchestrate.training.store.run_folder import rewind, write_start
+from orchestrate.training.store.trackers import About, Trackers, check, check_wandb, leave
 
 
 def launch(
@@ -44,6 +46,7 @@ def launch(
     watch: SignalWatch,
     train: Callable[[Session], int],
     operations: Sequence[OwnFile] = (),
+    planned: Callable[[], str] = str,
 ) -> int:
     """Start or resume a run and train it; returns the exit code. Raises Refused on every rank.
 
@@ -51,6 +54,7 @@ def launch(
         given: where each key was given that was, for messages and to tell overrides from defaults.
         watch: installed already.
         train: the loop.
+        planned: the run's plan as a text; asked for by trackers only.
     """
     meeting, lock = Meeting(), FolderLock(config.out_dir)
     try:
@@ -61,12 +65,12 @@ def launch(
             resumed, orchestrator, parent = prepare(config, given, operations, meeting)
         config, run = orchestrator.run.config, orchestrator.run
         reporter, wandb_id = Silent(), resumed.loaded.state.wandb_id if resumed else None
-        problem = ""
+        problem, plan = "", planned() if config.trackers and run.ranks.is_first else ""
         if run.ranks.is_first:
             try:
                 if not config.eval_only:
                     make_folder(config, orchestrator, lock, resumed)
-                reporter, wandb_id = open_reporter(config, run, wandb_id)
+                reporter = open_reporter(config, run, wandb_id, plan)
                 reporter.restore = lambda: restore_folder(config, orchestrator, lock)
             except Refused as error:
                 problem = str(error)
@@ -75,7 +79,7 @@ def launch(
                 problem = f"{place}: cannot be written to ({error.strerror or error})"
         if problem := run.ranks.broadcast(problem):
             raise Refused(problem.splitlines())
-        session = Session(config, run, orchestrator, reporter, watch, wandb_id, operations)
+        session = Session(config, run, orchestrator, reporter, watch, operations)
         code = 1
         try:
             announce(session, resumed, given, parent)
@@ -121,7 +125,9 @@ def prepare(
             orchestrator.load_state(resumed.orchestrator)
         except ValueError as error:
             raise Refused(f"checkpoint {resumed.loaded.path}: state.json: orchestrator: {error}") from None
-    problem = check_wandb() if config.wandb_log and ranks.is_first and not config.eval_only else ""
+    problem = check(config.trackers) if ranks.is_first else ""
+    if not problem and ranks.is_first and "wandb" in config.trackers:
+        problem = check_wandb("wandb_log" if config.wandb_log else "tracker=wandb")
     if problem := ranks.broadcast(problem):
         raise Refused(problem)
     return resumed, orchestrator, foreign.parent if foreign else None
@@ -149,7 +155,8 @@ def make_folder(config: TrainConfig, orchestrator: Orchestrator, lock: FolderLoc
     if resumed is None:
         refuse_to_overwrite(config.out_dir)  # another job may have run in it before the lock was taken
     # What a start without a checkpoint has left in the logs is void for the next one.
-    rewind(out_dir, resumed.loaded.state.log_sizes if resumed is not None else {})
+    sizes, wandb_id = (resumed.loaded.state.log_sizes, resumed.loaded.state.wandb_id) if resumed else ({}, None)
+    rewind(out_dir, sizes, before=lambda: leave(out_dir, orchestrator.run.progress.iter, wandb_id))
     out_of_memory.forget(out_dir)  # every rank has heeded it
     write_start(out_dir, config.model_dump(), orchestrator.schedule.text)
     speaks = orchestrator.run.batches.opened.speaks
@@ -164,17 +171,21 @@ def restore_folder(config: TrainConfig, orchestrator: Orchestrator, lock: Folder
     return lock.renew()
 
 
-def open_reporter(config: TrainConfig, run: Run, wandb_id: str | None) -> tuple[Reporter, str | None]:
-    """Everything that writes to the logs (rank 0), and the id of the W&B run. Raises Refused and OSError."""
+def open_reporter(config: TrainConfig, run: Run, wandb_id: str | None, plan: str) -> Reporter:
+    """Everything that writes to the logs (rank 0). Raises Refused and OSError.
+
+    Args:
+        wandb_id: of the W&B run of an earlier version's checkpoint.
+    """
     if config.eval_only:
-        return Reporter(None, config.max_iters, run.progress.iter, None), None
-    out_dir, wandb_run, log_file = Path(config.out_dir), None, None
-    if config.wandb_log:
-        wandb_run = start_wandb(config.wandb_project, config.wandb_run_name, wandb_id, config.model_dump(), out_dir)
-        wandb_id = wandb_run.id
+        return Reporter(None, config.max_iters, run.progress.iter, None)
+    out_dir, log_file = Path(config.out_dir), None
     if config.file_logging:
         log_file = Path(config.log_dir or config.out_dir) / f"{out_dir.name}.log"
-    return Reporter(out_dir, config.max_iters, run.progress.iter, log_file, wandb_run), wandb_id
+    about = About.of(config.out_dir, config.wandb_project, config.wandb_run_name, config.model_dump(), plan)
+    trackers = Trackers(config.trackers, about, wandb_id)
+    trackers.open()
+    return Reporter(out_dir, config.max_iters, run.progress.iter, log_file, trackers)
 
 
 def begin(session: Session, watch: SignalWatch) -> None:
@@ -222,6 +233,8 @@ def announce(
         for problem in resumed.passed_over:
             session.reporter.say(f"passed over: {problem}")
         session.reporter.say(f"resumed from {path} at iteration {run.progress.iter}")
+        if over := ending.finished(config, run.progress):
+            session.reporter.say(over)
         for override in resumed.overrides:
             session.event("override", **override)
             verb = "override" if override["applied"] else "not overridden"

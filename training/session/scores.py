@@ -1,4 +1,4 @@
-"""Task scores at evaluations: when they are made, and what is refused because no task gives it. Changes no run."""
+"""Task scores and analyses at evaluations: when they are made, and metrics that are refused as nothing gives them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from orchestrate.training.run.run import Run
 from orchestrate.training.schedule.stages import Stage
 from orchestrate.training.settings.config import TrainConfig
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.metrics import is_of_task
+from orchestrate.training.settings.metrics import ANALYSED, is_of_task
+from orchestrate.training.settings.records import Progress
 from orchestrate.training.settings.values import nearest
 from orchestrate.training.tasks import Task, make
 
 
 def check_tasks(config: TrainConfig, meta: Meta, stages: Sequence[Stage]) -> None:
-    """Raises Refused where a task cannot be done, or where a number is asked for that no task gives.
+    """Raises Refused where a task cannot be done, or where a number is asked for that no task or analysis gives.
 
     Args:
         meta: what the tokens of the training data are.
@@ -40,21 +41,30 @@ def check_tasks(config: TrainConfig, meta: Meta, stages: Sequence[Stage]) -> Non
         for place, name in asked
         if is_of_task(name) and name not in known
     ]
+    if not config.analyze_interval:
+        problems += [f"{place}: {name} comes with analyses, and analyze_interval is 0"
+                     for place, name in asked if name in ANALYSED]  # fmt: skip
     if problems:
         raise Refused(problems)
+
+
+def falls_due(every: int, p: Progress, ends: bool) -> bool:
+    """Whether an evaluation is the first in an interval of so many iterations, or the one at the end.
+
+    Progress knows the evaluation before it.
+    """
+    return ends or p.iter // every != p.last_eval_iter // every
 
 
 def scores(run: Run, tasks: Sequence[Task], ends: bool, poll: Callable[[], int]) -> dict[str, float] | None:
     """Metric -> value of the tasks that are due at an evaluation, {} where none is; None where `poll` said stop.
 
-    Progress knows the evaluation before this one.
-
     Args:
         ends: whether this is the evaluation at the end of the run, or the only one.
     """
-    every, p = run.config.eval_tasks_interval, run.progress
+    every = run.config.eval_tasks_interval
     found: dict[str, float] = {}
-    if every and p.iter // every == p.last_eval_iter // every and not ends:
+    if every and not falls_due(every, run.progress, ends):
         return found
     for task in tasks:
         score = task.score(run, poll)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from orchestrate.data.mixture import Mixture
+from orchestrate.training.run.analysis import Analysis, analyze
 from orchestrate.training.run.casting import in_words
 from orchestrate.training.run.device import on_its_way
 from orchestrate.training.run.run import Run
@@ -20,7 +22,7 @@ from orchestrate.training.schedule.own import OwnFile
 from orchestrate.training.session import healing
 from orchestrate.training.session.resume import open_model
 from orchestrate.training.session.saving import Saver
-from orchestrate.training.session.scores import scores
+from orchestrate.training.session.scores import falls_due, scores
 from orchestrate.training.session.stopping import NoSignals, SignalWatch
 from orchestrate.training.session.texts import continue_prompts
 from orchestrate.training.settings.config import TrainConfig
@@ -37,7 +39,7 @@ from orchestrate.training.settings.metrics import (
     numbers,
     of_source,
 )
-from orchestrate.training.settings.values import brief
+from orchestrate.training.settings.records import Progress, moved
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.reporting import Silent, machine, memory_percent
 from orchestrate.training.store.state import ScheduleText, State, UserFile
@@ -50,7 +52,6 @@ class Session:
 
     Args:
         orchestrator: at the place in the schedule from which this start goes on.
-        wandb_id: id of the W&B run, kept in every checkpoint so that a resume continues it.
         operations: files of the user's own operations, kept in every checkpoint so that a resume asks for them.
     """
 
@@ -61,14 +62,12 @@ class Session:
         orchestrator: Orchestrator,
         reporter: Silent,
         signals: SignalWatch | NoSignals,
-        wandb_id: str | None = None,
         operations: Sequence[OwnFile] = (),
     ) -> None:
         self.config = config
         self.run = run
         self.reporter = reporter
         self.signals = signals
-        self.wandb_id = wandb_id
         self.operations = operations
         self._tasks: dict[tuple[str, ...], Sequence[Task]] = {}
         self.orchestrator = orchestrator
@@ -93,11 +92,7 @@ class Session:
         """One line of events.jsonl, and one for the person at the console."""
         self.reporter.event(kind, iter=self.run.progress.iter, **fields)
         if kind == "operation":
-            moved = ", ".join(
-                f"{name} {brief(old)} -> {brief(fields['settings_after'][name])}"
-                for name, old in fields["settings_before"].items()
-                if name != "reshapes_asked"  # a counter that tells a person nothing
-            )
+            changes = moved(fields["settings_before"], fields["settings_after"])
             over = f" over {fields['over']} iterations" if fields["over"] else ""
             losses = ""
             if fields["val_loss_after"] is not None:
@@ -109,7 +104,7 @@ class Session:
             if "round" in fields:
                 number += f" {fields['round']}/{fields['rounds']}"
             self.reporter.say(
-                f"[{number}] {fields['name']}{desc}: {moved or 'no change'}{over} [{fields['reason']}]{losses}"
+                f"[{number}] {fields['name']}{desc}: {changes or 'no change'}{over} [{fields['reason']}]{losses}"
             )
         elif kind == "samples":
             for sample in fields["texts"]:
@@ -230,12 +225,37 @@ class Session:
 
     def must_evaluate(self, ends: bool) -> bool:
         """Whether an evaluation is due at this boundary: at the start, the end, each interval; never twice at one."""
-        p, s = self.run.progress, self.run.settings
+        p = self.run.progress
         if self.config.eval_only or p.last_eval_iter == p.iter:
             return self.config.eval_only
+        return ends or self._on_time(p)
+
+    def _on_time(self, p: Progress) -> bool:
+        s = self.run.settings
         every = s.eval_interval_tokens
-        on_time = p.tokens // every > p.last_eval_tokens // every if every else p.iter % s.eval_interval == 0
-        return ends or on_time
+        return p.tokens // every > p.last_eval_tokens // every if every else p.iter % s.eval_interval == 0
+
+    def looks_near(self) -> bool:
+        """Whether an analysis is due at the boundary after the next step, unless the run ends before its time."""
+        p, every = self.run.progress, self.config.analyze_interval
+        if not every:
+            return False
+        after = replace(p, iter=p.iter + 1, tokens=p.tokens + self.run.settings.tokens_per_iter)
+        ends = after.iter >= self.config.max_iters
+        return (ends or self._on_time(after)) and falls_due(every, after, ends)
+
+    def _analysis(self, ends: bool) -> Analysis:
+        """What an analysis finds at this evaluation; nothing where none is due."""
+        every = self.config.analyze_interval
+        if not every or not falls_due(every, self.run.progress, ends):
+            return Analysis()
+        with self.run.stopwatch.part("eval"):
+            found = analyze(self.run)
+        for name, why in found.absent.items():
+            if self.run.progress.iter and why not in self._without_value:
+                self._without_value.add(why)
+                self.reporter.say(f"analysis: {name} has no value: {why}")
+        return found
 
     @property
     def tasks(self) -> Sequence[Task]:
@@ -261,6 +281,7 @@ class Session:
         scored = None if losses is None else scores(self.run, self.tasks, ends, self.signals.poll)
         if losses is None or scored is None:
             return None
+        analysis = self._analysis(ends)
         self.tick()
         p, loss, of_sources = self.run.progress, self.run.together(losses), self._losses(losses)
         recorded = p.last_val_loss if p.last_eval_iter == p.iter and not p.changed_since_eval else None
@@ -270,16 +291,18 @@ class Session:
         if self.config.early_stopping_metric == VAL_LOSS:
             self._look_for_gain(VAL_LOSS, loss)
         bits = self._bits(losses)
-        by_name = {**of_sources, **bits, **scored}
+        by_name = {**of_sources, **bits, **scored, **analysis.values}
         if (metric := self.config.early_stopping_metric) in by_name:
             self._look_for_gain(metric, by_name[metric])
-        self.metrics("eval", val_loss=loss, **by_name, best_val_loss=p.best_val_loss)
+        self.metrics("eval", val_loss=loss, **by_name, **analysis.by_layer, best_val_loss=p.best_val_loss)
         each = f" ({', '.join(f'{name} {value:.4f}' for name, value in losses.items())})" if of_sources else ""
         best = " (best)" if p.best_iter == p.iter else ""
         bytewise = f", {bits[VAL_BPB]:.4f} bits per byte" if VAL_BPB in bits else ""
         self.reporter.say(f"step {p.iter}: val loss {loss:.4f}{each}{best}{bytewise}")
         if scored:
             self.reporter.say(f"step {p.iter}: " + ", ".join(f"{name} {value:.4f}" for name, value in scored.items()))
+        if found := analysis.values:
+            self.reporter.say(f"step {p.iter}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         if noted := {name: value for name, value in by_name.items() if name in self.orchestrator.asked}:
             self.orchestrator.observe(noted)
         if recorded is not None:  # with eval_only
@@ -370,6 +393,7 @@ class Session:
     def state(self) -> State:
         """All but the tensors that is needed to go on exactly, as it is now."""
         run, schedule = self.run, self.orchestrator.schedule
+        run.progress.noise = run.noise.values()
         return State(
             config=self.config,
             settings=run.settings,
@@ -377,7 +401,7 @@ class Session:
             orchestrator=self.orchestrator.state(),
             schedule=ScheduleText(schedule.source, schedule.text),
             scaler=run.scaler.state_dict(),
-            wandb_id=self.wandb_id,
+            wandb_id=self.reporter.wandb_id,
             log_sizes=self.reporter.sizes(),
             data=run.batches.opened.fingerprint(),
             tokenizer=run.batches.opened.meta.of_tokens(),
@@ -411,7 +435,7 @@ class Session:
         run.restore(settings, state.progress, model, moments, state.scaler)
         self.stops_seen = run.settings.stops_asked
         self._logged_tokens = run.progress.tokens
-        self.reporter.void_since(state.log_sizes)
+        self.reporter.void_since(state.log_sizes, run.progress.iter)
         return state.orchestrator
 
     def keep(self, why: str) -> None:

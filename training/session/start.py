@@ -50,7 +50,7 @@ IN_SETTINGS = {
             "batch_size learning_rate min_lr warmup_iters lr_decay_iters decay_lr lr_schedule wsd_decay_fraction "
             "optimizer weight_decay beta1 beta2 momentum grad_clip dropout eval_interval eval_interval_tokens "
             "eval_iters log_interval use_rslora init_lora_weights lora_dropout activation_checkpointing weights_dtype "
-            "curriculum_alpha eval_tasks"
+            "curriculum_alpha document_mask eval_tasks"
         ).split()
     },
     "gradient_accumulation_steps": "grad_accum",
@@ -300,7 +300,8 @@ def check_data(data: Sources, config: TrainConfig, stages: list[Stage], foreign:
     """Raises Refused where the data does not fit the models of a run, or where sample_prompts cannot be read.
 
     There may be too few tokens, or ids that a model lacks, or ids that mean something else to it. A task of eval_tasks
-    may not fit, or one is missing that a metric asks for, and so may a data set.
+    may not fit, or one is missing that a metric asks for, and so may a data set. Documents may have no end that
+    document_mask could see.
 
     Of the files only samples are looked at; a batch is looked at whole before it is used.
     """
@@ -322,6 +323,13 @@ def check_data(data: Sources, config: TrainConfig, stages: list[Stage], foreign:
                 )
         except ValueError as error:
             raise error if isinstance(error, Refused) else Refused(f"dataset {name}: {error}") from None
+    for stage in stages:
+        if stage.settings.document_mask:
+            try:
+                data.document_end(stage.settings.vocabulary_map)
+            except ValueError as error:
+                place = f"entry {stage.entry.number}: {stage.entry}: " if stage.entry else ""
+                raise Refused(f"{place}document_mask: {error}") from None
     check_prompts(config, data.speaks, settings)
     check_tasks(config, data.meta, stages)
     asked = [("early_stopping_metric", config.early_stopping_metric)] if config.early_stopping_patience else []
@@ -392,6 +400,9 @@ def doubts(data: Sources, config: TrainConfig, settings: Settings, trained: Meta
     if settings.model.block_size % data.meta.row:
         lines = f"lines of {data.meta.row} tokens, and block_size {settings.model.block_size} is no multiple of that"
         told.append(f"dataset {config.dataset} has {lines}: windows begin anywhere in a line")
+    if settings.document_mask and 1 < data.meta.row < settings.model.block_size:
+        rows = f"rows of {data.meta.row} tokens, and block_size {settings.model.block_size} holds several"
+        told.append(f"dataset {config.dataset} has {rows}: what is behind a piece of a cut document sees it")
     if settings.decay_lr and config.max_iters <= settings.warmup_iters and config.max_iters:
         told.append(
             f"the run ends within its warm-up (max_iters {config.max_iters}, warmup_iters {settings.warmup_iters}): "

@@ -53,6 +53,14 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _words(value: Any) -> Any:
+    """Names: "a,b", or a list of them; one that is there twice counts once."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")] if value else []
+    hashable = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    return tuple(dict.fromkeys(value)) if hashable else value
+
+
 def _counted(value: Any) -> Any:
     """Whole numbers: "1,2,3", a list of them, or one."""
     if isinstance(value, str):
@@ -70,6 +78,7 @@ def _assigned(value: Any) -> Any:
 
 Architecture = Annotated[dict[str, bool | int | float | str], BeforeValidator(_assigned)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_counted)]
+TrackerNames = Annotated[tuple[Literal["wandb", "tensorboard", "trackio"], ...], BeforeValidator(_words)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Weights = Annotated[dict[SourceName, NonNegativeFloat], Field(max_length=MOST_SOURCES), AfterValidator(weighty)]
 DataSets = str | Annotated[Weights, AfterValidator(not_empty)]
@@ -102,6 +111,9 @@ class _RunKeys(BaseModel):
         0, "iterations between scores of eval_tasks, each at the first evaluation from there on; 0: at every evaluation"
     )
     eval_tasks_limit: NonNegativeInt = _key(0, "documents of each task of lm-eval that are asked at most; 0: all")
+    analyze_interval: NonNegativeInt = _key(
+        0, "iterations between analyses of the model, each at the first evaluation from there on; 0: never"
+    )
     log_interval: PositiveInt = _key(1, "iterations between lines of metrics")
     always_save_checkpoint: bool = _key(True, "save at every evaluation, not only when the loss is the best so far")
     save_interval: NonNegativeInt = _key(0, "iterations between checkpoints beside those of evaluations; 0: none")
@@ -129,10 +141,11 @@ class _RunKeys(BaseModel):
     )
     log_dir: str = _key("", "folder of that file; empty: the run folder")
     report: bool = _key(True, "write RUN/report.html at every end of the run; needs the extra `report` (plotly)")
-    # W&B
-    wandb_log: bool = _key(False, "log to Weights & Biases (WANDB_MODE=offline needs no network)")
-    wandb_project: str = _key("owt", "W&B project")
-    wandb_run_name: str = _key("gpt2", "W&B run name")
+    # trackers
+    tracker: TrackerNames = _key((), "log to wandb, tensorboard, trackio too: any of them, with commas; (): none")
+    wandb_log: bool = _key(False, "tracker=wandb (WANDB_MODE=offline needs no network)")
+    wandb_project: str = _key("", "project of wandb and trackio; empty: the name of the folder that out_dir lies in")
+    wandb_run_name: str = _key("", "name of the run there; empty: the name of out_dir")
     # data
     dataset: DataSets = _key(
         "openwebtext", "a folder under data/, or a path to one; or several with a weight each: {'a': 0.7, 'b': 0.3}"
@@ -148,6 +161,9 @@ class _RunKeys(BaseModel):
     batch_size: PositiveInt = _key(12, "sequences in one micro-step on one rank")
     curriculum_alpha: Annotated[NonNegativeFloat, Field(le=1)] = _key(
         0.0, "sample rare tokens more often: 0 the data as it is, to 1 (data/curriculum.py)"
+    )
+    document_mask: bool = _key(
+        False, "attention stays within a document, which the tokenizer's end-of-text ends, in training and validation"
     )
     shrunken_vocab_size: NonNegativeInt = _key(0, "vocabulary after remapping; 0: no remapping")
     vocab_remapping_file: str = _key("", ".npy or .json array that maps each old token id to a new one")
@@ -286,6 +302,12 @@ class TrainConfig(_ModelKeys):  # type: ignore[misc, valid-type]
     seeds: Seeds = _key(
         (), "e.g. 1,2,3: a run for each, one after the other, in OUT_DIR/seed-N; then mean and spread in summary.json"
     )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers that get the run's records; none where nothing is written."""
+        wanted = (*(["wandb"] if self.wandb_log else []), *self.tracker)
+        return () if self.eval_only else tuple(dict.fromkeys(wanted))
 
     @property
     def datasets(self) -> dict[str, float]:

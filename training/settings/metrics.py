@@ -11,7 +11,7 @@ import re
 from collections.abc import Container, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 
 from orchestrate.training.settings.values import nearest
 
@@ -20,7 +20,12 @@ VAL_BPB = "val_bpb"
 PARTS = ("data", "forward_backward", "optimizer", "eval", "operation", "checkpoint")
 """Of the loop, as `seconds_by_part` has them."""
 
-EVALUATED = (VAL_LOSS, VAL_BPB)
+ANALYSED = (
+    "rank/attn", "rank/mlp", "embedding/cosine", "embedding/norm", "embedding/isotropy", "attention_entropy", "drift",
+    "update_ratio", "grad_noise_scale", "grad_noise_ratio",
+)  # fmt: skip
+"""Values come with the evaluations at which the model is analysed (analyze_interval)."""
+EVALUATED = (VAL_LOSS, VAL_BPB, *ANALYSED)
 """Values come with the evaluations at eval_interval; bits per byte where the tokenizer of the data is at hand."""
 ON_FIRST_RANK = (
     "tokens_per_second",
@@ -131,4 +136,5 @@ def _known(name: str) -> str:
     return name
 
 
-MetricName = Annotated[str, AfterValidator(_known)]
+_IN_A_SCHEMA = {"enum": list(NAMES)}, {"type": "string", "pattern": f"^({'|'.join(_OF_SOURCES)}|eval)/."}
+MetricName = Annotated[str, AfterValidator(_known), WithJsonSchema({"format": "metric", "anyOf": list(_IN_A_SCHEMA)})]

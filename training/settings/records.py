@@ -27,10 +27,19 @@ from orchestrate.training.settings.values import (
     PositiveFloat,
     PositiveInt,
     WeightsDtype,
+    changed,
 )
 
+SKETCH = 1021
+"""Numbers that stand for all weights, where drift is measured from one analysis to the next."""
 EXACTLY = ConfigDict(extra="forbid")
 """As __pydantic_config__ of a dataclass that is read from a file: a field that it has not is an error."""
+
+
+def _whole_sketch(sketch: tuple[float, ...]) -> tuple[float, ...]:
+    if len(sketch) not in (0, SKETCH):
+        raise ValueError(f"no sketch of weights: {len(sketch)} numbers")
+    return sketch
 
 
 def _possible(cursor: Cursor) -> Cursor:
@@ -82,6 +91,8 @@ class Settings:
     """Tasks that evaluations score, each NAME or NAME:FOLDER."""
     eval_interval_tokens: NonNegativeInt = 0
     """An evaluation at the first boundary at or after each multiple of so many tokens; 0: eval_interval counts."""
+    document_mask: bool = False
+    """Whether no token of training and validation sees another document of its row (model/gpt.py)."""
     activation_checkpointing: bool = False
     """Whether the backward pass computes the inside of each block again instead of keeping it."""
     weights_dtype: WeightsDtype = "float32"
@@ -140,7 +151,7 @@ class Settings:
 
         def facts(s: Settings) -> tuple[Any, ...]:
             rounded = () if s.weights_dtype == "float32" else (s.weights_dtype, s.frozen)
-            return s.model, s.reshapes_asked, s.fading, s.vocabulary_map, s.eval_iters, rounded
+            return s.model, s.reshapes_asked, s.fading, s.vocabulary_map, s.eval_iters, s.document_mask, rounded
 
         return facts(self) == facts(other)
 
@@ -221,6 +232,11 @@ def differences(before: Settings, after: Settings) -> tuple[dict[str, Any], dict
     return {name: old.get(name) for name in names}, {name: new[name] for name in names}
 
 
+def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Differences on one line. That weights were asked to move, a counter, tells a person nothing."""
+    return ", ".join(changed(name, old, after[name]) for name, old in before.items() if name != "reshapes_asked")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a step begins."""
@@ -265,6 +281,12 @@ class Progress:
     losses_seen: NonNegativeInt = 0
     sick_steps: NonNegativeInt = 0
     """Steps in a row that were not taken."""
+    noise: tuple[Finite, Finite, Finite] = (0.0, 0.0, 0.0)
+    """Of the gradient noise scale: running means of |G|^2, of tr(Sigma) and of 1. As of the last save."""
+    sketch: Annotated[tuple[Finite, ...], AfterValidator(_whole_sketch)] = ()
+    """The weights at the last analysis, in SKETCH numbers."""
+    sketch_of: str = ""
+    """A text that tells which weights these are."""
 
     @classmethod
     def start(cls, settings: Settings) -> Progress:

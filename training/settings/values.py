@@ -100,6 +100,11 @@ def shown(value: Any, limit: int = 80) -> str:
         text = repr(value)
     except ValueError:  # Python writes no number of more than 4300 digits
         text = f"a {type(value).__name__} of too many digits to show"
+    return cut(text, limit)
+
+
+def cut(text: str, limit: int) -> str:
+    """At most so many characters of a text, three of them dots where there were more."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -114,8 +119,7 @@ def brief(value: Any) -> str:
     if isinstance(value, dict):
         groups: dict[str, list[str]] = {}
         for name, spec in value.items():
-            number = spec.get("rank", spec.get("share")) if isinstance(spec, dict) else spec
-            groups.setdefault(str(number), []).append(name)
+            groups.setdefault(_number(spec), []).append(name)
         facts = [f"{', '.join(layer_ranges(names))}: {number}" for number, names in groups.items()]
         return "{" + "; ".join(facts[:4]) + ("; ...}" if len(facts) > 4 else "}")
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
@@ -126,8 +130,38 @@ def brief(value: Any) -> str:
         return f"{counted} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
     if isinstance(value, list) and len(value) > 2 and value.count(value[0]) == len(value):
         return f"[{len(value)} x {value[0]}]"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut(f"{value:.4g}" if isinstance(value, float) else str(value), 60)
+
+
+def changed(name: str, before: Any, after: Any) -> str:
+    """A change of a field of Settings in one short piece of a line: of lists and mappings what is other than before."""
+    if isinstance(before, list) and isinstance(after, list) and all(isinstance(item, str) for item in before + after):
+        told = {name: [item for item in after if item not in before]}
+        told[f"no longer {name}"] = [item for item in before if item not in after]
+        if any(told.values()):
+            return ", ".join(f"{', '.join(layer_ranges(items))} {what}" for what, items in told.items() if items)
+    if isinstance(before, dict) and isinstance(after, dict):
+        groups: dict[str, list[str]] = {}
+        for item in dict.fromkeys([*before, *after]):
+            if before.get(item) != after.get(item):
+                groups.setdefault(_moved(before.get(item), after.get(item)), []).append(item)
+        return f"{name} " + "; ".join(f"{', '.join(layer_ranges(items))}: {moved}" for moved, items in groups.items())
+    return f"{name} {brief(before)} -> {brief(after)}"
+
+
+def _moved(before: Any, after: Any) -> str:
+    """What a member of a mapping was and is; of an adapter with the rank that it had, what else is new."""
+    if isinstance(before, dict) and isinstance(after, dict) and _number(before) == _number(after):
+        return ", ".join(
+            f"{key} {brief(before.get(key))} -> {brief(new)}" for key, new in after.items() if before.get(key) != new
+        )
+    return f"{_number(before)} -> {_number(after)}"
+
+
+def _number(value: Any) -> str:
+    """What a member of a mapping in Settings comes down to: an adapter to its rank, a fade to its share."""
+    number = value.get("rank", value.get("share")) if isinstance(value, dict) else value
+    return "none" if number is None else brief(number)
 
 
 def layer_ranges(names: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run tells a person: the console, its file, W&B; and the run folder's logs. The only file that prints.
+"""What a run tells a person: the console and its file; and the run folder's logs. The only file that prints.
 
 Only rank 0 reports; the other ranks hold a reporter that writes nothing. What the lines of metrics.jsonl and
 events.jsonl are is run_folder.py's.
@@ -7,7 +7,6 @@ events.jsonl are is run_folder.py's.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +16,9 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.metrics import is_of_task
 from orchestrate.training.store import run_folder
-from orchestrate.training.store.run_folder import COURSE, EVENTS, METRICS, METRICS_KINDS, Lines, clean, mark_void
+from orchestrate.training.store.run_folder import COURSE, EVENTS, METRICS, METRICS_KINDS, Lines, mark_void
+from orchestrate.training.store.trackers import Trackers, leave
 
 _CONSOLE = "console"
 
@@ -47,19 +45,24 @@ class Silent:
     def sizes(self) -> dict[str, int]:
         return {}
 
-    def void_since(self, sizes: Mapping[str, int]) -> None: ...
+    def void_since(self, sizes: Mapping[str, int], iteration: int) -> None: ...
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Of the W&B run that the lines are in, or None."""
+        return None
 
     def close(self, exit_code: int = 0) -> None: ...
 
 
 class Reporter(Silent):
-    """Writes the run folder's JSON lines, the console and, when asked, W&B.
+    """Writes the run folder's JSON lines and the console, and hands the lines to the trackers.
 
     Args:
         out_dir: the run folder, or None to write no files (eval_only).
         total_iters: length of the progress bar.
         log_file: where the console's lines go too, or None.
-        wandb_run: an initialised W&B run, or None.
+        trackers: opened already, or None.
     """
 
     def __init__(
@@ -68,14 +71,16 @@ class Reporter(Silent):
         total_iters: int,
         start_iter: int,
         log_file: Path | None,
-        wandb_run: Any = None,
+        trackers: Trackers | None = None,
     ) -> None:
         logs = (METRICS, EVENTS) if out_dir else ()
         self._lines = {name: Lines(out_dir / name, self._restore) for name in logs}
         if log_file is not None:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self._lines[_CONSOLE] = Lines(log_file, self._restore)
-        self._wandb = wandb_run
+        self._trackers = trackers
+        if trackers is not None:
+            trackers.trouble = self._dropped
         self._iter = start_iter
         self._bar = None
         if sys.stderr.isatty():
@@ -83,26 +88,27 @@ class Reporter(Silent):
 
     def event(self, kind: str, **fields: Any) -> None:
         self._iter = fields["iter"]
-        self._write(EVENTS, run_folder.event(kind, fields))
+        record = run_folder.event(kind, fields)
+        self._write(EVENTS, record)
         if EVENTS in self._lines:
             self._lines[EVENTS].sync()
-        if self._wandb is not None and kind == "operation":
-            shown = {f"operation/{name}": value for name, value in fields["settings_after"].items()}
-            self._wandb.log({name: v for name, v in shown.items() if isinstance(v, int | float)}, step=fields["iter"])
-
-        if self._wandb is not None and kind == "samples":
-            import wandb
-
-            rows = [[fields["iter"], sample["prompt"], sample["text"]] for sample in fields["texts"]]
-            self._wandb.log({"samples": wandb.Table(["iter", "prompt", "text"], rows)}, step=fields["iter"])
+        if self._trackers is not None:
+            self._trackers.take(record)
 
     def metrics(self, kind: str, **fields: Any) -> None:
         self._iter = fields["iter"]
-        self._write(METRICS, {"kind": kind, **fields})
-        if self._wandb is not None:
-            flat = {name: v for name, v in clean(fields).items() if isinstance(v, int | float)}
-            named = {name if is_of_task(name) else f"{kind}/{name}": v for name, v in flat.items() if name != "iter"}
-            self._wandb.log(named, step=fields["iter"])
+        record = {"kind": kind, **fields}
+        self._write(METRICS, record)
+        if self._trackers is not None:
+            self._trackers.take(record)
+
+    def _dropped(self, told: str) -> None:
+        self.say(f"warning: {told}")
+        self.event("error", iter=self._iter, message=told, action="go on")
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self._trackers.wandb_id if self._trackers is not None else None
 
     def _write(self, name: str, record: Mapping[str, Any] | str) -> None:
         """A line in one of the files; what is wrong with a file is told once, and the run goes on."""
@@ -146,23 +152,27 @@ class Reporter(Silent):
             lines.sync()
         return {name: lines.size() for name, lines in logs.items()}
 
-    def void_since(self, sizes: Mapping[str, int]) -> None:
-        """Mark what was measured and decided after a checkpoint as void: the run has gone back to it."""
+    def void_since(self, sizes: Mapping[str, int], iteration: int) -> None:
+        """Mark what was measured and decided after a checkpoint as void: the run has gone back to its iteration."""
+        if self._trackers is not None:
+            leave(self._trackers.about.out_dir, iteration)
         for name, kinds in ((METRICS, METRICS_KINDS), (EVENTS, COURSE)):
             if name in self._lines:
                 lines = self._lines[name]
                 lines.close()
                 mark_void(lines.path, sizes.get(name, 0), kinds)
                 self._lines[name] = Lines(lines.path, self._restore)
+        if self._trackers is not None:
+            self._trackers.went_back()
 
     def close(self, exit_code: int = 0) -> None:
         if self._bar is not None:
             self._bar.close()
+        if self._trackers is not None:
+            self._trackers.close(exit_code)  # what goes wrong there is told yet
         for lines in self._lines.values():
             lines.close()
         self._lines = {}
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
 
 
 def _line(iteration: int, shown: Mapping[str, Any]) -> str:
@@ -197,33 +207,3 @@ def memory_percent(device: torch.device) -> dict[str, float]:
         free, total = torch.cuda.mem_get_info(device)
         used["device"] = 100.0 * (total - free) / total
     return used
-
-
-def check_wandb() -> str:
-    """Why W&B cannot be logged to, or nothing. Asks for a key where there is a terminal and none is known."""
-    import wandb
-
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return ""
-    try:
-        wandb.login()
-    except wandb.Error as error:
-        return f"wandb_log: {error} (or set WANDB_MODE=offline)"
-    return ""
-
-
-def start_wandb(project: str, name: str, run_id: str | None, config: Mapping[str, Any], folder: Path) -> Any:
-    """A W&B run; with the id of an earlier one, that run continued. Raises Refused."""
-    import wandb
-
-    try:
-        return wandb.init(
-            project=project,
-            name=name,
-            id=run_id,
-            resume="allow",
-            config=dict(config),
-            dir=str(folder),
-        )
-    except wandb.Error as error:
-        raise Refused(f"wandb_log: {error} (or set WANDB_MODE=offline)") from error

@@ -9,6 +9,7 @@ nothing, may read while a run writes, and counts what it cannot make out. Nothin
 
 import contextlib
 import errno
+import heapq
 import json
 import math
 import os
@@ -95,7 +96,22 @@ class Eval(_Metrics):
     """The same loss in bits per byte of the text, where the tokenizer of the data is at hand."""
     best_val_loss: NotRequired[_Number]
     """The lowest so far."""
-    # Scores of eval_tasks stand beside these under their own names, such as eval/adder_accuracy.
+    # Scores of eval_tasks stand beside these under their own names, such as eval/adder_accuracy; and rank/attn,
+    # rank/mlp and embedding/... of an analysis.
+    attention_entropy: NotRequired[_Number]
+    """Of an analysis (analyze_interval), as what follows to grad_noise_ratio: docs/analysis.md."""
+    drift: NotRequired[_Number]
+    """How far the weights moved since the last analysis, as a share of their norm then."""
+    update_ratio: NotRequired[_Number]
+    """The norm of the last step's update of matrices, as a share of theirs."""
+    grad_norm_by_layer: NotRequired[dict[str, _Number]]
+    """Of the last step, before clipping: leaf layer -> norm of the gradients of its matrices."""
+    update_ratio_by_layer: NotRequired[dict[str, _Number]]
+    """Leaf layer -> update_ratio of its matrices."""
+    grad_noise_scale: NotRequired[_Number]
+    """In tokens."""
+    grad_noise_ratio: NotRequired[_Number]
+    """The same, divided by tokens of an iteration."""
     why: NotRequired[str]
     """Of an extra evaluation around an operation, which does not count as best: its reason."""
 
@@ -487,14 +503,18 @@ def write_start(out_dir: Path, config: Mapping[str, Any], schedule: str) -> None
         os.replace(temporary, out_dir / name)
 
 
-def rewind(out_dir: Path, sizes: Mapping[str, int]) -> None:
+def rewind(out_dir: Path, sizes: Mapping[str, int], before: Callable[[], None] = lambda: None) -> None:
     """Take back what was logged after a checkpoint: its metrics are cut, its decisions and operations marked void.
 
     Args:
         sizes: bytes of each file when the checkpoint was made (`Reporter.sizes`).
+        before: called before anything is taken back, and not where nothing is.
     """
     metrics = out_dir / METRICS
-    if metrics.exists() and metrics.stat().st_size > sizes.get(METRICS, 0):
+    longer = metrics.exists() and metrics.stat().st_size > sizes.get(METRICS, 0)
+    if longer or _goes_back(out_dir / EVENTS, sizes.get(EVENTS, 0)):
+        before()
+    if longer:
         os.truncate(metrics, sizes.get(METRICS, 0))
     mark_void(out_dir / EVENTS, sizes.get(EVENTS, 0), COURSE)
 
@@ -516,6 +536,16 @@ def mark_void(path: Path, size: int, kinds: Container[str]) -> None:
         lines.append(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
     if tail:
         write_whole(path, kept + b"".join(lines))
+
+
+def _goes_back(path: Path, size: int) -> bool:
+    """Whether lines after the first `size` bytes are to be void and are not yet."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        file.seek(size)
+        records = [_record(line, EVENT_KINDS) for line in file]
+    return any(record and record["kind"] in COURSE and not record.get("void") for record in records)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -602,15 +632,34 @@ def read_run(
             continue
         except OSError as error:
             raise Refused(f"{folder / name}: cannot be read ({error.strerror})") from None
-    return RunRecord(folder, _config(folder), found[METRICS], found[EVENTS], _checkpoints(folder), foreign)
+    return RunRecord(folder, read_config(folder), found[METRICS], found[EVENTS], _checkpoints(folder), foreign)
 
 
-def read_lines(path: Path, kinds: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def valid_lines(folder: Path, sizes: Mapping[str, int] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of both files that count, by iteration; those of metrics first.
+
+    Args:
+        sizes: bytes of each file that are passed over.
+    """
+
+    def of(name: str, kinds: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError):
+            lines = read_lines(folder / name, kinds, (sizes or {}).get(name, 0))
+            yield from (line for _, line in lines if line and not line.get("void"))
+
+    return heapq.merge(of(METRICS, METRICS_KINDS), of(EVENTS, EVENT_KINDS), key=lambda line: line["iter"])
+
+
+def read_lines(path: Path, kinds: Mapping[str, Any], skip: int = 0) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """(number from 1, record) of each line; None for what is no line of these kinds. Raises OSError.
 
     A last line without an end is passed over unless it is a record: a run may be writing it.
+
+    Args:
+        skip: bytes at the beginning that are passed over.
     """
     with open(path, "rb") as file:
+        file.seek(skip)
         number = 0
         while line := file.readline(LONGEST_LINE):
             number, whole = number + 1, line.endswith(b"\n")
@@ -641,7 +690,8 @@ def _adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind)
 
 
-def _config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json; None where there is none that can be read."""
     try:
         with open(folder / CONFIG, "rb") as file:
             config = json.loads(file.read(LONGEST_LINE))
