@@ -71,11 +71,12 @@ RULES = """
   comes before what is due of the second.
 - While a ramp (`over`) of one track moves a number, an entry of another track that changes it waits until the ramp has
   arrived; an entry of the same track takes it over. What each operation changes is listed above as *changes*.
-- `reevaluate` ends the boundary for its own track, a `stop` for all of them.
+- `reevaluate` ends the boundary for its own track, a `stop` and a guard with `then: stop` for all of them.
 - A guard that goes back restores every track as it was then; what has fired since fires again when it is due.
 - `--plan` shows the stages of several tracks in the order of their latest times, and checks that order. Where another
   comes, an entry that cannot be carried out then follows its `on_error`.
 - A resume with another `--schedule` may change all that has not fired, add tracks, and change the number of rounds.
+  A key that a resume changes ends the ramp on its number.
 """
 METRICS = """## Metrics
 

@@ -181,6 +181,22 @@ def test_against_a_run_knows_its_metrics(data, tmp_path, capsys, tiny):
     assert "not by iteration 8" in text and f"{out} has no values of machine.device_memory" in text
 
 
+@pytest.mark.parametrize(
+    ("on_error", "third"), [("skip", "8: iteration 8 (at_iter 8)"), ("stop", "not by iteration 0: the run stops there")]
+)
+def test_against_a_run_tells_of_an_entry_that_comes_in_an_order_that_fails(
+    data, tmp_path, capsys, tiny, on_error, third
+):
+    """There is no mlp.3 before the layers are stacked, which the order of the latest times has first."""
+    _, out = tiny(max_iters=9)
+    freeze = {"name": "freeze_layer", "value": "mlp.3", "trigger_loss": 99.0, "on_error": on_error}
+    grow = [{"name": "stack_layers", "value": {"n_layer": 4}, "at_iter": 5}, {"name": "stop", "at_iter": 8}]
+    schedule = {"tracks": {"a": [freeze], "b": grow}}
+    code, text = planned(tmp_path, data, schedule, capsys, "--plan=json", f"--against={out}")
+    against = json.loads(text)["against"]
+    assert code == 0 and against["1"].startswith("0: fails: no layer is called 'mlp.3'") and against["3"] == third
+
+
 def test_against_needs_a_run_and_a_plan(data, tmp_path, capsys):
     with pytest.raises(Refused, match="cannot be read"):
         planned(tmp_path, data, [], capsys, "--plan", f"--against={tmp_path / 'nowhere'}")

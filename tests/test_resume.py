@@ -13,6 +13,7 @@ from fuzzing import seal
 
 import train_orchestrated
 from orchestrate.model.config import Fade, ModelConfig
+from orchestrate.training.run import out_of_memory
 from orchestrate.training.run.run import Run
 from orchestrate.training.session.stopping import SignalWatch
 from orchestrate.training.settings.errors import OperationFailed, Refused
@@ -370,6 +371,28 @@ def test_overrides_take_effect_and_are_logged(tiny, resume):
     assert state["settings"]["learning_rate"] == 1e-3 and state["settings"]["batch_size"] == 2
     assert state["progress"]["cursor"]["sample"] == 6 * 8 + 3 * 4
     assert json.loads((out_dir / "config.json").read_text())["learning_rate"] == 1e-3
+
+
+def test_what_a_resume_sets_is_not_moved_by_a_ramp_any_more(tiny, resume):
+    """The ramp of change_lr goes on with min_lr alone, 1e-3 -> 5e-4 in 8 iterations from 2 on."""
+    _, out_dir = tiny([{"name": "change_lr", "value": 0.5, "over": 8, "at_iter": 2}], max_iters=6)
+    assert resume(out_dir, max_iters=8, learning_rate=3e-3, weight_decay=0.2) == 0
+    reasons = {e["key"]: e["reason"] for e in events(out_dir, "override")}
+    assert reasons["learning_rate"].endswith("; the ramp of entry 1 (change_lr) ends with it")
+    assert "ramp" not in reasons["weight_decay"]
+    state = json.loads((out_dir / "checkpoints/latest/state.json").read_text())
+    assert state["settings"]["learning_rate"] == 3e-3
+    assert state["settings"]["min_lr"] == pytest.approx(1e-3 - 5e-4 * 6 / 8)
+    assert list(state["orchestrator"]["ramps"][0]["fields"]) == ["min_lr"]
+
+
+def test_a_ramp_of_the_batch_is_resumed_in_smaller_pieces_where_memory_ran_out(tiny, resume):
+    """2 -> 8 micro-steps of 4 over 4 iterations from 2 on; 4 -> 16 of 2 after the resume."""
+    _, out_dir = tiny([{"name": "set_grad_accum", "value": 8, "over": 4, "at_iter": 2}], max_iters=4)
+    out_of_memory.note(str(out_dir), 4)
+    assert resume(out_dir, max_iters=7) == 0
+    found = [(e["batch_size"], e["grad_accum"]) for e in lines(out_dir / "metrics.jsonl") if e["kind"] == "train"]
+    assert found[4:] == [(2, 8), (2, 12), (2, 16)]
 
 
 def test_the_same_command_again_does_not_undo_the_schedule(tiny, resume):

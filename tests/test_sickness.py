@@ -104,6 +104,24 @@ def test_two_steps_in_a_row_out_of_memory(tiny, late, monkeypatch):
     assert set(taken.values()) == {12.0}
 
 
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        # 2 -> 8 micro-steps of 4 over 6 iterations; from iteration 4 on twice as many of 2.
+        ({"name": "set_grad_accum", "value": 8}, [8, 8, 16, 16, 16, 24, 32, (2, 16)]),
+        # 4 -> 8 sequences in each of 2 micro-steps; from there on 2 -> 4 in each of 4.
+        ({"name": "set_batch_size", "value": 8}, [8, 8, 10, 10, 12, 12, 16, (4, 4)]),
+        # 4 -> 7: nothing divides both, so micro-batches are one sequence.
+        ({"name": "set_batch_size", "value": 7}, [8, 8, 8, 10, 12, 12, 12, (1, 14)]),
+    ],
+)
+def test_a_ramp_of_the_batch_goes_the_same_way_in_smaller_pieces(tiny, operation, expected):
+    code, out = tiny([{**operation, "over": 6, "at_iter": 1}], inject="oom@4", max_iters=8)
+    assert code == 0
+    found = [(e["batch_size"], e["grad_accum"]) for e in lines(out / "metrics.jsonl") if e["kind"] == "train"]
+    assert [*(size * accum for size, accum in found[:-1]), found[-1]] == expected
+
+
 def test_a_save_right_after_a_sick_step_knows_of_it(tiny, resume, late, monkeypatch):
     """The checkpoint asked for after the failed step holds its batch: a resume does not leave it out."""
     schedule = [{"name": "save_checkpoint", "at_iter": 6}]

@@ -413,6 +413,14 @@ def test_what_comes_after_an_entry_that_never_fires_is_told():
     assert len(stages) == 1
 
 
+def test_a_label_that_a_resume_gives_to_another_entry_is_reached_when_that_fires():
+    run = Driven([clip(at_iter=1, label="x"), decay(at_iter=9)])
+    run.boundary()
+    tracks = {"operations": [clip(at_iter=1), decay(at_iter=9, label="x")], "tracks": {"b": [halve(after="x")]}}
+    position = run.orchestrator.position.fitted(parse_schedule(json.dumps(tracks), "s.json"))
+    assert position.marks == {} and position.fired == {"": 1, "b": 0}
+
+
 def test_an_entry_that_is_taken_back_has_not_fired():
     guard = {"max_increase": 0.1, "within_iters": 2, "then": "revert"}
     run = Driven(
@@ -520,6 +528,18 @@ def test_a_stop_ends_the_boundary_for_all(data):
     assert fired(one) == [1] and not one.position.round_open
     go(one, 1)
     assert fired(one) == [1, 2]
+
+
+def test_a_guard_that_stops_ends_the_boundary_for_all():
+    """What follows belongs to whoever goes on; the loss counts for its plateau."""
+    guard = {"max_increase": 0.1, "within_iters": 2, "then": "stop"}
+    plateau = decay(trigger_plateau={"evals": 1, "min_delta": 0.5})
+    run = Driven({"tracks": {"a": [clip(at_iter=1, guard=guard), clip(0.7, max_wait_iters=1)], "b": [plateau]}})
+    run.boundary(val_loss=3.0)
+    assert run.boundary(val_loss=3.4) == [] and run.settings.stops_asked == 1
+    assert not run.orchestrator.position.round_open and run.orchestrator.position.round_loss is None
+    assert [entry for entry, _ in run.boundary()] == [2]
+    assert [entry for entry, _ in run.boundary(val_loss=3.0)] == [3]
 
 
 def test_going_back_restores_all_tracks_as_they_were():

@@ -44,7 +44,7 @@ from orchestrate.training.session.start import (
     the_schedule,
 )
 from orchestrate.training.settings.config import TrainConfig, depth_told
-from orchestrate.training.settings.errors import Refused
+from orchestrate.training.settings.errors import OperationFailed, Refused
 from orchestrate.training.settings.metrics import EVALUATED, LOGGED, VAL_LOSS, comes_with, numbers
 from orchestrate.training.settings.records import Progress, Settings, differences
 from orchestrate.training.settings.values import brief
@@ -410,17 +410,26 @@ def _replay(schedule: Schedule, settings: Settings, run: Path, position: Positio
     losses, logged, p = recorded.losses, recorded.logged, dry.progress
     iters = sorted(recorded.clock)
     tokens, seconds = (np.interp(range(iters[-1] + 1), iters, [recorded.clock[i][n] for i in iters]) for n in (0, 1))
+    stopped: int | None = None
     for iteration in range(iters[-1] + 1):
         p.iter, p.tokens, p.seconds = iteration, round(tokens[iteration]), float(seconds[iteration])
         dry.loss = losses.get(iteration, dry.loss)
         orchestrator.observe(logged.get(iteration, {}))
-        orchestrator.consult(losses.get(iteration), look_at_clock=iteration in recorded.clock)
+        try:
+            orchestrator.consult(losses.get(iteration), look_at_clock=iteration in recorded.clock)
+        except OperationFailed:  # in an order that the check did not have; the event says why
+            stopped = iteration
+            break
     fires = {entry.title: "not at all: its repetition ends before" for entry in schedule.entries}
-    fires |= {entry.title: f"not by iteration {iters[-1]}" for entry in orchestrator.missed()}
+    until = (
+        f"not by iteration {stopped}: the run stops there" if stopped is not None else f"not by iteration {iters[-1]}"
+    )
+    fires |= {entry.title: until for entry in orchestrator.missed()}
     for iteration, kind, fields in dry.events:
-        if kind == "operation":
+        if kind in ("operation", "error"):
             step = title(fields["entry"], fields.get("round", 1), fields.get("rounds", 1))
-            fires[step] = f"{iteration}: {fields['reason']}"
+            said = fields["reason"] if kind == "operation" else f"fails: {fields['message']}"
+            fires[step] = f"{iteration}: {said}"
     missing = asked.difference(*logged.values())
     return fires, [f"{run} has no values of {name}" for name in sorted(missing)]
 

@@ -204,6 +204,7 @@ class Orchestrator:
             position.owes_measure = self.host.measure("after an operation") is None
         if position.round_iter == self.run.progress.iter and not position.round_open:
             return
+        stops = self.run.settings.stops_asked
         if position.watches and not position.round_open and self._look_at_guards(val_loss):
             return
         position.round_iter = self.run.progress.iter
@@ -212,7 +213,7 @@ class Orchestrator:
         if not position.round_open:
             position.round_loss = position.loss_before = val_loss
             for queue, _ in self._heads():
-                queue.open = True
+                queue.open = self.run.settings.stops_asked == stops  # not where a guard has just ended the run
                 if finite(val_loss):
                     queue.history[VAL_LOSS] = (*queue.history.get(VAL_LOSS, ()), val_loss)
         while not position.owes_measure and (found := self._next(look_at_clock)):

@@ -106,7 +106,8 @@ class Position:
     def fitted(self, schedule: Schedule) -> Position:
         """The place in a schedule that a resume may have changed behind it. Raises ValueError where that has no such.
 
-        A new track begins at its first entry. A new label of what has fired counts from when its track's last step did.
+        A new track begins at its first entry. A new label of what has fired counts from when its track's last step did,
+        and one that names what has not fired is not reached, whatever it named before.
         """
         tracks = schedule.tracks
         for name, fired in self.fired.items():
@@ -121,7 +122,8 @@ class Position:
             for entry in tracks[name][: queue.fired]:
                 reached = [entry.closes] if entry.number in failed else [entry.closes, entry.label]
                 marks |= dict.fromkeys(filter(None, reached), queue.since)
-        labels = {label for entry in schedule.entries for label in (entry.label, entry.closes)}
+        done = [entry for name, queue in queues.items() for entry in tracks[name][: queue.fired]]
+        labels = {label for entry in done for label in (entry.label, entry.closes)}
         marks |= {label: mark for label, mark in self.marks.items() if label in labels}
         return replace(self, queues=queues, marks=marks)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -77,3 +78,33 @@ class Ramp:
         if isinstance(values, dict) and isinstance(fields := values.get("fields"), dict):
             values = {**values, "fields": {present_name(str(name)): ends for name, ends in fields.items()}}
         return TypeAdapter(cls).validate_python(values)
+
+
+def in_smaller_pieces(ramps: Sequence[Ramp], before: Settings, smaller: Settings) -> list[Ramp]:
+    """The same ramps after micro-batches were made smaller: the global batch goes the way that it was going.
+
+    Where no number divides both ends of a ramp of batch_size, micro-batches are one sequence from here on.
+    """
+    moved = {name: ends for ramp in ramps for name, ends in ramp.fields.items()}
+    start, end = (smaller.grad_accum // before.grad_accum,) * 2
+    if sizes := moved.get("batch_size"):
+        common = math.gcd(*map(int, sizes))
+        least = next((factor for factor in range(2, common + 1) if common % factor == 0), 0)
+        start, end = (least, least) if least else (int(sizes[0]), int(sizes[1]))
+        moved.setdefault("grad_accum", (before.grad_accum, before.grad_accum))
+        moved["batch_size"] = int(sizes[0]) // start, int(sizes[1]) // end
+    if "grad_accum" in moved:
+        moved["grad_accum"] = int(moved["grad_accum"][0]) * start, int(moved["grad_accum"][1]) * end
+    found = []
+    for ramp in ramps:
+        names = list(ramp.fields)
+        if "batch_size" in names and not any("grad_accum" in other.fields for other in ramps):
+            names.append("grad_accum")
+        found.append(replace(ramp, fields={name: moved[name] for name in names}))
+    return found
+
+
+def without(ramps: Sequence[Ramp], names: Collection[str]) -> list[Ramp]:
+    """The ramps of what is not among these numbers."""
+    kept = [replace(r, fields={name: ends for name, ends in r.fields.items() if name not in names}) for r in ramps]
+    return [ramp for ramp in kept if ramp.fields]

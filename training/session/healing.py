@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from orchestrate.training.run.sickness import OUT_OF_MEMORY, Sick
 from orchestrate.training.run.step import StepResult
+from orchestrate.training.schedule.ramps import in_smaller_pieces
 from orchestrate.training.session.resume import newest_whole
 from orchestrate.training.settings.errors import Refused, Stopped
 from orchestrate.training.settings.records import differences
@@ -95,6 +96,7 @@ def make_smaller(session: Session) -> None:
     if smaller is None:
         raise Stopped("out of memory with a micro-batch of one sequence: nothing is left to make smaller")
     run.adopt(smaller)
+    session.orchestrator.ramps = in_smaller_pieces(session.orchestrator.ramps, before, smaller)
     settings_before, settings_after = differences(before, smaller)
     total, trainable = run.parameter_counts()
     session.event(

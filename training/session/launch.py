@@ -122,7 +122,7 @@ def prepare(
     orchestrator = Orchestrator(schedule, run)
     if resumed is not None:
         try:
-            orchestrator.load_state(resumed.loaded.state.orchestrator)
+            orchestrator.load_state(resumed.orchestrator)
         except ValueError as error:
             raise Refused(f"checkpoint {resumed.loaded.path}: state.json: orchestrator: {error}") from None
     problem = check(config.trackers) if ranks.is_first else ""

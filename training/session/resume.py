@@ -27,10 +27,11 @@ from orchestrate.training.run.optimizers import OPTIMIZERS
 from orchestrate.training.schedule.file import Entry, Schedule, parse_schedule, read_schedule
 from orchestrate.training.schedule.own import OwnFile, compare
 from orchestrate.training.schedule.position import Position
+from orchestrate.training.schedule.ramps import Ramp, in_smaller_pieces, without
 from orchestrate.training.session.start import IN_SETTINGS, named_checkpoint, other_tokenizer
 from orchestrate.training.settings.config import MODEL_KEYS, TrainConfig, unread
 from orchestrate.training.settings.errors import Refused
-from orchestrate.training.settings.records import Settings, get_field, with_field
+from orchestrate.training.settings.records import Settings, get_field, numbers_in, with_field
 from orchestrate.training.settings.values import shown
 from orchestrate.training.store import checkpoint
 from orchestrate.training.store.manifest import Damaged, survey
@@ -64,6 +65,8 @@ class Resumed:
     schedule: Schedule
     position: Position
     """In it."""
+    orchestrator: dict[str, Any]
+    """As in the checkpoint, without the ramps of what this start sets."""
     overrides: list[dict[str, Any]]
     """Events: key, before, after, applied, reason."""
     passed_over: list[str]
@@ -156,6 +159,12 @@ def resume(
     state, recorded, settings = loaded.state, loaded.state.config, loaded.state.present
     overrides = compare(state.operations, operations)
     problems = unread(settings.optimizer, given)
+    schedule = parse_schedule(state.schedule.text, state.schedule.source or "schedule")
+    try:
+        position = Position.from_json(state.orchestrator["position"]).fitted(schedule)
+        ramps = [Ramp.from_json(ramp) for ramp in state.orchestrator["ramps"]]
+    except ValueError as error:
+        raise Refused(f"checkpoint {loaded.path}: state.json: orchestrator: {error}") from None
     for key in given:
         before, after = getattr(recorded, key), getattr(config, key)
         in_force = get_field(settings, IN_SETTINGS[key]) if key in IN_SETTINGS else before
@@ -180,18 +189,20 @@ def resume(
                     settings = replace(settings, mixture=config.datasets)
             if key in IN_SETTINGS:
                 settings = with_field(settings, IN_SETTINGS[key], after)
-            overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": given[key]})
+            reason, numbers = (
+                given[key],
+                numbers_in(settings, IN_SETTINGS.get(key, "mixture" if key == "dataset" else key)),
+            )
+            if ended := [ramp for ramp in ramps if not ramp.fields.keys().isdisjoint(numbers)]:
+                reason += f"; the ramp of entry {ended[0].entry} ({ended[0].name}) ends with it"
+                ramps = without(ramps, numbers)
+            overrides.append({"key": key, "before": in_force, "after": after, "applied": True, "reason": reason})
 
     if "eval_interval" in given and settings.eval_interval_tokens:
         problems.append(
             f"{given['eval_interval']}: eval_interval counts for nothing while eval_interval_tokens is "
             f"{settings.eval_interval_tokens}: give --eval_interval_tokens=0 too"
         )
-    schedule = parse_schedule(state.schedule.text, state.schedule.source or "schedule")
-    try:
-        position = Position.from_json(state.orchestrator["position"]).fitted(schedule)
-    except ValueError as error:
-        raise Refused(f"checkpoint {loaded.path}: state.json: orchestrator: {error}") from None
     if "schedule" in given:
         new = read_schedule(config.schedule) if config.schedule else _only(schedule, position.fired)
         for name, count in position.fired.items():
@@ -218,7 +229,7 @@ def resume(
         for key in ("batch_size", "gradient_accumulation_steps"):
             before, after = (get_field(s, IN_SETTINGS[key]) for s in (settings, smaller))
             overrides.append({"key": key, "before": before, "after": after, "applied": True, "reason": reason})
-        settings = smaller
+        ramps, settings = in_smaller_pieces(ramps, settings, smaller), smaller
     if recorded.log_dir and "log_dir" not in given:
         reason = "a checkpoint does not choose where files are written: give it again"
         overrides.append({"key": "log_dir", "before": recorded.log_dir, "after": "", "applied": True, "reason": reason})
@@ -227,7 +238,8 @@ def resume(
         raise Refused(problems)
     update = {key: getattr(config, key) for key in given} | {"out_dir": config.out_dir, "init_from": "resume"}
     config, position = recorded.model_copy(update=update), position.fitted(schedule)
-    return Resumed(loaded, config, settings, schedule, position, overrides, passed_over, damaged)
+    orchestrator = {**state.orchestrator, "ramps": [ramp.to_json() for ramp in ramps]}
+    return Resumed(loaded, config, settings, schedule, position, orchestrator, overrides, passed_over, damaged)
 
 
 def _no_other_data(recorded: TrainConfig, config: TrainConfig, settings: Settings) -> str:
