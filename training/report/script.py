@@ -116,7 +116,9 @@ function lines() {
     if (last && Math.abs(x - last.x) < 0.02 * D.last[axis] / by) last.names.push(name);
     else places.push({ x, names: [name], color: KINDS[m.kind][1] });
   }
-  const notes = places.map(p => ({ xref: "x", yref: "paper", x: p.x, y: 1, yanchor: "top", xanchor: "right",
+  const edge = 0.03 * D.last[axis] / by;  // on the left of the first line stands the scale
+  const notes = places.map(p => ({ xref: "x", yref: "paper", x: p.x, y: 1, yanchor: "top",
+    xanchor: p.x < edge ? "left" : "right",
     textangle: -90, showarrow: false, font: { size: 12, color: p.color }, text: safe(p.names.join(", ")) }));
   return [shapes, notes];
 }
