@@ -266,7 +266,7 @@ def test_against_recorded_scores(trained, easy, tmp_path, capsys):
     path.write_text(json.dumps([clip(0.5, **on(ACCURACY, above=0.69))]))
     capsys.readouterr()
     given = arguments(easy, tmp_path / "new", schedule=path, **keys(easy))
-    assert train_orchestrated.main([*given, "--plan", f"--against={out}"]) == 0
+    assert train_orchestrated.main([*given, "--plan", "--wide", f"--against={out}"]) == 0
     assert f"{first}: {ACCURACY} 0.7 >= 0.69" in capsys.readouterr().out
 
 
