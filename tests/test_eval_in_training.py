@@ -118,6 +118,8 @@ def test_which_tasks_are_scored_changes_in_a_run(train, data, resume):
         ([{"name": "set_eval_tasks", "value": ["adder:x", "copas"]}], {}, "entry 1: set_eval_tasks"),
         ([], dict(eval_tasks="copa:nowhere"), "eval_tasks: copa: nowhere: there is no such folder"),
         ([], dict(eval_tasks="wikitext:DATA"), "eval_tasks: "),
+        ([], dict(eval_tasks="triviaqa:DATA"),
+         "eval_tasks: triviaqa: it asks for 256 new tokens, and the model has block_size 128"),
         ([{"name": "set_dropout", "value": 0.1, "trigger": {"metric": "eval/piqa", "above": 0.1}}],
          dict(eval_tasks="copa:DATA"), "eval/piqa is given by no task"),
     ],

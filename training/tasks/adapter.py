@@ -110,16 +110,14 @@ class Adapter:
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """What each context is continued with, up to the first of its stop strings."""
-        from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+        from lm_eval.models.utils import postprocess_generated_text
 
         end = None if self.tokenizer.end_of_text is None else self.tokenizer.decode([self.tokenizer.end_of_text])
         alike: dict[tuple[Choice, int, tuple[str, ...]], list[int]] = {}
         prompts: list[list[int]] = []
         for number, request in enumerate(requests):
             context, wanted = request.args
-            choice, room, until = _wanted(normalize_gen_kwargs(wanted, _GENERATED))
-            if room >= self.max_length:
-                raise CannotDo(f"it asks for {room} new tokens, and the model has block_size {self.max_length}")
+            choice, room, until = wanted_of(wanted, self.max_length)
             prompts.append(self._encode(context, starts_itself=False)[-(self.max_length - room) :])
             stops = tuple(dict.fromkeys([*until, *([end] if end else [])]))
             alike.setdefault((choice, room, stops), []).append(number)
@@ -354,11 +352,19 @@ class _Said:
         self.ended = any(stop in tail for stop in self._stops if stop)
 
 
-def _wanted(kwargs: dict[str, Any]) -> tuple[Choice, int, list[str]]:
-    """How a task wants its answers made: the choice of tokens, how many of them, and what ends an answer."""
+def wanted_of(given: dict[str, Any], max_length: int) -> tuple[Choice, int, list[str]]:
+    """How a task wants its answers made: the choice of tokens, how many of them, and what ends an answer.
+
+    Raises CannotDo for what a model with a context of max_length tokens, or this adapter, cannot give.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    kwargs = normalize_gen_kwargs(given, _GENERATED)
     until, room, sample = kwargs.pop("until"), kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
     temperature = float(kwargs.pop("temperature", 0.0) or 0.0)
     top_k, top_p = kwargs.pop("top_k", None), kwargs.pop("top_p", None)
+    if room >= max_length:
+        raise CannotDo(f"it asks for {room} new tokens, and the model has block_size {max_length}")
     if kwargs:
         raise CannotDo(f"it asks for {', '.join(sorted(kwargs))}, which this adapter does not know")
     until = [until] if isinstance(until, str) else list(until or [])

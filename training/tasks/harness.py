@@ -33,7 +33,7 @@ import torch
 
 from orchestrate.training.settings.errors import Refused
 from orchestrate.training.settings.values import nearest, shown
-from orchestrate.training.tasks.adapter import Adapter, CannotDo, Interrupted, NotFinite
+from orchestrate.training.tasks.adapter import Adapter, CannotDo, Interrupted, NotFinite, wanted_of
 
 _LARGEST = 2**30
 """Bytes of a file of local data."""
@@ -115,6 +115,17 @@ class Loaded:
             ]
         self.metrics = tuple(_metric(metric, one) for metric, one in metrics)
         """Those of which more is better."""
+
+    def check(self, block_size: int) -> str:
+        """Why a model with this context cannot be asked, as far as that is known beforehand, or nothing."""
+        for task in self._found["tasks"].values():
+            given = task.get_config("generation_kwargs")
+            if task.OUTPUT_TYPE == "generate_until" and given:
+                try:
+                    wanted_of(given, block_size)
+                except CannotDo as error:
+                    return str(error)
+        return ""
 
     def score(self, adapter: Adapter, limit: int | None = None) -> Result:
         """Ask the model. The same on every rank of the adapter. Raises Refused, NotFinite and Interrupted."""

@@ -42,7 +42,7 @@ class HarnessTask(Task):
         return of_task(f"{self.name}/{metric.replace(',', '_')}" if metric else self.name)
 
     def check(self, meta: Meta, block_size: int) -> str:
-        return ""
+        return self.loaded.check(block_size)
 
     def score(self, run: Run, poll: Callable[[], int]) -> dict[str, float] | None:
         adapter = Adapter(
