@@ -480,6 +480,18 @@ def test_eval_only_writes_nothing(tiny, capsys, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
+def test_a_signal_ends_an_evaluation_alone_with_its_code(tiny, monkeypatch):
+    """There is nothing to save, so only the exit code tells a script that no loss came out."""
+    original = Run.evaluate_each
+
+    def evaluate_each(run, poll):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, poll)
+
+    monkeypatch.setattr(Run, "evaluate_each", evaluate_each)
+    assert tiny(eval_only=True, eval_iters=4)[0] == 143
+
+
 def test_signals_are_handled_by_name(tiny):
     """A real signal to this process, in the middle of the run."""
     original = Run.step
