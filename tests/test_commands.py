@@ -118,6 +118,9 @@ def test_the_run_folder(trained):
         assert field in train[0], field
     parts = {"data", "forward_backward", "optimizer", "eval", "operation", "checkpoint"}
     assert set(train[0]["seconds_by_part"]) == parts and train[-1]["tokens"] == 12 * 8 * 16
+    for before, line in zip([{"tokens": 0}, *train], train, strict=False):  # what a step waits for, and nothing beside
+        seconds = sum(line["seconds_by_part"][part] for part in ("data", "forward_backward", "optimizer"))
+        assert line["tokens_per_second"] == pytest.approx((line["tokens"] - before["tokens"]) / seconds, rel=1e-3)
     evals = [record for record in metrics if record["kind"] == "eval"]
     assert [(r["iter"], r.get("why")) for r in evals] == [
         (0, None),
