@@ -91,6 +91,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
             "run_folder",
             "reporting",
             "commands",
+            "analysis",
         ],
     ),
     "run": (
