@@ -441,4 +441,4 @@ def test_a_missing_extra_is_named(module, extra, trained, data, monkeypatch, tmp
     monkeypatch.setattr(evaluating, "opened", lambda *args: pytest.fail("it is said first"))
     monkeypatch.setattr("orchestrate.tools.evaluate.opened", evaluating.opened)
     assert orchestrate("evaluate", given) == 2
-    assert f"pip install 'orchestrate[{extra}]'" in capsys.readouterr().err
+    assert f"pip install 'training-orchestrator[{extra}]'" in capsys.readouterr().err

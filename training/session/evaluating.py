@@ -35,7 +35,7 @@ from orchestrate.training.tasks.suites import Member, Number, Suite, summed_up
 
 FORMAT = 1
 """Of the files of results."""
-NO_PLOTLY = "--plot needs the extra report: pip install 'orchestrate[report]'"
+NO_PLOTLY = "--plot needs the extra report: pip install 'training-orchestrator[report]'"
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,9 @@ def require() -> None:
         import lm_eval.api.task
         import tqdm
     except ImportError:
-        raise Refused("tasks of lm-eval need the extra evaluate: pip install 'orchestrate[evaluate]'") from None
+        raise Refused(
+            "tasks of lm-eval need the extra evaluate: pip install 'training-orchestrator[evaluate]'"
+        ) from None
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a model in training is not forked for a standard error
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
