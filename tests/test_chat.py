@@ -777,7 +777,7 @@ def test_through_a_terminal(folder):
         assert not {0x1B, 0x9B} & set(first.replace(b"^C", b""))
         until(b"> ")
         os.write(ours, b"\x03")
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
         process.wait()
